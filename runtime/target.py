@@ -1,0 +1,228 @@
+"""Where an artifact runs: the table of named targets and what each one's instruction set offers.
+
+A `Target` is a plain value that can be pickled, printed and stored in a manifest; nothing here imports TVM
+until `Target.tvm()` or the detection of the host asks for it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import platform
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..passes.base import Caches
+from ..passes.errors import TargetError, UsageError, did_you_mean
+
+if TYPE_CHECKING:
+    import tvm
+
+KIB, MIB = 1 << 10, 1 << 20
+
+
+@dataclass(frozen=True)
+class InstructionSet:
+    """What kernel templates take their tile sizes from.
+
+    vector_bits: width of one vector register. registers: how many there are. fma: fused multiply-add on
+    vectors. scalef: multiply by a power of two in one instruction (AVX-512). streaming: non-temporal stores.
+    dot_int8 / dot_bf16: dot-product instructions.
+    """
+
+    name: str
+    vector_bits: int
+    registers: int
+    fma: bool = False
+    scalef: bool = False
+    streaming: bool = False
+    dot_int8: bool = False
+    dot_bf16: bool = False
+
+    def lanes(self, bits: int = 32) -> int:
+        """Elements of `bits` bits in one vector."""
+        return self.vector_bits // bits
+
+
+AVX512 = InstructionSet("avx512", 512, 32, fma=True, scalef=True, streaming=True)
+AVX2 = InstructionSet("avx2", 256, 16, fma=True, streaming=True)
+SSE2 = InstructionSet("sse2", 128, 16, streaming=True)
+NEON = InstructionSet("neon", 128, 32, fma=True)
+NEON32 = InstructionSet("neon32", 128, 16, fma=True)
+RVV = InstructionSet("rvv", 128, 32, fma=True)
+SCALAR = InstructionSet("scalar", 32, 32, fma=True)
+GPU = InstructionSet("gpu", 32, 255, fma=True)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A named place to run.
+
+    kind: llvm, cuda, opencl or webgpu. triple, mcpu, mattr: LLVM's words for the CPU (of the host, for GPU
+    kinds). zig: the `-target` of the linker. caches in bytes, of one core except the last level. cores: how
+    many threads an artifact uses when none are asked for. extra: further TVM target attributes.
+    """
+
+    name: str
+    kind: str
+    description: str
+    triple: str = ""
+    mcpu: str = ""
+    mattr: tuple[str, ...] = ()
+    zig: str = ""
+    isa: InstructionSet = SCALAR
+    caches: Caches = Caches()
+    cores: int = 1
+    extra: tuple[tuple[str, Any], ...] = field(default=())
+
+    @property
+    def is_cpu(self) -> bool:
+        return self.kind == "llvm"
+
+    @property
+    def machine(self) -> str:
+        """The processor architecture in uname's words: x86_64, aarch64, armv7l, riscv64."""
+        first = self.triple.split("-")[0]
+        return {"armv7a": "armv7l", "arm": "armv7l"}.get(first, first)
+
+    @property
+    def runs_here(self) -> bool:
+        """Whether this machine's own processor executes the artifact."""
+        if not self.is_cpu or self.machine != platform.machine():
+            return False
+        needed = {"avx512": "avx512f", "avx2": "avx2"}.get(self.isa.name)
+        return needed is None or needed in host_flags()
+
+    def tvm(self) -> tvm.target.Target:
+        """The same thing as a TVM target."""
+        import tvm
+
+        cpu: dict[str, Any] = {"kind": "llvm", "num-cores": self.cores}
+        if self.triple:
+            cpu["mtriple"] = self.triple
+        if self.mcpu:
+            cpu["mcpu"] = self.mcpu
+        if self.mattr:
+            cpu["mattr"] = list(self.mattr)
+        if self.is_cpu:
+            return tvm.target.Target({**cpu, **dict(self.extra)})
+        return tvm.target.Target({"kind": self.kind, **dict(self.extra)}, host=cpu)
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Target:
+        """Inverse of `to_json`; ignores fields of later versions."""
+        known = {f.name for f in dataclasses.fields(cls)}
+        values = {key: value for key, value in data.items() if key in known}
+        values["isa"] = InstructionSet(**values["isa"])
+        values["caches"] = Caches(**values["caches"])
+        values["mattr"] = tuple(values["mattr"])
+        values["extra"] = tuple((key, value) for key, value in values["extra"])
+        return cls(**values)
+
+    @classmethod
+    def named(cls, name: str) -> Target:
+        """The target of that name. Raises UsageError with the closest names."""
+        key = name.replace("_", "-")
+        if key == "cpu":
+            return host()
+        if key not in TARGETS:
+            raise UsageError(f"unknown target {name!r}; {did_you_mean(key, target_names())}")
+        return TARGETS[key]
+
+
+@functools.cache
+def host_flags() -> frozenset[str]:
+    """Feature words of /proc/cpuinfo (`flags` or `Features`); empty where there is no such file."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return frozenset()
+    lines = [line for line in text.splitlines() if line.startswith(("flags", "Features"))]
+    return frozenset(lines[0].partition(":")[2].split()) if lines else frozenset()
+
+
+def host_cores() -> int:
+    """Processors this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def host_caches() -> Caches:
+    """Data cache sizes from sysfs; common sizes where it does not say."""
+    sizes = {1: Caches().l1, 2: Caches().l2, 3: 0}
+    for index in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"):
+        try:
+            level, kind = int((index / "level").read_text()), (index / "type").read_text().strip()
+            text = (index / "size").read_text().strip()
+        except (OSError, ValueError):
+            continue
+        if kind != "Instruction" and level in sizes and text[:-1].isdigit():
+            sizes[level] = int(text[:-1]) * {"K": KIB, "M": MIB}.get(text[-1], 1)
+    return Caches(sizes[1], sizes[2], sizes[3])
+
+
+@functools.cache
+def host() -> Target:
+    """This machine's processor with exactly the features it has."""
+    from tvm.target import codegen
+
+    machine = platform.machine()
+    flags = host_flags()
+    triples = {"x86_64": "x86_64-linux-gnu", "aarch64": "aarch64-linux-gnu", "riscv64": "riscv64-linux-gnu"}
+    if machine not in triples:
+        raise TargetError(f"no code generator for this machine ({machine}); found none of {', '.join(triples)}")
+    if machine == "x86_64":
+        isa = AVX512 if {"avx512f", "avx512bw", "avx512vl", "avx512dq"} <= flags else (
+            AVX2 if {"avx2", "fma"} <= flags else SSE2
+        )
+        isa = dataclasses.replace(isa, dot_int8="avx512_vnni" in flags, dot_bf16="avx512_bf16" in flags)
+    else:
+        isa = dataclasses.replace(NEON, dot_int8="asimddp" in flags) if machine == "aarch64" else RVV
+    mcpu = str(codegen.llvm_get_system_cpu())
+    # A hypervisor may hide features of the processor that its name promises.
+    hidden = {"avx512f": "-avx512f", "avx2": "-avx2", "fma": "-fma", "avx": "-avx"} if machine == "x86_64" else {}
+    mattr = tuple(off for flag, off in hidden.items() if flag not in flags)
+    return Target(
+        "cpu", "llvm", f"this host ({mcpu})", triples[machine], mcpu, mattr, f"{machine}-linux-gnu", isa,
+        host_caches(), host_cores(),
+    )
+
+
+ARM64_HOST = {"triple": "aarch64-linux-gnu", "mcpu": "cortex-a76", "zig": "aarch64-linux-gnu"}
+X86_HOST = {"triple": "x86_64-linux-gnu", "mcpu": "x86-64", "zig": "x86_64-linux-gnu"}
+
+TARGETS: dict[str, Target] = {
+    target.name: target
+    for target in (
+        Target("cpu-avx2", "llvm", "x86-64 with AVX2 and FMA (2013 on)", "x86_64-linux-gnu", "x86-64-v3",
+               zig="x86_64-linux-gnu", isa=AVX2, caches=Caches(32 * KIB, 512 * KIB, 8 * MIB), cores=4),
+        Target("cpu-avx512", "llvm", "x86-64 with AVX-512", "x86_64-linux-gnu", "x86-64-v4",
+               zig="x86_64-linux-gnu", isa=AVX512, caches=Caches(32 * KIB, 1 * MIB, 16 * MIB), cores=4),
+        Target("cpu-baseline", "llvm", "any x86-64", zig=X86_HOST["zig"], triple=X86_HOST["triple"],
+               mcpu=X86_HOST["mcpu"], isa=SSE2, caches=Caches(32 * KIB, 256 * KIB, 4 * MIB), cores=2),
+        Target("arm64", "llvm", "64-bit ARM boards (cortex-a76)", zig=ARM64_HOST["zig"],
+               triple=ARM64_HOST["triple"], mcpu=ARM64_HOST["mcpu"], isa=dataclasses.replace(NEON, dot_int8=True),
+               caches=Caches(64 * KIB, 512 * KIB, 2 * MIB), cores=4),
+        Target("armv7", "llvm", "32-bit ARM boards with NEON (cortex-a7)", "armv7a-linux-gnueabihf", "cortex-a7",
+               ("+neon", "+vfp4"), "arm-linux-gnueabihf", NEON32, Caches(32 * KIB, 512 * KIB, 0), 4),
+        Target("riscv64", "llvm", "64-bit RISC-V (rv64gc)", "riscv64-linux-gnu", "generic-rv64",
+               ("+m", "+a", "+f", "+d", "+c"), "riscv64-linux-gnu", SCALAR, Caches(32 * KIB, 512 * KIB, 0), 4,
+               (("mabi", "lp64d"),)),
+        Target("cuda", "cuda", "NVIDIA GPUs from sm_90", isa=GPU, **X86_HOST,
+               extra=(("arch", "sm_90"), ("max_threads_per_block", 1024), ("thread_warp_size", 32),
+                      ("max_shared_memory_per_block", 49152))),
+        Target("opencl", "opencl", "OpenCL 1.2 source module", isa=GPU, **X86_HOST),
+        Target("webgpu", "webgpu", "WGSL source module", isa=GPU, **X86_HOST,
+               extra=(("max_threads_per_block", 256),)),
+    )
+}
+
+
+def target_names() -> list[str]:
+    return ["cpu", *TARGETS]
