@@ -1,0 +1,83 @@
+"""Every pass and preset by name. Third parties add theirs through the entry-point group `graphwright.passes`."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from importlib import metadata
+
+from .base import Pass
+from .errors import PassError, UsageError, did_you_mean
+from .spec import SEPARATOR, parse_options
+
+ENTRY_POINTS = "graphwright.passes"
+
+PASSES: dict[str, str] = {
+    "pin-shapes": "graphwright.passes.prepare.pin_shapes:PinShapes",
+    "infer-shapes": "graphwright.passes.prepare.infer_shapes:InferShapes",
+    "fold-constants": "graphwright.passes.prepare.fold_constants:FoldConstants",
+    "dead-code": "graphwright.passes.prepare.dead_code:DeadCode",
+    "common-subexpressions": "graphwright.passes.prepare.common_subexpressions:CommonSubexpressions",
+    "simplify": "graphwright.passes.prepare.simplify:Simplify",
+    "lift-constants": "graphwright.passes.prepare.lift_constants:LiftConstants",
+    "dedupe-initializers": "graphwright.passes.prepare.dedupe_initializers:DedupeInitializers",
+    "inline-functions": "graphwright.passes.prepare.inline_functions:InlineFunctions",
+    "convert-opset": "graphwright.passes.prepare.convert_opset:ConvertOpset",
+    "decompose": "graphwright.passes.prepare.decompose:Decompose",
+    "two-pass-softmax": "graphwright.passes.attention.two_pass_softmax:TwoPassSoftmax",
+}
+
+PRESETS: dict[str, str] = {
+    # Cleans a model for any runtime.
+    "default": "pin-shapes,infer-shapes,fold-constants,simplify,common-subexpressions,dedupe-initializers,dead-code",
+    # What a compiler needs: one opset, no functions, no constants as nodes, only operators it has.
+    "compile": "inline-functions,pin-shapes,convert-opset,infer-shapes,fold-constants,decompose,infer-shapes,"
+    "fold-constants,simplify,common-subexpressions,lift-constants,dedupe-initializers,dead-code,infer-shapes",
+    "none": "",
+}
+
+
+@functools.cache
+def third_party() -> dict[str, metadata.EntryPoint]:
+    """Passes of other packages by name. A name that graphwright has itself cannot be taken."""
+    return {e.name: e for e in metadata.entry_points(group=ENTRY_POINTS) if e.name not in PASSES}
+
+
+def pass_names() -> list[str]:
+    return [*PASSES, *sorted(third_party())]
+
+
+def pass_class(name: str) -> type[Pass]:
+    """The class of that name; snake_case is accepted. Raises UsageError with the closest names."""
+    key = name.strip().replace("_", "-")
+    if key in PASSES:
+        module, _, attribute = PASSES[key].partition(SEPARATOR)
+        cls = getattr(importlib.import_module(module), attribute)
+    elif key in third_party():
+        entry = third_party()[key]
+        try:
+            cls = entry.load()
+        except Exception as error:  # whatever a foreign package does on import
+            raise PassError(f"pass {key!r} of {entry.value!r} cannot be loaded: {error}") from error
+        if not (isinstance(cls, type) and issubclass(cls, Pass)):
+            raise PassError(f"pass {key!r} of {entry.value!r} is not a subclass of graphwright.passes.base.Pass")
+    else:
+        raise UsageError(f"unknown pass {name!r}; {did_you_mean(key, pass_names())}")
+    if cls.name != key:
+        raise PassError(f"pass {key!r} is registered under a name that is not its own ({cls.name!r})")
+    return cls
+
+
+def parse_pass(text: str) -> Pass:
+    """`name:key=value:...` -> the pass. Inverse of `str(pass)`."""
+    name, *options = text.strip().split(SEPARATOR)
+    cls = pass_class(name)
+    return parse_options(cls, cls.name, options)
+
+
+def preset(name: str) -> str:
+    """The pipeline string of a preset. Raises UsageError with the closest names."""
+    key = name.replace("_", "-")
+    if key not in PRESETS:
+        raise UsageError(f"unknown preset {name!r}; {did_you_mean(key, PRESETS)}")
+    return PRESETS[key]
