@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import os
 import platform
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,6 +56,25 @@ RVV = InstructionSet("rvv", 128, 32, fma=True)
 SCALAR = InstructionSet("scalar", 32, 32, fma=True)
 GPU = InstructionSet("gpu", 32, 255, fma=True)
 
+# /proc/cpuinfo's words that a processor must show to run code of an instruction set.
+NEEDED_FLAGS = {
+    "avx512": frozenset({"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx2", "fma", "bmi2", "f16c"}),
+    "avx2": frozenset({"avx2", "fma", "bmi1", "bmi2", "f16c", "movbe"}),
+    "neon": frozenset({"asimd"}),
+}
+
+# LLVM's name of each x86 feature that code generation uses, and /proc/cpuinfo's where it is another.
+X86_FEATURES = {
+    name: name
+    for name in ("avx", "avx2", "avx512bw", "avx512cd", "avx512dq", "avx512f", "avx512ifma", "avx512vbmi", "avx512vl",
+                 "bmi2", "f16c", "fma", "gfni", "movbe", "popcnt", "ssse3", "vaes", "vpclmulqdq")
+} | {
+    "avx512bf16": "avx512_bf16", "avx512bitalg": "avx512_bitalg", "avx512fp16": "avx512_fp16",
+    "avx512vbmi2": "avx512_vbmi2", "avx512vnni": "avx512_vnni", "avx512vpopcntdq": "avx512_vpopcntdq",
+    "avxvnni": "avx_vnni", "bmi": "bmi1", "lzcnt": "abm", "pclmul": "pclmulqdq", "sse3": "pni", "sse4.1": "sse4_1",
+    "sse4.2": "sse4_2",
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Target:
@@ -92,8 +112,7 @@ class Target:
         """Whether this machine's own processor executes the artifact."""
         if not self.is_cpu or self.machine != platform.machine():
             return False
-        needed = {"avx512": "avx512f", "avx2": "avx2"}.get(self.isa.name)
-        return needed is None or needed in host_flags()
+        return NEEDED_FLAGS.get(self.isa.name, frozenset()) <= host_flags()
 
     def tvm(self) -> tvm.target.Target:
         """The same thing as a TVM target."""
@@ -106,9 +125,13 @@ class Target:
             cpu["mcpu"] = self.mcpu
         if self.mattr:
             cpu["mattr"] = list(self.mattr)
-        if self.is_cpu:
-            return tvm.target.Target({**cpu, **dict(self.extra)})
-        return tvm.target.Target({"kind": self.kind, **dict(self.extra)}, host=cpu)
+        try:
+            if self.is_cpu:
+                return tvm.target.Target({**cpu, **dict(self.extra)})
+            return tvm.target.Target({"kind": self.kind, **dict(self.extra)}, host=cpu)
+        except ValueError as error:  # TVM's answer to an unknown kind or attribute
+            line = str(error).splitlines()[0]
+            raise TargetError(f"target {self.name}: TVM refuses its attributes ({line}); correct `extra`") from error
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -167,9 +190,22 @@ def host_caches() -> Caches:
     return Caches(sizes[1], sizes[2], sizes[3])
 
 
+def x86_attributes(named: Collection[str], flags: Collection[str]) -> tuple[str, ...]:
+    """What to add to or take from a processor's name so that it says exactly what the host has.
+
+    named: the features LLVM gives the processor of that name. flags: /proc/cpuinfo's words. A hypervisor may hide
+    features that the name promises, and a processor unknown to LLVM gets a name that promises too few.
+    """
+    if not flags:
+        return ()
+    signs = {name: word in flags for name, word in X86_FEATURES.items() if (word in flags) != (name in named)}
+    return tuple(f"{'+' if present else '-'}{name}" for name, present in sorted(signs.items()))
+
+
 @functools.cache
 def host() -> Target:
     """This machine's processor with exactly the features it has."""
+    import tvm
     from tvm.target import codegen
 
     machine = platform.machine()
@@ -178,16 +214,16 @@ def host() -> Target:
     if machine not in triples:
         raise TargetError(f"no code generator for this machine ({machine}); found none of {', '.join(triples)}")
     if machine == "x86_64":
-        isa = AVX512 if {"avx512f", "avx512bw", "avx512vl", "avx512dq"} <= flags else (
-            AVX2 if {"avx2", "fma"} <= flags else SSE2
-        )
+        isa = next((isa for isa in (AVX512, AVX2) if NEEDED_FLAGS[isa.name] <= flags), SSE2)
         isa = dataclasses.replace(isa, dot_int8="avx512_vnni" in flags, dot_bf16="avx512_bf16" in flags)
     else:
         isa = dataclasses.replace(NEON, dot_int8="asimddp" in flags) if machine == "aarch64" else RVV
     mcpu = str(codegen.llvm_get_system_cpu())
-    # A hypervisor may hide features of the processor that its name promises.
-    hidden = {"avx512f": "-avx512f", "avx2": "-avx2", "fma": "-fma", "avx": "-avx"} if machine == "x86_64" else {}
-    mattr = tuple(off for flag, off in hidden.items() if flag not in flags)
+    mattr: tuple[str, ...] = ()
+    if machine == "x86_64":
+        promised = tvm.target.Target({"kind": "llvm", "mtriple": triples[machine], "mcpu": mcpu})
+        named = codegen.llvm_get_cpu_features(promised)
+        mattr = x86_attributes({str(feature) for feature in named}, flags)
     return Target(
         "cpu", "llvm", f"this host ({mcpu})", triples[machine], mcpu, mattr, f"{machine}-linux-gnu", isa,
         host_caches(), host_cores(),
@@ -210,7 +246,9 @@ TARGETS: dict[str, Target] = {
                triple=ARM64_HOST["triple"], mcpu=ARM64_HOST["mcpu"], isa=dataclasses.replace(NEON, dot_int8=True),
                caches=Caches(64 * KIB, 512 * KIB, 2 * MIB), cores=4),
         Target("armv7", "llvm", "32-bit ARM boards with NEON (cortex-a7)", "armv7a-linux-gnueabihf", "cortex-a7",
-               ("+neon", "+vfp4"), "arm-linux-gnueabihf", NEON32, Caches(32 * KIB, 512 * KIB, 0), 4),
+               ("+neon", "+vfp4"), "arm-linux-gnueabihf", NEON32, Caches(32 * KIB, 512 * KIB, 0), 4,
+               # Without it floats travel in integer registers, and every call into libm is garbage.
+               (("mfloat-abi", "hard"),)),
         Target("riscv64", "llvm", "64-bit RISC-V (rv64gc)", "riscv64-linux-gnu", "generic-rv64",
                ("+m", "+a", "+f", "+d", "+c"), "riscv64-linux-gnu", SCALAR, Caches(32 * KIB, 512 * KIB, 0), 4,
                (("mabi", "lp64d"),)),
@@ -219,7 +257,7 @@ TARGETS: dict[str, Target] = {
                       ("max_shared_memory_per_block", 49152))),
         Target("opencl", "opencl", "OpenCL 1.2 source module", isa=GPU, **X86_HOST),
         Target("webgpu", "webgpu", "WGSL source module", isa=GPU, **X86_HOST,
-               extra=(("max_threads_per_block", 256),)),
+               extra=(("max_num_threads", 256),)),
     )
 }
 
