@@ -1,3 +1,54 @@
-"""graphwright: rewrite ONNX models with passes from research, compile them with TVM, prove the result."""
+"""graphwright: rewrite ONNX models with passes from research, compile them with TVM, prove the result.
+
+    result = graphwright.optimize("model.onnx", passes="two-pass-softmax", target="cpu", out="out")
+    session = graphwright.load("out")            # run, get_inputs, get_outputs as in onnxruntime
+    outputs = session.run(None, {"x": x})
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from graphwright.passes.pipeline import Pipeline
+    from graphwright.runtime.artifact import Artifact
+    from graphwright.runtime.driver import Result, optimize
+    from graphwright.runtime.session import Session
+    from graphwright.runtime.target import Target
 
 __version__ = "0.1.0"
+__all__ = ["Artifact", "Pipeline", "Result", "Session", "Target", "compile", "load", "optimize"]
+
+# Everything is imported on first use: `import graphwright` costs nothing.
+_HOMES = {
+    "Artifact": "graphwright.runtime.artifact",
+    "Pipeline": "graphwright.passes.pipeline",
+    "Result": "graphwright.runtime.driver",
+    "Session": "graphwright.runtime.session",
+    "Target": "graphwright.runtime.target",
+    "optimize": "graphwright.runtime.driver",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'graphwright' has no attribute {name!r}")
+
+
+def load(path: str | os.PathLike[str], *, threads: int | None = None) -> Session:
+    """An artifact folder as a session. Raises ArtifactError when it is damaged, altered, or not an artifact."""
+    from graphwright.runtime.session import Session
+
+    return Session(path, threads=threads)
+
+
+def compile(
+    model: Any, target: str | Target = "cpu", out: str | os.PathLike[str] | None = None, **options: Any
+) -> Result:
+    """`optimize` with the exact default passes only: see there for the options."""
+    from graphwright.runtime.driver import optimize
+
+    return optimize(model, target=target, out=out, **options)

@@ -16,6 +16,7 @@ import onnx_ir as ir
 
 from . import wire
 from .errors import ModelError, OutputError, WeightsError, did_you_mean
+from .graph import subgraphs
 
 log = logging.getLogger("graphwright")
 
@@ -297,16 +298,8 @@ def tensor_chunks(tensor: ir.TensorProtocol) -> Iterator[bytes]:
 
 def weights_nbytes(model: ir.Model) -> int:
     """Bytes of all initializers of the model, subgraphs' included."""
-    graphs = [model.graph, *(g for node in model.graph.all_nodes() for g in _ir_subgraphs(node))]
+    graphs = [model.graph, *(g for node in model.graph.all_nodes() for g in subgraphs(node))]
     return sum(v.const_value.nbytes for g in graphs for v in g.initializers.values() if v.const_value is not None)
-
-
-def _ir_subgraphs(node: ir.Node) -> Iterator[ir.Graph]:
-    for attribute in node.attributes.values():
-        if attribute.type == ir.AttributeType.GRAPH:
-            yield attribute.as_graph()
-        elif attribute.type == ir.AttributeType.GRAPHS:
-            yield from attribute.as_graphs()
 
 
 # --- saving -----------------------------------------------------------------------------------------------------
@@ -401,7 +394,7 @@ def to_proto(model: ir.Model) -> onnx.ModelProto:
 def _proto_without(model: ir.Model, large: dict[str, ir.TensorProtocol]) -> onnx.ModelProto:
     """The protobuf of `model` in which the tensors of `large` have no bytes and no other tensor is on disk."""
     held: list[tuple[ir.Value, ir.TensorProtocol]] = []
-    graphs = [model.graph, *(g for node in model.graph.all_nodes() for g in _ir_subgraphs(node))]
+    graphs = [model.graph, *(g for node in model.graph.all_nodes() for g in subgraphs(node))]
     try:
         for graph in graphs:
             for name, value in graph.initializers.items():

@@ -1,0 +1,237 @@
+"""The compiled result: a folder with a manifest, the rewritten model, one library a region and one weights file.
+
+    manifest.json     what this is, what was done, how large the measured error is, the hash of every file
+    model.onnx        the rewritten model; its large weights are references into weights.bin
+    weights.bin       every large tensor once, 64-byte aligned, memory-mapped by all that read it
+    region0.so        code of a region that TVM compiled
+    region1.onnx      a region that TVM cannot take and onnxruntime runs
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ..passes.errors import ArtifactError, OutputError
+from ..passes.io import check_output, first_line
+from .target import Target
+
+SCHEMA = 1
+MANIFEST, MODEL, WEIGHTS = "manifest.json", "model.onnx", "weights.bin"
+ALIGNMENT = 64
+CHUNK = 4 << 20
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TensorSpec(_Strict):
+    """A graph input or output. shape: numbers, names of symbolic dimensions, or None where nothing is known."""
+
+    name: str
+    dtype: str
+    shape: list[int | str | None] | None
+
+
+class Parameter(_Strict):
+    """A constant tensor in weights.bin: `nbytes` raw little-endian bytes at `offset`."""
+
+    name: str
+    dtype: str
+    shape: list[int]
+    offset: int
+    nbytes: int
+
+
+class RegionSpec(_Strict):
+    """One step of a run. For TVM: `file` is the library, whose function `main` takes the inputs in order and then
+    one tuple of the parameters. For onnxruntime: `file` is a model, and `reasons` says, site by site, why.
+    """
+
+    runtime: str
+    file: str
+    inputs: list[str]
+    outputs: list[str]
+    nodes: int
+    parameters: list[Parameter] = Field(default_factory=list)
+    reasons: dict[str, str] = Field(default_factory=dict)
+    sources: list[str] = Field(default_factory=list)
+
+
+class FileSpec(_Strict):
+    sha256: str
+    nbytes: int
+
+
+class Manifest(_Strict):
+    schema_version: int = SCHEMA
+    versions: dict[str, str]
+    target: dict[str, Any]
+    source: str
+    pipeline: str
+    reports: list[dict[str, Any]]
+    inputs: list[TensorSpec]
+    outputs: list[TensorSpec]
+    regions: list[RegionSpec]
+    files: dict[str, FileSpec]
+    verdict: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A compiled model on disk."""
+
+    manifest: Manifest
+    root: Path
+
+    @property
+    def target(self) -> Target:
+        return Target.from_json(self.manifest.target)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all files, the manifest excluded."""
+        return sum(entry.nbytes for entry in self.manifest.files.values())
+
+    @property
+    def native_nodes(self) -> tuple[int, int]:
+        """(nodes that TVM runs, all nodes)."""
+        regions = self.manifest.regions
+        return sum(r.nodes for r in regions if r.runtime == "tvm"), sum(r.nodes for r in regions)
+
+    @classmethod
+    def load(cls, root: str | os.PathLike[str], *, verify: bool = True) -> Artifact:
+        """Raises ArtifactError when the folder is no artifact, of another version, or was altered."""
+        root = Path(root)
+        path = root / MANIFEST
+        if not path.is_file():
+            raise ArtifactError(f"{root}: no {MANIFEST} in it; expected an artifact folder made by optimize --target")
+        try:
+            data = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise ArtifactError(f"{path}: cannot be read ({first_line(error)}); compile the model again") from error
+        version = data.get("schema_version") if isinstance(data, dict) else None
+        if version != SCHEMA:
+            raise ArtifactError(f"{path}: schema version {version}; expected {SCHEMA}, compile the model again")
+        try:
+            artifact = cls(Manifest.model_validate(data), root)
+            _ = artifact.target
+        except (ValidationError, KeyError, TypeError) as error:
+            raise ArtifactError(f"{path}: damaged ({first_line(error)}); compile the model again") from error
+        if verify:
+            artifact.verify()
+        return artifact
+
+    def verify(self) -> None:
+        """Check every file against its hash. Raises ArtifactError naming the first that differs."""
+        for name, entry in self.manifest.files.items():
+            path = self.root / name
+            if Path(name).name != name:
+                raise ArtifactError(f"{self.root}: the manifest names {name!r}, outside the artifact's folder")
+            if not path.is_file():
+                raise ArtifactError(f"{path}: is missing; copy the artifact again or compile the model again")
+            if path.stat().st_size != entry.nbytes or sha256(path) != entry.sha256:
+                raise ArtifactError(f"{path}: was altered since it was built (hash differs); compile the model again")
+        named = {region.file for region in self.manifest.regions} | {MODEL}
+        unknown = named - set(self.manifest.files)
+        if unknown:
+            raise ArtifactError(f"{self.root}: the manifest has no hash for {sorted(unknown)[0]!r}")
+
+
+def write_manifest(manifest: Manifest, root: Path) -> None:
+    temporary = root / f".{MANIFEST}.part"
+    temporary.write_text(manifest.model_dump_json(indent=1) + "\n")
+    os.replace(temporary, root / MANIFEST)
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def file_specs(root: Path) -> dict[str, FileSpec]:
+    """Hash and size of every file of a finished folder."""
+    names = sorted(p.name for p in root.iterdir() if p.is_file() and p.name != MANIFEST)
+    return {n: FileSpec(sha256=sha256(root / n), nbytes=(root / n).stat().st_size) for n in names}
+
+
+@dataclass
+class WeightStore:
+    """weights.bin while it is written: equal bytes are stored once."""
+
+    path: Path
+    _offsets: dict[bytes, int] = field(default_factory=dict)
+    _end: int = 0
+
+    def add(self, chunks: Iterable[bytes], nbytes: int) -> int:
+        """Append the bytes unless they are there already; returns their offset."""
+        with open(self.path, "ab") as file:
+            start = -(-self._end // ALIGNMENT) * ALIGNMENT
+            file.truncate(start)
+            file.seek(start)
+            digest = self._append(chunks, file)
+            key = digest + nbytes.to_bytes(8, "little")
+            if key in self._offsets:
+                file.truncate(self._end)
+                return self._offsets[key]
+        self._offsets[key] = start
+        self._end = start + nbytes
+        return start
+
+    @staticmethod
+    def _append(chunks: Iterable[bytes], file: BinaryIO) -> bytes:
+        digest = hashlib.sha256()
+        for chunk in chunks:
+            digest.update(chunk)
+            file.write(chunk)
+        return digest.digest()
+
+
+class Workplace:
+    """A folder beside the final one that takes its place when all is done and vanishes when it is not."""
+
+    def __init__(self, out: Path, overwrite: bool) -> None:
+        self.out, self.overwrite = out, overwrite
+
+    def __enter__(self) -> Path:
+        check_output(self.out, self.overwrite)
+        if self.out.exists() and not self._replaceable():
+            raise OutputError(f"{self.out}: is not an artifact folder and will not be replaced; choose another output")
+        try:
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            self.folder = Path(tempfile.mkdtemp(prefix=f".{self.out.name}.", suffix=".part", dir=self.out.parent))
+        except OSError as error:
+            raise OutputError(f"{self.out}: cannot be written ({error.strerror}); choose another output") from error
+        umask = os.umask(0)
+        os.umask(umask)
+        self.folder.chmod(0o777 & ~umask)
+        return self.folder
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        try:
+            if kind is None:
+                if self.out.exists():
+                    old = self.folder.with_suffix(".old")
+                    os.replace(self.out, old)
+                    os.replace(self.folder, self.out)
+                    shutil.rmtree(old)
+                else:
+                    os.replace(self.folder, self.out)
+        finally:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _replaceable(self) -> bool:
+        return self.out.is_dir() and ((self.out / MANIFEST).is_file() or not any(self.out.iterdir()))

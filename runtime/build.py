@@ -1,0 +1,311 @@
+"""A prepared ONNX model -> an artifact: partition, compile each region in the child, fall back where TVM cannot."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from ..passes import io, wire
+from ..passes.base import PassReport
+from ..passes.errors import CompileError
+from ..passes.graph import site
+from .artifact import (
+    MODEL, WEIGHTS, Artifact, Manifest, Parameter, RegionSpec, TensorSpec, WeightStore, Workplace, file_specs, sha256,
+    write_manifest,
+)  # fmt: skip
+from .partition import ONNXRUNTIME, TVM, Region, cut, partition
+from .target import Target
+from .worker import Compiled, Compiler
+
+log = logging.getLogger("graphwright")
+
+PACKAGES = ("graphwright", "apache-tvm", "onnx", "onnx-ir", "onnxruntime", "numpy")
+LIFT = 64  # bytes; smaller constants stay in the library
+
+
+# --- the parent -------------------------------------------------------------------------------------------------
+
+
+def build(
+    model: ir.Model,
+    target: Target,
+    out: str | os.PathLike[str],
+    *,
+    source: str = "",
+    pipeline: str = "",
+    reports: Sequence[PassReport] = (),
+    overwrite: bool = False,
+    check: Callable[[Artifact], dict[str, Any] | None] = lambda artifact: None,
+    progress: Callable[[str], None] = lambda message: None,
+) -> Artifact:
+    """Compile `model` (left untouched) for `target` into the folder `out`.
+
+    Raises CompileError, naming the nodes, when a target other than a CPU cannot take all of them; OutputError when
+    `out` cannot be written. On CPU targets such nodes run on onnxruntime inside the artifact.
+    check: sees the finished artifact before it takes its place; what it returns is recorded as the verdict, and what
+    it raises leaves nothing behind.
+    """
+    model = model.clone()
+    fix_outputs(model)
+    with Workplace(Path(out), overwrite) as folder:
+        store = WeightStore(folder / WEIGHTS)
+        regions = _compile_regions(model, target, folder, store, progress)
+        _write_model(model, folder, store)
+        manifest = Manifest(
+            versions={name: metadata.version(name) for name in PACKAGES},
+            target=target.to_json(),
+            source=source,
+            pipeline=pipeline,
+            reports=[report.to_json() for report in reports],
+            inputs=[_tensor_spec(value) for value in model.graph.inputs],
+            outputs=[_tensor_spec(value) for value in model.graph.outputs],
+            regions=regions,
+            files=file_specs(folder),
+        )
+        write_manifest(manifest, folder)
+        verdict = check(Artifact(manifest, folder))
+        manifest = manifest.model_copy(update={"verdict": verdict})
+        write_manifest(manifest, folder)
+    return Artifact(manifest, Path(out))
+
+
+def fix_outputs(model: ir.Model) -> None:
+    """Make every graph output the output of a node of its own, and every initializer a constant."""
+    from onnx_ir.passes import common
+
+    common.RemoveInitializersFromInputsPass()(model)
+    common.OutputFixPass()(model)
+
+
+def _compile_regions(
+    model: ir.Model, target: Target, folder: Path, store: WeightStore, progress: Callable[[str], None]
+) -> list[RegionSpec]:
+    with tempfile.TemporaryDirectory(prefix="graphwright-") as name:
+        work = Path(name)
+        refused = find_refused(model, target, work)
+        while True:
+            if refused and not target.is_cpu:
+                raise CompileError(_cannot(target, refused))
+            regions = partition(model, refused)
+            models = cut(model, [region.nodes for region in regions])
+            compiled = _compile_all(regions, models, target, work, progress, refused)
+            if compiled is not None:
+                break
+        return [
+            _place(index, region, part, result, folder, store)
+            for index, (region, part, result) in enumerate(zip(regions, models, compiled, strict=True))
+        ]
+
+
+def _cannot(target: Target, refused: dict[ir.Node, str]) -> str:
+    first = [f"{site(node)} ({node.op_type}): {reason}" for node, reason in list(refused.items())[:3]]
+    more = f" and {len(refused) - 3} more" if len(refused) > 3 else ""
+    return f"target {target.name} cannot take {len(refused)} of the nodes: {'; '.join(first)}{more}; see `doctor`"
+
+
+def find_refused(model: ir.Model, target: Target, work: Path) -> dict[ir.Node, str]:
+    """Nodes of the main graph that TVM cannot take, by a look at each (nothing is compiled)."""
+    nodes = list(model.graph)
+    refused = {node: reason for node in nodes if (reason := _unknown_type(node))}
+    path = work / "whole.onnx"
+    large = {
+        value.name or "": value.const_value
+        for value in model.graph.initializers.values()
+        if value.const_value is not None and value.const_value.nbytes >= wire.LARGE
+    }
+    proto = io._proto_without(model, large)
+    path.write_bytes(proto.SerializeToString())
+    for index, reason in Compiler.shared().refusals(path, target.to_json()).items():
+        refused.setdefault(nodes[index], reason)
+    return refused
+
+
+def _unknown_type(node: ir.Node) -> str | None:
+    for value in (*node.inputs, *node.outputs):
+        if value is None or not value.name:
+            continue
+        if value.type is not None and not isinstance(value.type, ir.TensorType):
+            return f"{value.name!r} is a {type(value.type).__name__.removesuffix('Type').lower()}, not a tensor"
+        if value.dtype is None:
+            return f"the element type of {value.name!r} is not known after shape inference"
+        if value.dtype == ir.DataType.STRING:
+            return f"{value.name!r} holds strings"
+    return None
+
+
+def _compile_all(
+    regions: Sequence[Region],
+    models: Sequence[ir.Model],
+    target: Target,
+    work: Path,
+    progress: Callable[[str], None],
+    refused: dict[ir.Node, str],
+) -> list[Compiled | None] | None:
+    """One result a region. None: a region failed, and what is to blame was added to `refused`."""
+    results: list[Compiled | None] = []
+    for index, (region, part) in enumerate(zip(regions, models, strict=True)):
+        if region.runtime == ONNXRUNTIME:
+            results.append(None)
+            continue
+        progress(f"compile {len(region.nodes)} nodes for {target.name}")
+        path, folder = work / f"in{index}.onnx", work / f"out{index}"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        io.save(part, path, overwrite=True)
+        try:
+            results.append(Compiler.shared().compile(path, target.to_json(), folder))
+        except CompileError as error:
+            log.debug("region %d: %s", index, error)
+            if not target.is_cpu:
+                raise
+            refused.update(_culprits(model_nodes=region.nodes, part=part, target=target, work=work, error=error))
+            return None
+        finally:
+            path.unlink(missing_ok=True)
+            path.with_name(path.name + ".data").unlink(missing_ok=True)
+    return results
+
+
+def _culprits(
+    model_nodes: Sequence[ir.Node], part: ir.Model, target: Target, work: Path, error: CompileError
+) -> dict[ir.Node, str]:
+    """Which nodes of a region that failed do not compile alone; all of them when each does.
+
+    A crash of the compiler is looked for by halves, since any node may be its cause; a refusal by asking each node.
+    """
+    if len(model_nodes) == 1:
+        return {model_nodes[0]: str(error)}
+    log.info("looking for the nodes that do not compile: %s", error)
+    probed: dict[tuple[Any, ...], str | None] = {}
+    found: dict[ir.Node, str] = {}
+    nodes = list(part.graph)
+    for original, single in zip(model_nodes, cut(part, [[node] for node in nodes]), strict=True):
+        key = _filling(original)
+        if key not in probed:
+            path, folder = work / "probe.onnx", work / "probe"
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            io.save(single, path, overwrite=True)
+            probed[key] = Compiler.shared().probe(path, target.to_json(), folder)
+        reason = probed[key]
+        if reason is not None:
+            found[original] = reason
+    return found or dict.fromkeys(model_nodes, str(error))
+
+
+def _filling(node: ir.Node) -> tuple[Any, ...]:
+    """What decides whether a node compiles: operator, attributes, types and shapes, and small constants."""
+    inputs = tuple(
+        None if v is None else (str(v.dtype), str(v.shape), v.const_value is not None and _small(v.const_value))
+        for v in node.inputs
+    )
+    attributes = tuple(sorted((name, str(a.value)) for name, a in node.attributes.items()))
+    return node.domain, node.op_type, attributes, inputs
+
+
+def _small(tensor: ir.TensorProtocol) -> bytes | bool:
+    return tensor.tobytes() if tensor.nbytes <= 1024 and tensor.dtype != ir.DataType.STRING else True
+
+
+def _place(
+    index: int, region: Region, part: ir.Model, result: Compiled | None, folder: Path, store: WeightStore
+) -> RegionSpec:
+    names = {
+        "inputs": [value.name or "" for value in part.graph.inputs],
+        "outputs": [value.name or "" for value in part.graph.outputs],
+    }
+    if result is None:
+        name = f"region{index}.onnx"
+        _write_model(part, folder, store, name)
+        return RegionSpec(
+            runtime=ONNXRUNTIME, file=name, nodes=len(region.nodes), reasons=dict(region.reasons), **names
+        )
+    library = Path(result.library)
+    # The hash makes the name new whenever the code is: a process keeps one library a path.
+    name = f"region{index}-{sha256(library)[:12]}{library.suffix}"
+    shutil.move(library, folder / name)
+    sources = []
+    for source in map(Path, result.sources):
+        sources.append(f"region{index}-{source.name}")
+        shutil.move(source, folder / sources[-1])
+    parameters = []
+    weights = Path(result.weights)
+    for parameter, dtype, shape, offset, nbytes in result.parameters:
+        position = store.add(_read(weights, offset, nbytes), nbytes)
+        parameters.append(Parameter(name=parameter, dtype=dtype, shape=list(shape), offset=position, nbytes=nbytes))
+    weights.unlink(missing_ok=True)
+    return RegionSpec(
+        runtime=TVM, file=name, nodes=len(region.nodes), parameters=parameters, sources=sources, **names
+    )
+
+
+def _read(path: Path, offset: int, left: int) -> Any:
+    with open(path, "rb") as file:
+        file.seek(offset)
+        while left:
+            chunk = file.read(min(wire.CHUNK, left))
+            left -= len(chunk)
+            yield chunk
+
+
+def _write_model(model: ir.Model, folder: Path, store: WeightStore, name: str = MODEL) -> None:
+    """Save a model whose large weights are references into the artifact's weights file."""
+    large = {
+        value.name or "": value.const_value
+        for value in model.graph.initializers.values()
+        if value.const_value is not None
+        and value.const_value.nbytes >= wire.LARGE
+        and value.const_value.dtype != ir.DataType.STRING
+    }
+    proto = io._proto_without(model, large)
+    for tensor in proto.graph.initializer:
+        if tensor.name in large:
+            weight = large[tensor.name]
+            offset = store.add(io.tensor_chunks(weight), weight.nbytes)
+            io._refer(tensor, WEIGHTS, offset, weight.nbytes)
+    (folder / name).write_bytes(proto.SerializeToString())
+
+
+def _tensor_spec(value: ir.Value) -> TensorSpec:
+    shape = None
+    if value.shape is not None:
+        shape = [dim if isinstance(dim, int) else dim.value for dim in value.shape]
+    kind = value.dtype.name.lower() if value.dtype is not None else "undefined"
+    if value.type is not None and not isinstance(value.type, ir.TensorType):
+        kind = str(value.type)
+    return TensorSpec(name=value.name or "", dtype=kind, shape=shape)
+
+
+# --- the child --------------------------------------------------------------------------------------------------
+
+
+def compile_region(path: Path, target: Target, folder: Path) -> Compiled:
+    """Import the ONNX file and compile it into `folder`. Runs in the child; raises whatever TVM raises."""
+    import onnx
+
+    from . import importer, phases
+    from .link import export
+
+    module = importer.import_model(onnx.load(path), target)
+    executable, constants = phases.compile_module(module, target)
+    files = export(executable, target, folder)
+    weights = folder / WEIGHTS
+    parameters: list[tuple[str, str, tuple[int, ...], int, int]] = []
+    with open(weights, "wb") as file:
+        for index, tensor in enumerate(constants):
+            array = np.ascontiguousarray(tensor.numpy())
+            file.seek(-file.tell() % 64, os.SEEK_CUR)
+            dtype = str(tensor.dtype)
+            parameters.append((f"p{index}", dtype, tuple(map(int, tensor.shape)), file.tell(), array.nbytes))
+            file.write(array.tobytes())
+    return Compiled(str(files[0]), str(weights), parameters, [str(f) for f in files[1:]])
+

@@ -1,0 +1,158 @@
+"""Are two models the same function? Runs both on the same inputs and measures how far apart the outputs are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ..passes.errors import VerificationError
+
+LIMIT = 1e-4  # of the output's scale: float32 rounding over a whole model
+FLOAT16_LIMIT = 1e-2
+
+Runner = Callable[[Mapping[str, np.ndarray]], Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far one output is from its reference. scale is max |reference|; relative = max_abs / scale."""
+
+    name: str
+    shape: tuple[int, ...]
+    max_abs: float
+    scale: float
+    relative: float
+    limit: float
+    note: str = ""
+
+    @property
+    def ok(self) -> bool:
+        return not self.note and self.relative <= self.limit
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The result of a comparison over one or more sets of inputs: every output of every set."""
+
+    outputs: tuple[Difference, ...] = ()
+    sets: int = 0
+    inputs: str = ""
+    shapes: tuple[str, ...] = field(default=())
+
+    @property
+    def ok(self) -> bool:
+        return bool(self.outputs) and all(output.ok for output in self.outputs)
+
+    @property
+    def max_abs(self) -> float:
+        return max((o.max_abs for o in self.outputs), default=math.nan)
+
+    @property
+    def relative(self) -> float:
+        return max((o.relative for o in self.outputs), default=math.nan)
+
+    @property
+    def worst(self) -> Difference:
+        """The output that is furthest beyond (or nearest to) its limit."""
+        return max(self.outputs, key=lambda o: (bool(o.note), o.relative / o.limit if o.limit else o.relative))
+
+    def check(self, what: str) -> None:
+        """Raises VerificationError naming `what` and the worst output when the limit is exceeded."""
+        if self.ok:
+            return
+        if not self.outputs:
+            raise VerificationError(f"{what}: nothing was compared")
+        worst = self.worst
+        found = worst.note or f"relative error {worst.relative:.2e} (absolute {worst.max_abs:.2e})"
+        raise VerificationError(f"{what}: output {worst.name!r} differs: {found}; limit {worst.limit:.0e}")
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "ok": self.ok,
+            "sets": self.sets,
+            "inputs": self.inputs,
+            "shapes": list(self.shapes),
+            "max_abs_error": _number(self.max_abs),
+            "max_relative_error": _number(self.relative),
+            "outputs": [
+                {
+                    "name": o.name, "shape": list(o.shape), "max_abs_error": _number(o.max_abs),
+                    "scale": _number(o.scale), "relative_error": _number(o.relative), "limit": o.limit, "note": o.note,
+                }
+                for o in self.outputs
+            ],
+        }  # fmt: skip
+
+
+def _number(value: float) -> float | None:
+    """JSON has no NaN or infinity."""
+    return value if math.isfinite(value) else None
+
+
+def compare(
+    reference: Runner, candidate: Runner, feeds: Sequence[Mapping[str, np.ndarray]], limit: float | None = None,
+    inputs: str = "",
+) -> Verdict:  # fmt: skip
+    """Run both on every set of feeds. limit: relative error allowed; None: by the output's type."""
+    outputs: list[Difference] = []
+    shapes = []
+    for one in feeds:
+        expected, found = reference(one), candidate(one)
+        shapes.append(" ".join(f"{name}{list(np.shape(value))}" for name, value in one.items()))
+        for name, value in expected.items():
+            if name not in found:
+                outputs.append(Difference(name, (), math.nan, math.nan, math.nan, limit or LIMIT, "is missing"))
+            else:
+                outputs.append(difference(name, value, found[name], limit))
+    return Verdict(tuple(outputs), len(feeds), inputs, tuple(shapes))
+
+
+def difference(name: str, expected: Any, found: Any, limit: float | None = None) -> Difference:
+    """Compare one output: shape and type must be equal, NaN and infinities must stand in the same places."""
+    if isinstance(expected, list | tuple) or expected is None:
+        return _sequence(name, expected, found, limit)
+    a, b = np.asarray(expected), np.asarray(found)
+    allowed = limit if limit is not None else _limit(a.dtype)
+    shape = tuple(a.shape)
+
+    def verdict(error: float, scale: float, relative: float, note: str = "") -> Difference:
+        return Difference(name, shape, error, scale, relative, allowed, note)
+
+    if a.shape != b.shape:
+        return verdict(math.nan, math.nan, math.nan, f"shape {list(b.shape)} instead of {list(a.shape)}")
+    if a.dtype != b.dtype and not (a.dtype.kind in "OUS" and b.dtype.kind in "OUS"):
+        return verdict(math.nan, math.nan, math.nan, f"type {b.dtype} instead of {a.dtype}")
+    if a.size == 0:
+        return verdict(0.0, 0.0, 0.0)
+    if a.dtype.kind in "OUS":
+        same = bool(np.all(a.astype(object) == b.astype(object)))
+        return verdict(0.0, 0.0, 0.0, "" if same else "other strings")
+    wide = np.complex128 if a.dtype.kind == "c" else np.float64
+    x, y = a.astype(wide), b.astype(wide)
+    finite = np.isfinite(x)
+    special = ~finite | ~np.isfinite(y)
+    if not np.array_equal(x[special], y[special], equal_nan=True):
+        at = int(np.flatnonzero(special)[0])
+        return verdict(math.inf, math.nan, math.inf, f"{y.flat[at]} instead of {x.flat[at]} at element {at}")
+    scale = float(np.max(np.abs(x[finite]), initial=0.0))
+    error = float(np.max(np.abs(x[finite] - y[finite]), initial=0.0))
+    return verdict(error, scale, error / max(scale, np.finfo(np.float32).tiny) if error else 0.0)
+
+
+def _limit(dtype: np.dtype[Any]) -> float:
+    narrow = dtype == np.float16 or dtype.name in ("bfloat16",) or dtype.name.startswith("float8")
+    return FLOAT16_LIMIT if narrow else LIMIT
+
+
+def _sequence(name: str, expected: Any, found: Any, limit: float | None) -> Difference:
+    size = len(expected) if expected is not None else 0
+    if expected is None or not isinstance(found, list | tuple) or len(found) != size:
+        same = expected is None and found is None
+        return Difference(name, (size,), 0.0, 0.0, 0.0, limit or LIMIT, "" if same else "another sequence")
+    parts = [difference(name, e, f, limit) for e, f in zip(expected, found, strict=True)]
+    worst = max(parts, key=lambda o: (bool(o.note), o.relative), default=None)
+    return worst or Difference(name, (0,), 0.0, 0.0, 0.0, limit or LIMIT)

@@ -1,0 +1,152 @@
+"""`optimize`: the whole road from an ONNX file to a verified result."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx_ir as ir
+
+from ..passes import io, registry
+from ..passes.base import PassContext, PassReport
+from ..passes.errors import GraphwrightError
+from ..passes.pipeline import Observer, Pipeline
+from . import verify as checks
+from .compare import Verdict, compare
+from .reference import Reference
+from .target import Target
+
+if TYPE_CHECKING:
+    from .artifact import Artifact
+
+log = logging.getLogger("graphwright")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What `optimize` made.
+
+    model: the rewritten graph. path: the ONNX file or artifact folder written, None for a dry run or a model that
+    was not to be saved. verdict: the last comparison with the original; None when `unverified` says why there is none.
+    """
+
+    model: ir.Model
+    reports: tuple[PassReport, ...]
+    pipeline: Pipeline
+    artifact: Artifact | None = None
+    path: Path | None = None
+    verdict: Verdict | None = None
+    unverified: str = ""
+
+
+def default_output(model: str | os.PathLike[str], target: str | None) -> Path:
+    """model.onnx -> model.opt.onnx, or the folder model.TARGET."""
+    path = Path(model)
+    return path.with_name(f"{path.stem}.{target.replace('_', '-') if target else 'opt.onnx'}")
+
+
+def plan(passes: str | Pipeline, preset: str | None, target: Target | None, pins: Mapping[str, object]) -> Pipeline:
+    """The pipeline that will run: the preset (by default what the output needs), then the named passes."""
+    base = registry.preset(preset or ("compile" if target else "default"))
+    named = passes if isinstance(passes, Pipeline) else Pipeline.parse(passes)
+    pipeline = Pipeline.parse(base) + named
+    if pins and not any(step.name == "pin-shapes" for step in pipeline):
+        pipeline = Pipeline.parse("pin-shapes") + pipeline
+    return pipeline
+
+
+def optimize(
+    model: str | os.PathLike[str] | ir.Model,
+    passes: str | Pipeline = "",
+    *,
+    preset: str | None = None,
+    target: str | Target | None = None,
+    out: str | os.PathLike[str] | None = None,
+    pins: Mapping[str, Sequence[int]] | None = None,
+    calibration: Mapping[str, Sequence[np.ndarray]] | None = None,
+    seed: int = 0,
+    max_drop: float | None = None,
+    verify: bool = True,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    threads: int | None = None,
+    observers: Sequence[Observer] = (),
+    progress: Callable[[str], None] = lambda message: None,
+) -> Result:
+    """Rewrite a model, compile it when a target is named, and check the result against the original.
+
+    model: path of an ONNX file, or an `onnx_ir.Model` (left untouched). passes: a pipeline string. preset: the passes
+    that run before them; by default "compile" with a target and "default" without. out: ONNX file, or artifact
+    folder with a target; by default beside the model, and nowhere for an `onnx_ir.Model` without a target. pins:
+    input name -> shape. calibration: input name -> arrays, one a sample. max_drop: error budget of lossy passes.
+    threads: of the check and of the artifact's own; None for all.
+
+    Raises a GraphwrightError of graphwright.passes.errors; a VerificationError leaves nothing behind.
+    """
+    where = None if isinstance(model, ir.Model) else Path(model)
+    goal = Target.named(target) if isinstance(target, str) else target
+    pipeline = plan(passes, preset, goal, pins or {})
+    path = Path(out) if out is not None else default_output(where or "model.onnx", goal.name if goal else None)
+    writes = not dry_run and (out is not None or where is not None or goal is not None)
+    if writes:
+        io.check_output(path, overwrite)
+    progress("load")
+    original = model if isinstance(model, ir.Model) else io.load(model)
+    ctx = PassContext(
+        pins=pins or {}, calibration=calibration, target=goal.name if goal else None, seed=seed, max_drop=max_drop,
+        progress=progress, **({"caches": goal.caches} if goal else {}),
+    )  # fmt: skip
+    rewritten, reports = pipeline.run(original, ctx, observers)
+    result = Result(rewritten, tuple(reports), pipeline)
+    if dry_run:
+        return result
+    unverified, verdict = "--no-verify", None
+    node = checks.random_node(original)
+    if node is not None:
+        unverified = f"{node.op_type} gives other numbers every run"
+    elif verify:
+        unverified = ""
+        progress("verify")
+        reference = Reference(original, threads=threads or 0)
+        feeds, source = checks.choose_feeds(rewritten, reference, calibration, seed)
+        verdict = checks.verify(
+            original, rewritten, pipeline, reports, ctx, reference, feeds, source, threads or 0
+        )
+    name = where.name if where else original.graph.name or "model"
+    if goal is None:
+        if writes:
+            progress("save")
+            io.save(rewritten, path, overwrite=overwrite)
+        return Result(rewritten, tuple(reports), pipeline, None, path if writes else None, verdict, unverified)
+
+    from .build import build
+    from .session import Session
+
+    def check(artifact: Artifact) -> dict[str, object] | None:
+        nonlocal verdict, unverified
+        if unverified:
+            return None
+        progress("compare")
+        try:
+            session = Session(artifact, threads=threads, verify=False)
+        except GraphwrightError as error:
+            unverified = f"the artifact cannot run here: {error}"
+            return None
+        names = [value.name for value in session.get_outputs()]
+        found = compare(
+            reference.run, lambda one: dict(zip(names, session.run(None, one), strict=True)), feeds, None, source
+        )
+        found.check(f"artifact for {artifact.target.name}")
+        verdict = found
+        return found.to_json()
+
+    artifact = build(
+        rewritten, goal, path, source=name, pipeline=str(pipeline), reports=reports, overwrite=overwrite, check=check,
+        progress=progress,
+    )  # fmt: skip
+    return Result(rewritten, tuple(reports), pipeline, artifact, path, verdict, unverified)

@@ -1,0 +1,182 @@
+"""Inputs to check and time a model with: from a file, or made up so that the model accepts them."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from ..passes.errors import GraphwrightError, InputError, did_you_mean
+from ..passes.graph import subgraphs
+
+Feeds = dict[str, np.ndarray]
+
+# Sizes tried for a symbolic dimension, in order. Image sizes must often be multiples of 32, sequences stay short.
+BATCH_SIZES = (1, 2, 3)
+OTHER_SIZES = (8, 16, 32, 64, 96, 128, 224, 320, 640, 1, 2, 512)
+LARGEST_FEED = 1 << 28  # elements
+FIRST_TOKENS = 100  # an index bound where the model does not tell one
+
+
+def load_feeds(path: str | os.PathLike[str]) -> Feeds:
+    """The arrays of an .npz file by name. Raises InputError in one line when it is none."""
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; expected an .npz with one array an input")
+    try:
+        with np.load(path, allow_pickle=False) as data:
+            if not isinstance(data, np.lib.npyio.NpzFile):
+                raise InputError(f"{path}: holds one array; expected an .npz with one array an input")
+            return {name: data[name] for name in data.files}
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path}: cannot be read as .npz ({error}); write it with numpy.savez") from error
+
+
+def check_names(feeds: Mapping[str, np.ndarray], model: ir.Model, where: str) -> None:
+    """Raises InputError when the arrays are not exactly the model's inputs."""
+    names = [value.name or "" for value in required_inputs(model)]
+    for name in feeds:
+        if name not in names:
+            raise InputError(f"{where}: the model has no input {name!r}; {did_you_mean(name, names)}")
+    for name in names:
+        if name not in feeds:
+            raise InputError(f"{where}: input {name!r} is missing; expected {', '.join(names)}")
+
+
+def required_inputs(model: ir.Model) -> list[ir.Value]:
+    """Graph inputs that have no default value."""
+    return [value for value in model.graph.inputs if value.name not in model.graph.initializers]
+
+
+def made_up(
+    model: ir.Model, runs: Callable[[Feeds], object], *, seed: int = 0, sets: int = 2
+) -> list[Feeds]:
+    """Up to `sets` feeds that the model accepts, each with another size of every symbolic dimension.
+
+    runs: raises GraphwrightError on feeds the model does not accept. Raises the last such error when none was found.
+    """
+    rng = np.random.default_rng(seed)
+    found: list[Feeds] = []
+    used: dict[str, set[int]] = {}
+    last: GraphwrightError | None = None
+    for sizes in _size_choices(model):
+        if any(size in used.get(name, ()) for name, size in sizes.items()):
+            continue
+        if _elements(model, sizes) > LARGEST_FEED:
+            continue
+        feeds = {value.name or "": _random(value, sizes, model, rng) for value in required_inputs(model)}
+        try:
+            runs(feeds)
+        except GraphwrightError as error:
+            last = error
+            continue
+        found.append(feeds)
+        for name, size in sizes.items():
+            used.setdefault(name, set()).add(size)
+        if len(found) == sets or not sizes:
+            break
+    if not found:
+        raise last or InputError("no inputs were found that the model accepts; give real ones with --input")
+    return found
+
+
+def _symbols(model: ir.Model) -> dict[str, list[tuple[int, int]]]:
+    """Symbolic dimension -> (axis, rank) of its places in the inputs. An unnamed one is `input@axis`."""
+    places: dict[str, list[tuple[int, int]]] = {}
+    for value in required_inputs(model):
+        for axis, dim in enumerate(value.shape or ()):
+            if not isinstance(dim, int):
+                name = dim.value or f"{value.name}@{axis}"
+                places.setdefault(name, []).append((axis, len(value.shape or ())))
+    return places
+
+
+def _size_choices(model: ir.Model) -> Iterator[dict[str, int]]:
+    places = _symbols(model)
+    if not places:
+        yield {}
+        return
+    batch = [name for name, at in places.items() if all(axis == 0 and rank > 1 for axis, rank in at)]
+    others = [name for name in places if name not in batch]
+    if not others:
+        yield from (dict.fromkeys(batch, size) for size in BATCH_SIZES)
+        return
+    # Together first, as dimensions are often tied (height and width, past and mask), then each on its own.
+    for size in OTHER_SIZES:
+        for count in BATCH_SIZES[:2]:
+            yield {**dict.fromkeys(batch, count), **dict.fromkeys(others, size)}
+    if 1 < len(others) <= 4:
+        for combination in itertools.islice(itertools.product(OTHER_SIZES, repeat=len(others)), 4096):
+            yield {**dict.fromkeys(batch, 1), **dict(zip(others, combination, strict=True))}
+
+
+def _shape(value: ir.Value, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    dims = enumerate(value.shape or ())
+    return tuple(d if isinstance(d, int) else sizes[d.value or f"{value.name}@{axis}"] for axis, d in dims)
+
+
+def _elements(model: ir.Model, sizes: Mapping[str, int]) -> int:
+    total = 0
+    for value in required_inputs(model):
+        count = 1
+        for dim in _shape(value, sizes):
+            count *= dim
+        total += count
+    return total
+
+
+def _random(value: ir.Value, sizes: Mapping[str, int], model: ir.Model, rng: np.random.Generator) -> np.ndarray:
+    if value.dtype is None or isinstance(value.type, ir.SequenceType | ir.OptionalType):
+        raise InputError(f"input {value.name!r} is no tensor; give real inputs with --input")
+    shape = _shape(value, sizes)
+    if value.dtype == ir.DataType.STRING:
+        return np.full(shape, "text", object)
+    dtype = value.dtype.numpy()
+    name = (value.name or "").lower()
+    if value.dtype == ir.DataType.BOOL:
+        return rng.random(shape) < 0.5
+    if value.dtype.is_floating_point():
+        return rng.standard_normal(shape).astype(dtype)
+    if "mask" in name:
+        return np.ones(shape, dtype)
+    if "token_type" in name or "segment" in name:
+        return np.zeros(shape, dtype)
+    bound = index_bound(value)
+    top = min(bound or FIRST_TOKENS, int(np.iinfo(dtype).max) if dtype.kind in "iu" else FIRST_TOKENS)
+    return rng.integers(0, max(1, top), shape).astype(dtype)
+
+
+THROUGH = frozenset({"Cast", "Reshape", "Unsqueeze", "Squeeze", "Transpose", "Identity", "Flatten", "Expand"})
+
+
+def index_bound(value: ir.Value) -> int | None:
+    """The size of the smallest table that an integer input looks up with Gather; None when it looks up none."""
+    bounds: list[int] = []
+    seen: set[ir.Value] = set()
+    stack = [value]
+    while stack:
+        current = stack.pop()
+        if current in seen:
+            continue
+        seen.add(current)
+        for node, index in current.uses():
+            if node.op_type == "Gather" and index == 1:
+                table = node.inputs[0]
+                axis = node.attributes.get_int("axis", 0)
+                if table is not None and table.shape is not None and isinstance(table.shape[axis], int):
+                    bounds.append(int(table.shape[axis]))
+            elif node.op_type in THROUGH and index == 0:
+                stack.extend(node.outputs)
+            elif any(True for _ in subgraphs(node)):
+                continue
+    return min(bounds, default=None)
+
+
+def samples(feeds: Sequence[Feeds]) -> dict[str, list[np.ndarray]]:
+    """A list of feeds as one list of arrays an input: the shape calibration data has."""
+    return {name: [one[name] for one in feeds] for name in (feeds[0] if feeds else {})}

@@ -1,0 +1,106 @@
+"""Cutting a model into regions: what TVM compiles, and what onnxruntime runs inside the same artifact."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from ..passes.graph import site, subgraphs
+
+TVM, ONNXRUNTIME = "tvm", "onnxruntime"
+
+
+@dataclass(frozen=True)
+class Region:
+    """Nodes that one runtime executes in one call, in topological order.
+
+    reasons: for nodes that TVM cannot take, site (first output name) -> why.
+    """
+
+    runtime: str
+    nodes: tuple[ir.Node, ...]
+    reasons: Mapping[str, str]
+
+
+def reads(node: ir.Node) -> list[ir.Value]:
+    """Values of the enclosing graph that a node reads, those its subgraphs capture included."""
+    values = [v for v in node.inputs if v is not None]
+    for graph in subgraphs(node):
+        own = set(graph.inputs) | set(graph.initializers.values())
+        inner = list(graph.all_nodes())
+        own |= {v for n in inner for v in n.outputs}
+        for n in inner:
+            for nested in subgraphs(n):
+                own |= set(nested.inputs) | set(nested.initializers.values())
+        captured = [v for n in inner for v in n.inputs if v is not None]
+        captured += [v for g in (graph, *(s for n in inner for s in subgraphs(n))) for v in g.outputs if v is not None]
+        values += [v for v in captured if v not in own]
+    return list(dict.fromkeys(values))
+
+
+def partition(model: ir.Model, refused: Mapping[ir.Node, str]) -> list[Region]:
+    """Regions in an order in which they can run. `refused`: nodes TVM cannot take -> why.
+
+    A node's level counts the changes of runtime on the way to it, so the nodes of one runtime and level form a
+    convex region: no path leaves it and comes back.
+    """
+    level: dict[ir.Node, int] = {}
+    groups: dict[tuple[int, str], list[ir.Node]] = {}
+    for node in model.graph:
+        runtime = ONNXRUNTIME if node in refused else TVM
+        start = 0 if runtime == TVM else 1  # even levels are TVM's, odd ones onnxruntime's
+        for value in reads(node):
+            source = value.producer()
+            if source in level:
+                same = level[source] % 2 == start
+                start = max(start, level[source] + (0 if same else 1))
+        level[node] = start
+        groups.setdefault((start, runtime), []).append(node)
+    return [
+        Region(runtime, tuple(nodes), {site(n): refused[n] for n in nodes if n in refused})
+        for (_, runtime), nodes in sorted(groups.items(), key=lambda item: item[0][0])
+    ]
+
+
+def cut(model: ir.Model, runs: Sequence[Sequence[ir.Node]]) -> list[ir.Model]:
+    """One model for each run of nodes. Its inputs are the values it reads from outside, its outputs those that
+    another run or the caller reads; initializers go with every run that reads them.
+    """
+    run_of = {node: index for index, run in enumerate(runs) for node in run}
+    wanted: list[dict[ir.Value, None]] = [{} for _ in runs]
+    sources: list[dict[ir.Value, None]] = [{} for _ in runs]
+    weights: list[dict[ir.Value, None]] = [{} for _ in runs]
+    for node, index in run_of.items():
+        for value in reads(node):
+            producer = value.producer()
+            if value.is_initializer() and value.const_value is not None:
+                weights[index][value] = None
+            elif producer is None or run_of[producer] != index:
+                sources[index][value] = None
+                if producer is not None:
+                    wanted[run_of[producer]][value] = None
+    for value in model.graph.outputs:
+        producer = value.producer()
+        if producer is not None:
+            wanted[run_of[producer]][value] = None
+    return [
+        _model(model, list(run), list(sources[i]), list(wanted[i]), list(weights[i])) for i, run in enumerate(runs)
+    ]
+
+
+def _model(
+    model: ir.Model, nodes: list[ir.Node], inputs: list[ir.Value], outputs: list[ir.Value], weights: list[ir.Value]
+) -> ir.Model:
+    view = ir.GraphView(
+        inputs,
+        outputs,
+        nodes=nodes,
+        initializers=weights,
+        opset_imports=dict(model.graph.opset_imports),
+        name=model.graph.name or "region",
+    )
+    return ir.Model(
+        view.clone(), ir_version=model.ir_version, functions=[f.clone() for f in model.functions.values()]
+    )

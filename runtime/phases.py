@@ -1,0 +1,127 @@
+"""The Relax pipeline in named phases: from an imported module to an executable and its lifted constants."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import tvm
+from tvm import relax
+
+from .target import Target
+
+LIFT = 64  # bytes; smaller constants stay inside the library
+MAIN = "main"
+
+
+def compile_module(module: tvm.IRModule, target: Target) -> tuple[Any, list[tvm.runtime.Tensor]]:
+    """Compile a Relax module whose `main` takes the graph inputs.
+
+    Returns the executable, whose `main` takes one more argument, the tuple of the returned constants.
+    """
+    tvm_target = target.tvm()
+    with tvm_target, tvm.transform.PassContext(opt_level=3):
+        module = legalize(tvm_target)(module)
+        module = schedule(module, target)
+        module, constants = lift_constants(module)
+        module = lower()(module)
+    return relax.build(module, tvm_target, relax_pipeline=None), constants
+
+
+def legalize(target: tvm.target.Target) -> tvm.transform.Pass:
+    """Operators -> fused loop nests."""
+    gpu = "gpu" in target.keys
+    dispatch = [relax.backend.DispatchSampling(), relax.backend.DispatchSortScan()]
+    return tvm.transform.Sequential(
+        [
+            *dispatch,
+            relax.transform.FoldConstant(),
+            relax.transform.LegalizeOps(enable_warning=False),
+            relax.transform.AnnotateTIROpPattern(),
+            relax.transform.FoldConstant(),
+            relax.transform.FuseOps(),
+            relax.transform.FuseTIR(),
+            *([tvm.s_tir.dlight.ApplyDefaultSchedule(*_gpu_rules())] if gpu else []),
+        ]
+    )
+
+
+def _gpu_rules() -> list[Any]:
+    from tvm.s_tir import dlight
+
+    gpu = dlight.gpu
+    return [gpu.Matmul(), gpu.GEMV(), gpu.Reduction(), gpu.GeneralReduction(), gpu.Fallback()]
+
+
+def schedule(module: tvm.IRModule, target: Target) -> tvm.IRModule:
+    """Loop nests that nothing else has scheduled get the target's default schedule."""
+    if not target.is_cpu:
+        return module
+    from .schedule import default_schedule
+
+    return default_schedule(module, target)
+
+
+def lower() -> tvm.transform.Pass:
+    """Values -> memory: explicit calls, planned buffers, VM instructions."""
+    return tvm.transform.Sequential(
+        [
+            relax.transform.RewriteDataflowReshape(),
+            relax.transform.ToNonDataflow(),
+            relax.transform.RemovePurityChecking(),
+            relax.transform.CallTIRRewrite(),
+            relax.transform.StaticPlanBlockMemory(),
+            relax.transform.LowerAllocTensor(),
+            relax.transform.KillAfterLastUse(),
+            relax.transform.LowerRuntimeBuiltin(),
+            relax.transform.ComputePrimValue(),
+            relax.transform.VMShapeLower(),
+            relax.transform.AttachGlobalSymbol(),
+        ]
+    )
+
+
+@relax.expr_functor.mutator
+class _Lifter(relax.PyExprMutator):
+    """Replaces every constant of `main` above LIFT bytes by an element of one tuple parameter."""
+
+    def __init__(self, module: tvm.IRModule, constants: Sequence[tvm.ir.GenericConst], params: relax.Var) -> None:
+        super().__init__(module)
+        self.index = {constant: position for position, constant in enumerate(constants)}
+        self.params = params
+
+    def visit_generic_const_(self, op: tvm.ir.GenericConst) -> relax.Expr:
+        if op not in self.index:
+            return op
+        return self.builder_.emit(relax.TupleGetItem(self.params, self.index[op]))
+
+
+def _nbytes(constant: tvm.ir.GenericConst) -> int:
+    array = constant.value
+    size = 1
+    for dim in array.shape:
+        size *= int(dim)
+    return size * (tvm.DataType(str(array.dtype)).bits + 7) // 8
+
+
+def lift_constants(module: tvm.IRModule) -> tuple[tvm.IRModule, list[tvm.runtime.Tensor]]:
+    """Move the large constants of `main` out of the module: they become the elements of its last parameter."""
+    function = module[MAIN]
+    constants: list[tvm.ir.GenericConst] = []
+    seen: set[tvm.ir.GenericConst] = set()
+
+    def collect(expression: relax.Expr) -> None:
+        if isinstance(expression, tvm.ir.GenericConst) and expression not in seen and _nbytes(expression) > LIFT:
+            seen.add(expression)
+            constants.append(expression)
+
+    relax.analysis.post_order_visit(function, collect)
+    params = relax.Var("params", relax.TupleType([constant.ty for constant in constants]))
+    lifter = _Lifter(module, constants, params)
+    body = lifter.visit_expr(function.body)
+    attrs = dict(function.attrs) if function.attrs else {}
+    lifted = relax.Function([*function.params, params], body, function.ret_ty, function.is_pure)
+    lifted = lifted.with_attrs({key: value for key, value in attrs.items() if key != "params"})
+    module = tvm.IRModule(dict(module.functions_items()), attrs=module.attrs)
+    module[MAIN] = lifted
+    return relax.transform.Normalize()(module), [constant.value for constant in constants]

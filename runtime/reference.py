@@ -1,0 +1,132 @@
+"""onnxruntime on an `onnx_ir.Model`: the reference that every rewrite and every artifact is checked against.
+
+Weights that lie on disk are handed over as memory maps, not copied. Models whose weights exceed `WHOLE_LIMIT` are run
+a segment at a time, so that checking a model never needs more memory than its largest segment.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx_ir as ir
+
+from ..passes import io
+from ..passes.errors import InputError, ModelError
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+WHOLE_LIMIT = 512 << 20  # bytes of weights up to which one session holds the model
+SEGMENT_LIMIT = 256 << 20
+
+ORT_TYPES = {
+    "tensor(float)": np.float32, "tensor(double)": np.float64, "tensor(float16)": np.float16,
+    "tensor(int8)": np.int8, "tensor(int16)": np.int16, "tensor(int32)": np.int32, "tensor(int64)": np.int64,
+    "tensor(uint8)": np.uint8, "tensor(uint16)": np.uint16, "tensor(uint32)": np.uint32,
+    "tensor(uint64)": np.uint64, "tensor(bool)": np.bool_,
+}  # fmt: skip
+
+
+def ort_session(
+    model: ir.Model, *, threads: int = 0, optimized: bool = False
+) -> onnxruntime.InferenceSession:
+    """An onnxruntime CPU session over `model`. Raises ModelError when onnxruntime refuses it.
+
+    threads: intra-op threads, 0 for all. optimized: with onnxruntime's own graph optimizations; off for checks.
+    """
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 4
+    levels = ort.GraphOptimizationLevel
+    options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimized else levels.ORT_DISABLE_ALL
+    on_disk = {
+        name: value.const_value
+        for name, value in model.graph.initializers.items()
+        if io.external_source(value.const_value) is not None
+    }
+    proto = io._proto_without(model, {name: t for name, t in on_disk.items() if t is not None})
+    values = [ort.OrtValue.ortvalue_from_numpy(mapped(tensor)) for tensor in on_disk.values() if tensor is not None]
+    if values:
+        options.add_external_initializers(list(on_disk), values)
+    try:
+        return ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime raises a family of its own for every kind of refusal
+        raise ModelError(f"onnxruntime cannot load the model: {io.first_line(error)}") from error
+
+
+def mapped(tensor: ir.TensorProtocol) -> np.ndarray:
+    """A tensor's values; from disk as a read-only memory map of just its own bytes."""
+    source = io.external_source(tensor)
+    if source is None or tensor.dtype.bitwidth < 8 or not tensor.nbytes:
+        return np.ascontiguousarray(tensor.numpy())
+    path, offset, nbytes = source
+    raw = np.memmap(path, np.uint8, "r", offset, (nbytes,))
+    return raw.view(tensor.dtype.numpy()).reshape(tensor.shape.numpy())
+
+
+class Reference:
+    """`run(feeds) -> {output name: array}` of a model on onnxruntime, its own graph optimizations off."""
+
+    def __init__(self, model: ir.Model, *, threads: int = 0) -> None:
+        self.model = model
+        self.threads = threads
+        self.output_names = [value.name or "" for value in model.graph.outputs]
+        whole = io.weights_nbytes(model) <= WHOLE_LIMIT
+        self._session = ort_session(model, threads=threads) if whole else None
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        """Raises InputError when onnxruntime refuses the feeds or fails on them."""
+        try:
+            if self._session is not None:
+                known = {i.name for i in self._session.get_inputs()}
+                outputs = self._session.run(None, {k: v for k, v in feeds.items() if k in known})
+                return dict(zip(self.output_names, outputs, strict=True))
+            return self._run_segments(feeds)
+        except ModelError:
+            raise
+        except Exception as error:
+            raise InputError(f"onnxruntime cannot run the model on these inputs: {io.first_line(error)}") from error
+
+    def _run_segments(self, feeds: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        from .partition import cut
+
+        values: dict[str, Any] = dict(feeds)
+        for part in cut(self.model, segments(self.model)):
+            session = ort_session(part, threads=self.threads)
+            names = [value.name or "" for value in part.graph.outputs]
+            inputs = {i.name: values[i.name] for i in session.get_inputs()}
+            values.update(zip(names, session.run(names, inputs), strict=True))
+        return {name: values[name] for name in self.output_names}
+
+
+def segments(model: ir.Model, limit: int = SEGMENT_LIMIT) -> list[Sequence[ir.Node]]:
+    """The model's nodes in order, in runs whose weights stay under `limit` bytes."""
+    from ..passes.graph import subgraphs
+
+    runs: list[list[ir.Node]] = [[]]
+    held: set[str] = set()
+    size = 0
+    for node in model.graph:
+        inner = [n for g in subgraphs(node) for n in g.all_nodes()]
+        reads = {v.name or "": v for n in (node, *inner) for v in n.inputs if v is not None and v.is_initializer()}
+        new = {name: v for name, v in reads.items() if name not in held and v.const_value is not None}
+        added = sum(v.const_value.nbytes for v in new.values() if v.const_value is not None)
+        if runs[-1] and size + added > limit:
+            runs.append([])
+            held, size, new = set(), 0, reads
+            added = sum(v.const_value.nbytes for v in reads.values() if v.const_value is not None)
+        runs[-1].append(node)
+        held.update(new)
+        size += added
+    return [run for run in runs if run]
+
+
+def default_threads() -> int:
+    """Threads used when none are asked for: the processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
