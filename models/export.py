@@ -1,0 +1,79 @@
+"""A torch module as an ONNX model: opset 20, named axes, no trace of the machine it was exported on."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+    import torch
+
+OPSET = 20  # the first with Gelu
+
+
+def from_torch(
+    name: str,
+    module: torch.nn.Module,
+    example: tuple[torch.Tensor, ...],
+    inputs: Mapping[str, tuple[int | str, ...]],
+    outputs: tuple[str, ...],
+    largest: Mapping[str, int] | None = None,
+) -> ir.Model:
+    """The module in evaluation mode as ONNX.
+
+    `inputs` gives the shapes; a word in one is a dynamic axis of that name, and `largest` its upper bound where there
+    is one. `example` must have a size of at least 2 there, because a size of 1 is taken to be constant.
+    """
+    import torch
+
+    bounds = largest or {}
+    words = {d for shape in inputs.values() for d in shape if isinstance(d, str)}
+    dims = {word: torch.export.Dim(word, max=bounds.get(word)) for word in words}
+    dynamic = tuple({i: dims[d] for i, d in enumerate(s) if isinstance(d, str)} for s in inputs.values())
+    with _quiet():
+        program = torch.onnx.export(
+            module.eval(),
+            example,
+            dynamo=True,
+            input_names=list(inputs),
+            output_names=list(outputs),
+            dynamic_shapes=dynamic,
+            opset_version=OPSET,
+            verbose=False,
+        )
+    if program is None:
+        raise RuntimeError("torch.onnx.export returned no program")
+    return _cleaned(program.model, name)
+
+
+def _cleaned(model: ir.Model, name: str) -> ir.Model:
+    """Without stack traces and paths of the exporting machine, which the exporter stores with every node."""
+    model.graph.name = name
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    for value in (*model.graph.inputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()
+    for node in model.graph.all_nodes():
+        node.metadata_props.clear()
+        node.doc_string = None
+        for value in node.outputs:
+            value.metadata_props.clear()
+    return model
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silences the exporter's notes about optional packages and its own deprecations; errors still show."""
+    log = logging.getLogger("torch.onnx")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(level)
