@@ -1,0 +1,14 @@
+"""The custom domain: operators that the standard has no word for, each with a body of standard operators.
+
+One file per operator; `OPERATORS` is the table of all of them. The body makes every operator run everywhere;
+kernels are attached from outside, in `graphwright.runtime.kernels`.
+"""
+
+from __future__ import annotations
+
+from .base import DOMAIN, CustomOp
+from .two_pass_softmax import TWO_PASS_SOFTMAX
+
+OPERATORS: dict[tuple[str, str], CustomOp] = {op.identifier: op for op in (TWO_PASS_SOFTMAX,)}
+
+__all__ = ["DOMAIN", "OPERATORS", "TWO_PASS_SOFTMAX", "CustomOp"]

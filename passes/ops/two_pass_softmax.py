@@ -1,0 +1,100 @@
+"""`graphwright.TwoPassSoftmax`: softmax over the last axis, with another algorithm behind it.
+
+Source: Dukhan and Ablavatski, "The Two-Pass Softmax Algorithm", arXiv 2001.04438.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import TYPE_CHECKING
+
+from ..base import Caches
+from .base import DOMAIN, Case, CustomOp
+
+if TYPE_CHECKING:
+    import numpy as np
+    import onnx_ir as ir
+
+NAME, VERSION = "TwoPassSoftmax", 1
+# In front of opset 11 an axis counts from the front only.
+NEGATIVE_AXES = 11
+
+
+class Form(enum.Enum):
+    """How the rows are computed. AUTO: by `choose_form`."""
+
+    AUTO = "auto"
+    TWO_PASS = "two-pass"
+    THREE_PASS = "three-pass"
+
+
+def choose_form(row: int, caches: Caches) -> tuple[Form, str]:
+    """The faster form for rows of `row` float32 elements, and why.
+
+    While a row and its result stay in the last-level cache, the three-pass form wins: it computes each
+    exponential once and reads it back. Beyond that memory is the limit, and the two-pass form moves 3 numbers
+    per element instead of 5.
+    """
+    size, cache = 8 * row, caches.last_level
+    if size <= cache * 3 // 4:
+        return Form.THREE_PASS, f"a row and its result ({_bytes(size)}) stay in the {_bytes(cache)} cache"
+    return Form.TWO_PASS, f"a row and its result ({_bytes(size)}) do not stay in the {_bytes(cache)} cache"
+
+
+def longest_in_cache(caches: Caches) -> int:
+    """Elements of the longest row for which `choose_form` says three-pass."""
+    return caches.last_level * 3 // 4 // 8
+
+
+def _bytes(size: int) -> str:
+    for unit, name in ((1 << 20, "MiB"), (1 << 10, "KiB")):
+        if size >= unit:
+            return f"{size / unit:.4g} {name}"
+    return f"{size} B"
+
+
+def _body(opset: int) -> ir.Function:
+    """`return op.Softmax(x, axis=axis)`: the file stays plain ONNX that any runtime executes at full speed.
+
+    `form` is for kernels only.
+    """
+    import onnx_ir as ir
+
+    x = ir.Value(name="x")
+    axis = ir.RefAttr("axis", "axis", ir.AttributeType.INT)
+    softmax = ir.Node("", "Softmax", [x], [axis], outputs=[ir.Value(name="y")])
+    graph = ir.Graph([x], softmax.outputs, nodes=[softmax], name=NAME, opset_imports={"": opset})
+    # Before opset 11 every node gives its axis, because there is no default that means the last one.
+    default = ir.AttrInt64("axis", -1) if opset >= NEGATIVE_AXES else ir.Attr("axis", ir.AttributeType.INT, None)
+    return ir.Function(DOMAIN, NAME, graph=graph, attributes=[default, ir.AttrString("form", Form.AUTO.value)])
+
+
+def _reference(x: np.ndarray, axis: int = -1, form: str = Form.AUTO.value) -> np.ndarray:
+    """exp(x - max) / sum(exp(x - max)) in float64; a row without a finite maximum is NaN."""
+    import numpy as np
+
+    if x.size == 0:
+        return x.astype(np.float64)
+    x = x.astype(np.float64)
+    with np.errstate(invalid="ignore"):
+        e = np.exp(x - x.max(axis=axis, keepdims=True))
+        return e / e.sum(axis=axis, keepdims=True)
+
+
+TWO_PASS_SOFTMAX = CustomOp(
+    NAME,
+    VERSION,
+    _body,
+    _reference,
+    cases=(
+        Case(((1, 1),), note="one element"),
+        Case(((3, 7),), note="less than one vector"),
+        Case(((2, 3, 15),), note="one below a vector of 16"),
+        Case(((2, 3, 16),), note="one vector of 16"),
+        Case(((2, 3, 17),), note="one above a vector of 16"),
+        Case(((4, 197),), note="a vision transformer's row"),
+        Case(((0, 8),), note="no rows"),
+        Case(((1, 4097),), note="one above a block"),
+        Case(((2, 40000),), {"form": "two-pass"}, note="the two-pass form on a row it is not chosen for"),
+    ),
+)

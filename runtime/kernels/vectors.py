@@ -1,0 +1,254 @@
+"""Explicit float32 vectors for TIR kernels: loads with tails, reductions, 2^k and exp, for any instruction set.
+
+Kernels are built with TVM's IR builder, so ordinary Python functions compose them. What TIR has no words for
+(masked and non-temporal memory accesses, reductions by halving) is LLVM IR text that `Vectors.prelude` links
+into the kernel; TVM marks those functions always-inline, so nothing is left of the calls.
+
+Source of the exponential and its constants: Dukhan and Ablavatski, "The Two-Pass Softmax Algorithm",
+arXiv 2001.04438, and its implementation in google/XNNPACK.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from tvm.tirx.script import builder as T
+
+from ..target import InstructionSet
+
+LOG2E = float.fromhex("0x1.715476p+0")
+# ln 2 in two parts. With a fused multiply-add n·LN2_HIGH is exact inside it; without one the high part must
+# end in zeros so that the product itself is exact.
+LN2_FUSED = (float.fromhex("0x1.62E43p-1"), float.fromhex("-0x1.05C61p-29"))
+LN2_SPLIT = (float.fromhex("0x1.62E400p-1"), float.fromhex("0x1.7F7D1Cp-20"))
+# exp(t) = c0 + t·(c1 + ... t·c5) for |t| <= ln(2)/2, highest first.
+POLYNOMIAL = tuple(
+    float.fromhex(c)
+    for c in ("0x1.0F9F9Cp-7", "0x1.573A1Ap-5", "0x1.555A80p-3", "0x1.FFFDC6p-2", "0x1.FFFFF6p-1", "1.0")
+)
+# Adding 1.5·2^23 to a float rounds it to a whole number, half to even, and leaves that number in the low
+# mantissa bits. Exact for |n| < 2^22; needs no rounding instruction, which SSE2 and 32-bit ARM do not have.
+ROUND = 12582912.0
+# e^-105 is below half the smallest float: from here on exp is 0.
+EXP_ZERO = -105.0
+LOWEST = -3.4028234663852886e38
+NEGATIVE_INFINITY = float("-inf")
+
+Expr = Any  # a TIR expression; TVM gives its expression classes no common public name
+Buffer = Any
+
+
+class Vectors:
+    """Vector operations for one instruction set. Emits into the IR builder that is open.
+
+    lanes: float32 elements of one vector, a power of two, at least 4: where the machine has no vectors LLVM
+    splits them into scalars.
+    """
+
+    def __init__(self, isa: InstructionSet) -> None:
+        self.isa = isa
+        self.lanes = max(4, isa.lanes(32))
+        self.dtype = f"float32x{self.lanes}"
+        # Live vectors that fit beside the constants of exp.
+        self.wide = isa.registers >= 32
+
+    # -- values ---------------------------------------------------------------------------------------------
+
+    def splat(self, value: float | Expr) -> Expr:
+        """`value` in every lane."""
+        return T.broadcast(T.float32(value) if isinstance(value, int | float) else value, self.lanes)
+
+    def fma(self, a: Expr, b: Expr, c: Expr, lanes: int | None = None) -> Expr:
+        """a·b + c, rounded once where the instruction set can."""
+        if not self.isa.fma:
+            return a * b + c
+        lanes = lanes or self.lanes
+        name, dtype = ("llvm.fma.f32", "float32") if lanes == 1 else (f"llvm.fma.v{lanes}f32", f"float32x{lanes}")
+        return T.call_llvm_pure_intrin(T.llvm_lookup_intrinsic_id(name), a, b, c, dtype=dtype)
+
+    def split(self, x: Expr) -> tuple[Expr, Expr]:
+        """x = n·ln 2 + t with n whole and |t| <= ln(2)/2, for |x| < 2.9e6. Returns (n, t)."""
+        n = T.Bind(self.fma(x, self.splat(LOG2E), self.splat(ROUND)) - self.splat(ROUND))
+        high, low = LN2_FUSED if self.isa.fma else LN2_SPLIT
+        t = T.Bind(self.fma(n, self.splat(-low), self.fma(n, self.splat(-high), x)))
+        return n, t
+
+    def polynomial(self, t: Expr, coefficients: Sequence[Expr] | None = None) -> Expr:
+        """e^t for |t| <= ln(2)/2, times whatever the coefficients were multiplied by."""
+        k = coefficients or [self.splat(c) for c in POLYNOMIAL]
+        p = k[0]
+        for c in k[1:]:
+            p = self.fma(p, t, c)
+        return p
+
+    def times_power(self, x: Expr, k: Expr) -> Expr:
+        """x·2^k for whole k <= 127; 0 where k < -126 without `scalef`. A NaN stays one."""
+        if self.isa.scalef:
+            return T.call_extern(self.dtype, self._name("scalef"), x, k)
+        # The constant first: the comparison is false for NaN, which then passes. -127 has the bits of 0.0.
+        bits = T.reinterpret(T.max(self.splat(-127.0), k) + self.splat(ROUND), dtype=f"int32x{self.lanes}")
+        one = T.broadcast(T.int32(127 << 23), self.lanes)
+        return x * T.reinterpret(T.shift_left(bits, T.broadcast(T.int32(23), self.lanes)) + one, dtype=self.dtype)
+
+    def exp(self, x: Expr) -> Expr:
+        """e^x for x <= 88. 0 for very small x and -inf; a NaN stays one."""
+        x = T.Bind(T.max(self.splat(EXP_ZERO), x))
+        n, t = self.split(x)
+        return T.Bind(self.times_power(self.polynomial(t), n))
+
+    def greatest(self, v: Expr) -> Expr:
+        """The greatest lane, as a scalar. Whether a NaN is seen depends on its place."""
+        return T.Bind(T.call_extern("float32", self._name("max"), v))
+
+    def total(self, v: Expr) -> Expr:
+        """The sum of the lanes, as a scalar, added by halving."""
+        return T.Bind(T.call_extern("float32", self._name("sum"), v))
+
+    # -- memory ---------------------------------------------------------------------------------------------
+
+    def at(self, offset: Expr) -> Expr:
+        """Indices of one vector from `offset` on."""
+        return T.ramp(offset, 1, self.lanes)
+
+    def load(self, buffer: Buffer, offset: Expr, count: Expr | None = None, fill: float = 0.0) -> Expr:
+        """The vector at `offset`; with `count` < lanes only so many elements are read, the rest are `fill`."""
+        if count is None:
+            return T.Bind(buffer[self.at(offset)])
+        pointer = T.address_of(buffer[offset])
+        return T.Bind(T.call_extern(self.dtype, self._name("load"), pointer, _int32(count), T.float32(fill)))
+
+    def store(
+        self, buffer: Buffer, offset: Expr, value: Expr, count: Expr | None = None, stream: bool = False
+    ) -> None:
+        """Write a vector, or its first `count` elements. `stream`: past the caches, to an aligned address."""
+        pointer = T.address_of(buffer[offset])
+        if count is not None:
+            T.evaluate(T.call_extern("int32", self._name("store"), pointer, _int32(count), value))
+        elif stream:
+            T.evaluate(T.call_extern("int32", self._name("stream"), pointer, value))
+        else:
+            T.buffer_store(buffer, value, [self.at(offset)])
+
+    def to_aligned(self, buffer: Buffer, offset: Expr) -> Expr:
+        """Elements from `offset` to the next address that a whole vector is aligned to, as int32."""
+        return T.Bind(T.call_extern("int32", self._name("to_aligned"), T.address_of(buffer[offset])))
+
+    def fence(self) -> None:
+        """Make streamed stores visible to other threads. Once after the last of them, on each thread."""
+        if self.isa.streaming:
+            T.evaluate(T.call_extern("int32", "gw_fence"))
+
+    def registers(self, count: int, value: float) -> Buffer:
+        """`count` vectors that live in registers, filled with `value`.
+
+        TVM keeps a buffer of scope "global" under 1024 bytes on the stack, which LLVM turns into registers;
+        scope "local" would be a heap allocation.
+        """
+        buffer = T.alloc_buffer((count * self.lanes,), "float32", scope="global")
+        for j in range(count):
+            T.buffer_store(buffer, self.splat(value), [self.at(j * self.lanes)])
+        return buffer
+
+    # -- LLVM IR --------------------------------------------------------------------------------------------
+
+    def _name(self, what: str) -> str:
+        return f"gw_{what}_{self.lanes}"
+
+    def prelude(self) -> Any:
+        """A scope that makes the functions called here known: `with vectors.prelude(): ...` around the kernel."""
+        return T.attr(T.int32(0), "pragma_import_llvm", self._ir())
+
+    def _ir(self) -> str:
+        lanes = self.lanes
+        vector, mask = f"<{lanes} x float>", f"<{lanes} x i1>"
+        text = _MEMORY.format(
+            lanes=lanes, vector=vector, mask=mask, align=4 * lanes, below=4 * lanes - 1,
+            index=", ".join(f"i32 {i}" for i in range(lanes)),
+        )
+        text += _reduction("max", lanes) + _reduction("sum", lanes)
+        if self.isa.scalef:
+            text += _SCALEF
+        if self.isa.streaming:
+            text += _FENCE
+        return text
+
+
+def _int32(value: Expr | int) -> Expr:
+    return T.int32(value) if isinstance(value, int) else T.Cast("int32", value)
+
+
+_MEMORY = """
+define {mask} @gw_mask_{lanes}(i32 %n) alwaysinline {{
+  %a = insertelement <{lanes} x i32> poison, i32 %n, i32 0
+  %s = shufflevector <{lanes} x i32> %a, <{lanes} x i32> poison, <{lanes} x i32> zeroinitializer
+  %m = icmp ult <{lanes} x i32> <{index}>, %s
+  ret {mask} %m
+}}
+define {vector} @gw_load_{lanes}(ptr %p, i32 %n, float %fill) alwaysinline {{
+  %a = insertelement {vector} poison, float %fill, i32 0
+  %s = shufflevector {vector} %a, {vector} poison, <{lanes} x i32> zeroinitializer
+  %m = call {mask} @gw_mask_{lanes}(i32 %n)
+  %v = call {vector} @llvm.masked.load.v{lanes}f32.p0(ptr align 4 %p, {mask} %m, {vector} %s)
+  ret {vector} %v
+}}
+define i32 @gw_store_{lanes}(ptr %p, i32 %n, {vector} %v) alwaysinline {{
+  %m = call {mask} @gw_mask_{lanes}(i32 %n)
+  call void @llvm.masked.store.v{lanes}f32.p0({vector} %v, ptr align 4 %p, {mask} %m)
+  ret i32 0
+}}
+define i32 @gw_stream_{lanes}(ptr %p, {vector} %v) alwaysinline {{
+  store {vector} %v, ptr %p, align {align}, !nontemporal !0
+  ret i32 0
+}}
+define i32 @gw_to_aligned_{lanes}(ptr %p) alwaysinline {{
+  %i = ptrtoint ptr %p to i64
+  %n = sub i64 0, %i
+  %b = and i64 %n, {below}
+  %e = lshr i64 %b, 2
+  %r = trunc i64 %e to i32
+  ret i32 %r
+}}
+declare {vector} @llvm.masked.load.v{lanes}f32.p0(ptr, {mask}, {vector})
+declare void @llvm.masked.store.v{lanes}f32.p0({vector}, ptr, {mask})
+!0 = !{{i32 1}}
+"""
+
+_SCALEF = """
+define <16 x float> @gw_scalef_16(<16 x float> %v, <16 x float> %k) alwaysinline {
+  %r = call <16 x float> @llvm.x86.avx512.mask.scalef.ps.512(
+      <16 x float> %v, <16 x float> %k, <16 x float> zeroinitializer, i16 -1, i32 4)
+  ret <16 x float> %r
+}
+declare <16 x float> @llvm.x86.avx512.mask.scalef.ps.512(<16 x float>, <16 x float>, <16 x float>, i16, i32)
+"""
+
+_FENCE = """
+define i32 @gw_fence() alwaysinline {
+  call void @llvm.x86.sse.sfence()
+  ret i32 0
+}
+declare void @llvm.x86.sse.sfence()
+"""
+
+
+def _reduction(what: str, lanes: int) -> str:
+    """A reduction by halving. `llvm.vector.reduce` of floats is a chain of scalar operations instead."""
+    lines = [f"define float @gw_{what}_{lanes}(<{lanes} x float> %v{lanes}) alwaysinline {{"]
+    width = lanes
+    while width > 1:
+        half = width // 2
+        whole, part = f"<{width} x float>", f"<{half} x float>"
+        for side, first in (("l", 0), ("h", half)):
+            index = ", ".join(f"i32 {first + i}" for i in range(half))
+            lines.append(
+                f"  %{side}{half} = shufflevector {whole} %v{width}, {whole} poison, <{half} x i32> <{index}>"
+            )
+        if what == "sum":
+            lines.append(f"  %v{half} = fadd {part} %l{half}, %h{half}")
+        else:
+            lines.append(f"  %c{half} = fcmp ogt {part} %l{half}, %h{half}")
+            lines.append(f"  %v{half} = select <{half} x i1> %c{half}, {part} %l{half}, {part} %h{half}")
+        width = half
+    lines += ["  %r = extractelement <1 x float> %v1, i32 0", "  ret float %r", "}", ""]
+    return "\n".join(lines)
