@@ -91,7 +91,7 @@ def _compile_regions(
 ) -> list[RegionSpec]:
     with tempfile.TemporaryDirectory(prefix="graphwright-") as name:
         work = Path(name)
-        refused = find_refused(model, target, work)
+        refused = {node: reason for node in model.graph if (reason := _unknown_type(node))}
         while True:
             if refused and not target.is_cpu:
                 raise CompileError(_cannot(target, refused))
@@ -113,20 +113,23 @@ def _cannot(target: Target, refused: dict[ir.Node, str]) -> str:
 
 
 def find_refused(model: ir.Model, target: Target, work: Path) -> dict[ir.Node, str]:
-    """Nodes of the main graph that TVM cannot take, by a look at each (nothing is compiled)."""
+    """Nodes of the main graph that TVM cannot take, by a look at each; nothing is compiled.
+
+    work: an existing folder for files on the way.
+    """
     nodes = list(model.graph)
     refused = {node: reason for node in nodes if (reason := _unknown_type(node))}
-    path = work / "whole.onnx"
-    large = {
-        value.name or "": value.const_value
-        for value in model.graph.initializers.values()
-        if value.const_value is not None and value.const_value.nbytes >= wire.LARGE
-    }
-    proto = io._proto_without(model, large)
-    path.write_bytes(proto.SerializeToString())
-    for index, reason in Compiler.shared().refusals(path, target.to_json()).items():
-        refused.setdefault(nodes[index], reason)
+    rest = [region for region in partition(model, refused) if region.runtime == TVM]
+    for index, (region, part) in enumerate(zip(rest, cut(model, [r.nodes for r in rest]), strict=True)):
+        path = work / f"look{index}.onnx"
+        io.save(part, path, overwrite=True)
+        refused.update(_refused_of(region.nodes, path, target))
     return refused
+
+
+def _refused_of(nodes: Sequence[ir.Node], path: Path, target: Target) -> dict[ir.Node, str]:
+    found = Compiler.shared().refusals(path, target.to_json())
+    return {nodes[index]: reason for index, reason in found.items()}
 
 
 def _unknown_type(node: ir.Node) -> str | None:
@@ -165,9 +168,10 @@ def _compile_all(
             results.append(Compiler.shared().compile(path, target.to_json(), folder))
         except CompileError as error:
             log.debug("region %d: %s", index, error)
-            if not target.is_cpu:
+            blamed = _refused_of(region.nodes, path, target)
+            if not blamed and not target.is_cpu:
                 raise
-            refused.update(_culprits(model_nodes=region.nodes, part=part, target=target, work=work, error=error))
+            refused.update(blamed or _culprits(region.nodes, part, target, work, error))
             return None
         finally:
             path.unlink(missing_ok=True)
@@ -176,19 +180,16 @@ def _compile_all(
 
 
 def _culprits(
-    model_nodes: Sequence[ir.Node], part: ir.Model, target: Target, work: Path, error: CompileError
+    region: Sequence[ir.Node], part: ir.Model, target: Target, work: Path, error: CompileError
 ) -> dict[ir.Node, str]:
-    """Which nodes of a region that failed do not compile alone; all of them when each does.
-
-    A crash of the compiler is looked for by halves, since any node may be its cause; a refusal by asking each node.
-    """
-    if len(model_nodes) == 1:
-        return {model_nodes[0]: str(error)}
+    """Which nodes of a region that failed do not compile alone; all of them when each does."""
+    if len(region) == 1:
+        return {region[0]: str(error)}
     log.info("looking for the nodes that do not compile: %s", error)
     probed: dict[tuple[Any, ...], str | None] = {}
     found: dict[ir.Node, str] = {}
     nodes = list(part.graph)
-    for original, single in zip(model_nodes, cut(part, [[node] for node in nodes]), strict=True):
+    for original, single in zip(region, cut(part, [[node] for node in nodes]), strict=True):
         key = _filling(original)
         if key not in probed:
             path, folder = work / "probe.onnx", work / "probe"
@@ -199,7 +200,7 @@ def _culprits(
         reason = probed[key]
         if reason is not None:
             found[original] = reason
-    return found or dict.fromkeys(model_nodes, str(error))
+    return found or dict.fromkeys(region, str(error))
 
 
 def _filling(node: ir.Node) -> tuple[Any, ...]:
