@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import tarfile
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING
 
 from graphwright.passes.errors import UsageError, did_you_mean
@@ -17,17 +17,21 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
+_PHOTOS = tuple(PurePath(member).stem for member in assets.ASSETS["photos"].members)
+_TWO_PHOTOS = ("china", "flower")
+
+
 def photo_names() -> list[str]:
-    """The photos by name, without the ending."""
-    return sorted(path.stem for path in _photos())
+    """The photos, those of the asset "photos" first, then those of "two-photos"."""
+    return [*_PHOTOS, *_TWO_PHOTOS]
 
 
 def photo(name: str) -> NDArray[np.uint8]:
     """One colour photo, (height, width, 3), red green blue."""
-    files = {path.stem: path for path in _photos()}
-    if name not in files:
-        raise UsageError(f"no photo {name!r}: {did_you_mean(name, files)}")
-    return _image(files[name])
+    if name not in photo_names():
+        raise UsageError(f"no photo {name!r}: {did_you_mean(name, photo_names())}")
+    folder = assets.find("photos" if name in _PHOTOS else "two-photos")
+    return _image(next(folder.glob(f"{name}.*")))
 
 
 def page() -> NDArray[np.uint8]:
@@ -69,11 +73,6 @@ def digits() -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
 
     table = _table(assets.find("digits"))
     return table[:, :-1].astype(np.uint8).reshape(-1, 8, 8), table[:, -1].astype(np.int64)
-
-
-def _photos() -> list[Path]:
-    found = list(assets.find("photos").iterdir())
-    return found + list(assets.find("two-photos").iterdir()) if assets.has("two-photos") else found
 
 
 def _image(path: Path) -> NDArray[np.uint8]:

@@ -25,8 +25,8 @@ def from_torch(
 ) -> ir.Model:
     """The module in evaluation mode as ONNX.
 
-    `inputs` gives the shapes; a word in one is a dynamic axis of that name, and `largest` its upper bound where there
-    is one. `example` must have a size of at least 2 there, because a size of 1 is taken to be constant.
+    `inputs` gives the shapes; a word in one is a dynamic axis of that name, and `largest` its bound, if it
+    has one. `example` must have a size of at least 2 there, because a size of 1 is taken to be constant.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""The table of models: what each needs, its inputs and sizes, how it becomes an ONNX file, and real inputs for it."""
+"""The table of models: what each needs, its inputs, how it becomes an ONNX file, and real inputs for it."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ _MODELS: dict[str, ModelEntry] = {}
 class ModelEntry:
     """One model of the table.
 
-    `inputs` gives each input's shape, a word standing for a size; `sizes` gives every such word its usual value.
-    A word that is also a parameter of `build` is fixed when the model is exported; the others stay dynamic.
+    `inputs` gives each input's shape, a word standing for a size; `sizes` gives every such word its usual
+    value. A word that is also a parameter of `build` is fixed at the export; the others stay dynamic.
     """
 
     name: str
@@ -89,8 +89,8 @@ def register_model(
 ) -> Callable[[Build], Build]:
     """Enters the decorated function under `name`.
 
-    The function's keyword parameters are the export options. It returns the model, or the path of an ONNX file that is
-    to be copied as it is. `needs_assets` are read by it, `sample_assets` by `sample`.
+    The function's keyword parameters are the export options. It returns the model, or the path of a file
+    that is to be copied as it is. `needs_assets` are read by it, `sample_assets` by `sample`.
     """
 
     def enter(build: Build) -> Build:
@@ -118,7 +118,7 @@ def describe(name: str) -> ModelEntry:
 
 
 def pins(name: str, sizes: Mapping[str, int] | None = None) -> dict[str, tuple[int, ...]]:
-    """Input name -> recommended shape, for pinning the dynamic axes; `sizes` replaces usual values by word."""
+    """Input name -> recommended shape, to pin the dynamic axes; `sizes` replaces usual values by word."""
     return describe(name).shapes(sizes)
 
 
@@ -145,7 +145,7 @@ def sample_inputs(
 def export(name: str, path: str | Path, *, overwrite: bool = False, **options: Any) -> Path:
     """Writes the model as an ONNX file, whole or not at all, and returns its path.
 
-    `options` are those of `describe(name).options`. Weights above 1 GiB go into an external data file beside it.
+    `options` are those of `describe(name).options`. Weights above 1 GiB go into a data file beside it.
     Raises AssetError if its weights are not in the cache, UsageError for an unknown model or option.
     """
     from graphwright.passes import io
@@ -169,7 +169,7 @@ def export(name: str, path: str | Path, *, overwrite: bool = False, **options: A
 
 
 def fetch(name: str) -> list[Path]:
-    """Puts everything a model and its sample inputs need into the cache; `name` may also be a single asset."""
+    """Puts all that a model and its sample inputs need into the cache; `name` may also be a single asset."""
     if name in assets.ASSETS:
         return [assets.fetch(name)]
     models = _models()
