@@ -1,4 +1,4 @@
-"""What the link step and its tests read of an ELF file: its machine and the symbols it leaves to other libraries."""
+"""What the link step reads of an ELF file: its machine, and the symbols it leaves to other libraries."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ _WEAK = 2
 
 @dataclass(frozen=True)
 class Elf:
-    """machine: in uname's words. undefined: strong symbols without a version that no listed library is known to have."""
+    """machine: in uname's words. bits: 32 or 64. flags: e_flags. undefined: strong undefined symbols of no
+    version, that is, those that none of the libraries it was linked with has."""
 
     machine: str
     bits: int

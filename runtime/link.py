@@ -1,8 +1,9 @@
 """Objects of TVM -> one shared library, with PyPI's ziglang as the only tool; device sources beside it.
 
-A link takes about 20 ms. Three things keep it there: zig is called as a program, not through another Python; glibc is
-linked as zig's own stubs, made once per architecture in the user's cache; and zig's compiler runtime (15 s to build,
-once per architecture) is only asked for by the rare library that calls into it, 64-bit division on armv7 say.
+A link takes about 20 ms. Three things keep it there: zig is called as a program, not through another Python;
+glibc is linked as zig's own stubs, made once per architecture in the user's cache; and zig's compiler runtime
+(15 s to build, once per architecture) is only asked for by the rare library that calls into it, for 64-bit
+division on armv7 say.
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ LIBRARY = "model.so"
 # Kind of device module -> (the format `inspect_source` takes, the file its source is kept in).
 SOURCES = {"cuda": ("", "kernels.cu"), "opencl": ("cl", "kernels.cl"), "webgpu": ("wgsl", "kernels.wgsl")}
 
-# Left undefined on purpose: TVM's runtime has them, and unwind tables of 32-bit ARM name the last without calling it.
+# Left undefined on purpose: TVM's runtime has them. The last is in 32-bit ARM's unwind tables, never called.
 _PROVIDED = ("TVM", "__TVM", "__tvm", "__aeabi_unwind_cpp_pr")
 
 
 def cache_dir() -> Path:
-    """Where graphwright keeps what is slow to make or fetch: $GRAPHWRIGHT_CACHE, else the user's cache folder."""
+    """Where what is slow to make or fetch is kept: $GRAPHWRIGHT_CACHE, else the user's cache folder."""
     if own := os.environ.get("GRAPHWRIGHT_CACHE"):
         return Path(own).expanduser().absolute()
     shared = os.environ.get("XDG_CACHE_HOME")
@@ -44,7 +45,7 @@ def zig_program() -> Path:
     try:
         import ziglang
     except ImportError as error:
-        raise CompileError("no linker: the Python package ziglang is not installed; run `pip install ziglang`") from error
+        raise CompileError("no linker: found no Python package ziglang; run `pip install ziglang`") from error
     program = Path(ziglang.__path__[0]) / ("zig.exe" if os.name == "nt" else "zig")
     if not program.is_file():
         raise CompileError(f"no linker: {program} is missing; run `pip install --force-reinstall ziglang`")
@@ -59,7 +60,8 @@ def zig_triple(target: Target) -> str:
 
 
 def zig(command: Sequence[str], *, what: str) -> None:
-    """Run zig with its shared cache in `cache_dir()` (zig locks it) and its scratch files in a folder of this run.
+    """Run zig with its shared cache in `cache_dir()` (it locks that) and its scratch files in a folder of
+    this run.
 
     what: the thing being made, for the message. Raises CompileError with zig's own first error line.
     """
@@ -79,7 +81,8 @@ def zig(command: Sequence[str], *, what: str) -> None:
                 stdin=subprocess.DEVNULL, check=False,
             )  # fmt: skip
         except OSError as error:
-            raise CompileError(f"{what}: {program} cannot be run ({error.strerror}); reinstall ziglang") from error
+            reason = f"{program} cannot be run ({error.strerror}); reinstall ziglang"
+            raise CompileError(f"{what}: {reason}") from error
     if done.returncode != 0:
         raise CompileError(f"{what}: zig failed: {_reason(done.stderr, done.returncode)}")
 
@@ -94,12 +97,12 @@ def _reason(output: str, status: int) -> str:
 def link(objects: Sequence[str | os.PathLike[str]], target: Target, path: str | os.PathLike[str]) -> Path:
     """Link object files into the shared library `path`: stripped, the same bytes for the same objects.
 
-    Raises CompileError when zig is missing or fails, or when the code calls what no library of the target has.
+    Raises CompileError when zig is missing or fails, or when the code calls what no library there has.
     """
     path = Path(path)
     command = [
         "build-lib", "-dynamic", "-target", zig_triple(target), "-lc", "-lm", "-fstrip", "--build-id=none",
-        "-fno-ubsan-rt", f"-fsoname={path.name}", f"-femit-bin={path}", *map(os.fspath, objects),
+        "-fno-ubsan-rt", f"-fsoname={path.name}", f"-femit-bin={path}", *(os.fspath(o) for o in objects),
     ]  # fmt: skip
     zig([*command, "-fno-compiler-rt"], what=str(path))
     if _missing(path):
@@ -107,7 +110,7 @@ def link(objects: Sequence[str | os.PathLike[str]], target: Target, path: str | 
         if missing := _missing(path):
             path.unlink()
             names = ", ".join(sorted(missing)[:3])
-            raise CompileError(f"{path}: the code calls {names}, which no library of target {target.name} has")
+            raise CompileError(f"{path}: the code calls {names}, which no library of {target.name} has")
     return path
 
 
@@ -128,8 +131,8 @@ def linker(target: Target) -> Callable[..., None]:
 def export(executable: tvm.runtime.Executable, target: Target, folder: Path) -> list[Path]:
     """Write what `tvm.compile` returned: the host library first, then the source of every device module.
 
-    The library holds the device code too; the sources (`kernels.cu`, `kernels.cl`, `kernels.wgsl`) are there to be
-    read, and for runtimes that take source. Raises CompileError.
+    The library holds the device code too; the sources (`kernels.cu`, `kernels.cl`, `kernels.wgsl`) are
+    there to be read, and for runtimes that take source. Raises CompileError.
     """
     library = folder / LIBRARY
     executable.export_library(str(library), fcompile=linker(target))

@@ -58,21 +58,26 @@ GPU = InstructionSet("gpu", 32, 255, fma=True)
 
 # /proc/cpuinfo's words that a processor must show to run code of an instruction set.
 NEEDED_FLAGS = {
-    "avx512": frozenset({"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx2", "fma", "bmi2", "f16c"}),
-    "avx2": frozenset({"avx2", "fma", "bmi1", "bmi2", "f16c", "movbe"}),
+    "avx512": frozenset(
+        ["avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx2", "fma", "bmi2", "f16c"]
+    ),
+    "avx2": frozenset(["avx2", "fma", "bmi1", "bmi2", "f16c", "movbe"]),
     "neon": frozenset({"asimd"}),
 }
 
 # LLVM's name of each x86 feature that code generation uses, and /proc/cpuinfo's where it is another.
 X86_FEATURES = {
-    name: name
-    for name in ("avx", "avx2", "avx512bw", "avx512cd", "avx512dq", "avx512f", "avx512ifma", "avx512vbmi", "avx512vl",
-                 "bmi2", "f16c", "fma", "gfni", "movbe", "popcnt", "ssse3", "vaes", "vpclmulqdq")
-} | {
+    **{
+        name: name
+        for name in (
+            "avx", "avx2", "avx512bw", "avx512cd", "avx512dq", "avx512f", "avx512ifma", "avx512vbmi",
+            "avx512vl", "bmi2", "f16c", "fma", "gfni", "movbe", "popcnt", "ssse3", "vaes", "vpclmulqdq",
+        )
+    },
     "avx512bf16": "avx512_bf16", "avx512bitalg": "avx512_bitalg", "avx512fp16": "avx512_fp16",
     "avx512vbmi2": "avx512_vbmi2", "avx512vnni": "avx512_vnni", "avx512vpopcntdq": "avx512_vpopcntdq",
-    "avxvnni": "avx_vnni", "bmi": "bmi1", "lzcnt": "abm", "pclmul": "pclmulqdq", "sse3": "pni", "sse4.1": "sse4_1",
-    "sse4.2": "sse4_2",
+    "avxvnni": "avx_vnni", "bmi": "bmi1", "lzcnt": "abm", "pclmul": "pclmulqdq", "sse3": "pni",
+    "sse4.1": "sse4_1", "sse4.2": "sse4_2",
 }  # fmt: skip
 
 
@@ -93,7 +98,7 @@ class Target:
     mattr: tuple[str, ...] = ()
     zig: str = ""
     isa: InstructionSet = SCALAR
-    caches: Caches = Caches()
+    caches: Caches = field(default_factory=Caches)
     cores: int = 1
     extra: tuple[tuple[str, Any], ...] = field(default=())
 
@@ -131,7 +136,7 @@ class Target:
             return tvm.target.Target({"kind": self.kind, **dict(self.extra)}, host=cpu)
         except ValueError as error:  # TVM's answer to an unknown kind or attribute
             line = str(error).splitlines()[0]
-            raise TargetError(f"target {self.name}: TVM refuses its attributes ({line}); correct `extra`") from error
+            raise TargetError(f"target {self.name}: TVM refuses its attributes: {line}") from error
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -193,8 +198,8 @@ def host_caches() -> Caches:
 def x86_attributes(named: Collection[str], flags: Collection[str]) -> tuple[str, ...]:
     """What to add to or take from a processor's name so that it says exactly what the host has.
 
-    named: the features LLVM gives the processor of that name. flags: /proc/cpuinfo's words. A hypervisor may hide
-    features that the name promises, and a processor unknown to LLVM gets a name that promises too few.
+    named: the features LLVM gives the processor of that name. flags: /proc/cpuinfo's words. A hypervisor may
+    hide features that the name promises, and a processor unknown to LLVM gets a name that promises too few.
     """
     if not flags:
         return ()
@@ -212,7 +217,7 @@ def host() -> Target:
     flags = host_flags()
     triples = {"x86_64": "x86_64-linux-gnu", "aarch64": "aarch64-linux-gnu", "riscv64": "riscv64-linux-gnu"}
     if machine not in triples:
-        raise TargetError(f"no code generator for this machine ({machine}); found none of {', '.join(triples)}")
+        raise TargetError(f"this machine is {machine}; target cpu is known for {', '.join(triples)}")
     if machine == "x86_64":
         isa = next((isa for isa in (AVX512, AVX2) if NEEDED_FLAGS[isa.name] <= flags), SSE2)
         isa = dataclasses.replace(isa, dot_int8="avx512_vnni" in flags, dot_bf16="avx512_bf16" in flags)
@@ -224,42 +229,60 @@ def host() -> Target:
         promised = tvm.target.Target({"kind": "llvm", "mtriple": triples[machine], "mcpu": mcpu})
         named = codegen.llvm_get_cpu_features(promised)
         mattr = x86_attributes({str(feature) for feature in named}, flags)
-    return Target(
-        "cpu", "llvm", f"this host ({mcpu})", triples[machine], mcpu, mattr, f"{machine}-linux-gnu", isa,
-        host_caches(), host_cores(),
-    )
+    caches, cores, zig = host_caches(), host_cores(), triples[machine]
+    description = f"this host ({mcpu})"
+    return Target("cpu", "llvm", description, triples[machine], mcpu, mattr, zig, isa, caches, cores)
 
 
-ARM64_HOST = {"triple": "aarch64-linux-gnu", "mcpu": "cortex-a76", "zig": "aarch64-linux-gnu"}
-X86_HOST = {"triple": "x86_64-linux-gnu", "mcpu": "x86-64", "zig": "x86_64-linux-gnu"}
+_X86, _ARM64, _ARM32, _RISCV = (
+    "x86_64-linux-gnu", "aarch64-linux-gnu", "arm-linux-gnueabihf", "riscv64-linux-gnu"
+)  # fmt: skip
 
 TARGETS: dict[str, Target] = {
     target.name: target
     for target in (
-        Target("cpu-avx2", "llvm", "x86-64 with AVX2 and FMA (2013 on)", "x86_64-linux-gnu", "x86-64-v3",
-               zig="x86_64-linux-gnu", isa=AVX2, caches=Caches(32 * KIB, 512 * KIB, 8 * MIB), cores=4),
-        Target("cpu-avx512", "llvm", "x86-64 with AVX-512", "x86_64-linux-gnu", "x86-64-v4",
-               zig="x86_64-linux-gnu", isa=AVX512, caches=Caches(32 * KIB, 1 * MIB, 16 * MIB), cores=4),
-        Target("cpu-baseline", "llvm", "any x86-64", zig=X86_HOST["zig"], triple=X86_HOST["triple"],
-               mcpu=X86_HOST["mcpu"], isa=SSE2, caches=Caches(32 * KIB, 256 * KIB, 4 * MIB), cores=2),
-        Target("arm64", "llvm", "64-bit ARM boards (cortex-a76)", zig=ARM64_HOST["zig"],
-               triple=ARM64_HOST["triple"], mcpu=ARM64_HOST["mcpu"], isa=dataclasses.replace(NEON, dot_int8=True),
-               caches=Caches(64 * KIB, 512 * KIB, 2 * MIB), cores=4),
-        Target("armv7", "llvm", "32-bit ARM boards with NEON (cortex-a7)", "armv7a-linux-gnueabihf", "cortex-a7",
-               ("+neon", "+vfp4"), "arm-linux-gnueabihf", NEON32, Caches(32 * KIB, 512 * KIB, 0), 4,
-               # Without it floats travel in integer registers, and every call into libm is garbage.
-               (("mfloat-abi", "hard"),)),
-        Target("riscv64", "llvm", "64-bit RISC-V (rv64gc)", "riscv64-linux-gnu", "generic-rv64",
-               ("+m", "+a", "+f", "+d", "+c"), "riscv64-linux-gnu", SCALAR, Caches(32 * KIB, 512 * KIB, 0), 4,
-               (("mabi", "lp64d"),)),
-        Target("cuda", "cuda", "NVIDIA GPUs from sm_90", isa=GPU, **X86_HOST,
-               extra=(("arch", "sm_90"), ("max_threads_per_block", 1024), ("thread_warp_size", 32),
-                      ("max_shared_memory_per_block", 49152))),
-        Target("opencl", "opencl", "OpenCL 1.2 source module", isa=GPU, **X86_HOST),
-        Target("webgpu", "webgpu", "WGSL source module", isa=GPU, **X86_HOST,
-               extra=(("max_num_threads", 256),)),
+        Target(
+            "cpu-avx2", "llvm", "x86-64 with AVX2 and FMA (2013 on)", _X86, "x86-64-v3", zig=_X86,
+            isa=AVX2, caches=Caches(32 * KIB, 512 * KIB, 8 * MIB), cores=4,
+        ),
+        Target(
+            "cpu-avx512", "llvm", "x86-64 with AVX-512", _X86, "x86-64-v4", zig=_X86,
+            isa=AVX512, caches=Caches(32 * KIB, 1 * MIB, 16 * MIB), cores=4,
+        ),
+        Target(
+            "cpu-baseline", "llvm", "any x86-64", _X86, "x86-64", zig=_X86,
+            isa=SSE2, caches=Caches(32 * KIB, 256 * KIB, 4 * MIB), cores=2,
+        ),
+        Target(
+            "arm64", "llvm", "64-bit ARM boards (cortex-a76)", _ARM64, "cortex-a76", zig=_ARM64,
+            isa=dataclasses.replace(NEON, dot_int8=True), caches=Caches(64 * KIB, 512 * KIB, 2 * MIB),
+            cores=4,
+        ),
+        Target(
+            "armv7", "llvm", "32-bit ARM boards with NEON (cortex-a7)", "armv7a-linux-gnueabihf", "cortex-a7",
+            ("+neon", "+vfp4"), _ARM32, NEON32, Caches(32 * KIB, 512 * KIB, 0), 4,
+            # Without it floats travel in integer registers, and every call into libm is garbage.
+            extra=(("mfloat-abi", "hard"),),
+        ),
+        Target(
+            "riscv64", "llvm", "64-bit RISC-V (rv64gc)", _RISCV, "generic-rv64",
+            ("+m", "+a", "+f", "+d", "+c"), _RISCV, SCALAR, Caches(32 * KIB, 512 * KIB, 0), 4,
+            extra=(("mabi", "lp64d"),),
+        ),
+        Target(
+            "cuda", "cuda", "NVIDIA GPUs from sm_90", _X86, "x86-64", zig=_X86, isa=GPU,
+            extra=(
+                ("arch", "sm_90"), ("max_threads_per_block", 1024), ("thread_warp_size", 32),
+                ("max_shared_memory_per_block", 48 * KIB),
+            ),
+        ),
+        Target("opencl", "opencl", "OpenCL 1.2 source module", _X86, "x86-64", zig=_X86, isa=GPU),
+        Target(
+            "webgpu", "webgpu", "WGSL source module", _X86, "x86-64", zig=_X86, isa=GPU,
+            extra=(("max_num_threads", 256),),
+        ),
     )
-}
+}  # fmt: skip
 
 
 def target_names() -> list[str]:
