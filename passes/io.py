@@ -47,6 +47,7 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
     proto = wire.read_model(path)
     _check_weights(proto, path)
     _check_structure(proto, path)
+    _forget_unknown_dims(proto)
     try:
         model = ir.from_proto(proto)
     except Exception as error:  # onnx_ir raises many kinds for what a protobuf can hold
@@ -135,6 +136,17 @@ def _check_external(tensor: onnx.TensorProto, expected: int, path: Path, own: st
             f"{path}: tensor {tensor.name!r} of shape {list(tensor.dims)} needs {expected} bytes; found {length} "
             f"at offset {offset} of {os.path.basename(location)!r}, which has {size}"
         )
+
+
+def _forget_unknown_dims(proto: onnx.ModelProto) -> None:
+    """Some exporters write -1 or "?" for a dimension that is not known; ONNX leaves it empty."""
+    for graph in _graphs(proto.graph):
+        for value in (*graph.input, *graph.output, *graph.value_info):
+            for dim in value.type.tensor_type.shape.dim:
+                if dim.HasField("dim_value") and dim.dim_value < 0:
+                    dim.ClearField("dim_value")
+                elif dim.dim_param == "?":
+                    dim.ClearField("dim_param")
 
 
 def _check_structure(proto: onnx.ModelProto, path: Path) -> None:
