@@ -1,0 +1,68 @@
+"""Real inputs from .npz files, one sample at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from graphwright.passes.errors import InputError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import onnx_ir as ir
+
+
+def load_calibration(
+    path: Path, model: ir.Model, pins: Mapping[str, Sequence[int]]
+) -> dict[str, list[np.ndarray]]:
+    """Input name -> arrays, one a sample.
+
+    path: an .npz file, or a folder of them that are read in the order of their names. An array of an input's rank is
+    one sample, or several when its first dimension is a multiple of the model's fixed one; an array with one
+    dimension more holds samples along the first. Raises InputError when names or counts do not fit.
+    """
+    from graphwright.runtime.feeds import check_names, load_feeds, required_inputs
+
+    files = sorted(path.glob("*.npz")) if path.is_dir() else [path]
+    if not files:
+        raise InputError(f"{path}: holds no .npz file; expected one a sample")
+    shapes = {value.name or "": _declared(value, pins) for value in required_inputs(model)}
+    samples: dict[str, list[np.ndarray]] = {name: [] for name in shapes}
+    for file in files:
+        feeds = load_feeds(file)
+        check_names(feeds, model, str(file))
+        split = {
+            name: _split(array, shapes[name], f"{file}: input {name!r}") for name, array in feeds.items()
+        }
+        counts = {name: len(parts) for name, parts in split.items()}
+        if len(set(counts.values())) > 1:
+            raise InputError(f"{file}: holds {counts} samples by input; expected the same number of each")
+        for name, parts in split.items():
+            samples[name] += parts
+    return samples
+
+
+def _declared(value: ir.Value, pins: Mapping[str, Sequence[int]]) -> list[int | None] | None:
+    if value.name in pins:
+        return list(pins[value.name])
+    if value.shape is None:
+        return None
+    return [dim if isinstance(dim, int) else None for dim in value.shape]
+
+
+def _split(array: np.ndarray, shape: list[int | None] | None, where: str) -> list[np.ndarray]:
+    if shape is None:
+        return [array]
+    if array.ndim == len(shape) + 1:
+        return [array[i, ...] for i in range(len(array))]
+    if array.ndim != len(shape):
+        raise InputError(
+            f"{where} has shape {list(array.shape)}; expected rank {len(shape)}, or one more for samples"
+        )
+    if not shape or shape[0] is None or shape[0] == array.shape[0] or not shape[0]:
+        return [array]
+    count, rest = divmod(array.shape[0], shape[0])
+    if rest:
+        raise InputError(f"{where} has {array.shape[0]} rows; expected a multiple of the model's {shape[0]}")
+    return [array[i * shape[0] : (i + 1) * shape[0]] for i in range(count)]
