@@ -40,22 +40,29 @@ def subgraphs(node: ir.Node) -> Iterator[ir.Graph]:
             yield from attribute.as_graphs()
 
 
-def _nested(scope: Scope) -> Iterator[Scope]:
+def nested(scope: Scope) -> Iterator[Scope]:
+    """The scope, then the subgraphs inside it at any depth, outer before inner.
+
+    Each is looked up when its turn comes, so the graph just yielded may be changed.
+    """
     stack = [scope]
     while stack:
         current = stack.pop()
         yield current
-        for node in current.graph:
-            if node.attributes:
-                for body in subgraphs(node):
-                    stack.append(Scope(body, current.opsets, current.function, node))
+        inner = [
+            Scope(body, current.opsets, current.function, node)
+            for node in current.graph
+            if node.attributes
+            for body in subgraphs(node)
+        ]
+        stack.extend(reversed(inner))
 
 
 def scopes(model: ir.Model) -> Iterator[Scope]:
     """The main graph, then function bodies; each followed by the subgraphs inside it, outer before inner."""
-    yield from _nested(Scope(model.graph, model.graph.opset_imports))
+    yield from nested(Scope(model.graph, model.graph.opset_imports))
     for function in list(model.functions.values()):
-        yield from _nested(Scope(function.graph, function.opset_imports, function))
+        yield from nested(Scope(function.graph, function.opset_imports, function))
 
 
 def all_graphs(model: ir.Model) -> Iterator[ir.Graph]:
@@ -154,6 +161,10 @@ def nbytes(tensor: ir.TensorProtocol) -> int:
     if tensor.dtype == ir.DataType.STRING:
         return 16 * tensor.size
     return tensor.nbytes
+
+
+def tensor_shape(tensor: ir.TensorProtocol) -> ir.Shape:
+    return ir.Shape(tuple(tensor.shape.numpy()))
 
 
 def value_nbytes(value: ir.Value) -> int | None:
@@ -259,15 +270,19 @@ def can_be_output(value: ir.Value, graph: ir.Graph) -> bool:
     return producer is not None and producer.graph is graph and not value.is_graph_output()
 
 
-def replace_value(old: ir.Value, new: ir.Value) -> None:
+def replace_value(old: ir.Value, new: ir.Value, *, keep_name: bool = False) -> None:
     """Let `new` take the place of `old` everywhere, subgraphs included; graph outputs keep their names.
 
     Where `new` cannot be that output itself (it is an input, an initializer, another output, or from an outer
     graph), an Identity behind the producer of `old` carries the name. `old` is unused afterwards; `new` must
     be available wherever `old` is. The producer of `old` stays: remove it with `remove_node`.
+    keep_name: `new` was made for this and takes the name of `old` inside the graph too: sites keep theirs.
     """
     carry_type(old, new)
     graph, name = old.graph, old.name
+    if keep_name and not new.is_graph_output():
+        old.name = None
+        new.name = name
     if old.is_graph_output() and graph is not None:
         output = new
         old.name = None
@@ -277,7 +292,7 @@ def replace_value(old: ir.Value, new: ir.Value) -> None:
             producer = old.producer()
             assert producer is not None, "an input of a graph cannot be replaced"
             output = ir.Value(name=name, type=old.type, shape=old.shape)
-            identity = ir.Node("", "Identity", [new], outputs=[output], name=f"{name}_identity")
+            identity = ir.Node("", "Identity", [new], outputs=[output], name="")
             graph.insert_after(producer, identity)
         for index, value in enumerate(graph.outputs):
             if value is old:
@@ -297,8 +312,8 @@ def remove_node(node: ir.Node) -> None:
 
 
 def detach(graph: ir.Graph) -> None:
-    """Let the nodes of a graph that is thrown away go of their inputs: outer values then show no dead uses."""
-    for inner in _nested(Scope(graph, {})):
+    """Let the nodes of a graph that is thrown away go of their inputs: outer values lose those uses."""
+    for inner in nested(Scope(graph, {})):
         for node in inner.graph:
             for index in range(len(node.inputs)):
                 node.replace_input_with(index, None)
@@ -320,8 +335,8 @@ def add_constant(scope: Scope, before: ir.Node, name: str, array: np.ndarray | i
     """A constant in the scope: an initializer, or in a function body, which has none, a Constant node."""
     tensor = ir.tensor(array, name=name)
     if scope.function is not None:
-        value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape))
-        node = ir.Node("", "Constant", [], [ir.AttrTensor("value", tensor)], outputs=[value], name=name)
+        value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=tensor_shape(tensor))
+        node = ir.Node("", "Constant", [], [ir.AttrTensor("value", tensor)], outputs=[value], name="")
         scope.graph.insert_before(before, node)
         return value
     value = ir.val(name, const_value=tensor)
