@@ -1,0 +1,122 @@
+"""Work out the shapes and types of values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import onnx_ir as ir
+
+from .. import graph
+from ..base import Contract, Pass, PassContext, PassReport
+from .protobuf import light_proto
+
+if TYPE_CHECKING:
+    import onnx
+
+
+@dataclass(frozen=True)
+class InferShapes(Pass):
+    """Find the type and shape of every value that onnx's shape inference can find, computed shapes included.
+
+        agraph (float[2,3] X) => (float[N] Y)     ->   agraph (float[2,3] X) => (float[6] Y)
+        <int64[1] flat = {-1}>                         <int64[1] flat = {-1}>
+        {  Y = Reshape (X, flat)  }                    {  Y = Reshape (X, flat)  }
+
+    Nothing but annotations changes. A dimension that is a number is never replaced by a symbol. Bodies of If,
+    Loop and Scan are annotated too; function bodies are not, since their shapes differ from call to call.
+    A declared number that contradicts the inferred one is replaced inside the graph and kept, with a note, on
+    inputs and outputs. Weights are not read.
+    """
+
+    name: ClassVar[str] = "infer-shapes"
+    contract: ClassVar[Contract] = Contract.EXACT
+
+    def run(self, model: ir.Model, ctx: PassContext) -> PassReport:
+        import onnx.shape_inference
+
+        report = self.report()
+        proto = light_proto(model)
+        try:
+            inferred = onnx.shape_inference.infer_shapes(proto, strict_mode=False, data_prop=True)
+        except (onnx.shape_inference.InferenceError, RuntimeError) as error:
+            report.skipped("infer", model.graph.name, " ".join(str(error).split())[:200])
+            return report
+        for body, result in _pairs(model.graph, inferred.graph):
+            _merge(body, result, report)
+        return report
+
+
+def _pairs(body: ir.Graph, result: onnx.GraphProto) -> Iterator[tuple[ir.Graph, onnx.GraphProto]]:
+    """The graphs of the model beside what inference made of them, subgraphs included."""
+    yield body, result
+    for node, proto in zip(body, result.node, strict=True):
+        if not node.attributes:
+            continue
+        inner = [g for a in proto.attribute for g in ([a.g] if a.HasField("g") else a.graphs)]
+        for sub, sub_result in zip(graph.subgraphs(node), inner, strict=True):
+            yield from _pairs(sub, sub_result)
+
+
+def _merge(body: ir.Graph, result: onnx.GraphProto, report: PassReport) -> None:
+    found = {info.name: info.type for info in (*result.value_info, *result.output)}
+    for node in body:
+        for value in node.outputs:
+            proto = found.get(value.name or "")
+            if proto is not None and proto.WhichOneof("value") is not None:
+                _annotate(value, proto, report)
+
+
+def _annotate(value: ir.Value, proto: onnx.TypeProto, report: PassReport) -> None:
+    """Take over what `proto` knows and the value does not."""
+    if value.type is None:
+        value.type = ir.serde.deserialize_type_proto_for_type(proto)
+        news = True
+    else:
+        news = False
+    if proto.WhichOneof("value") != "tensor_type" or not proto.tensor_type.HasField("shape"):
+        if news:
+            report.changed("infer", value.name, str(value.type))
+        return
+    dims = [_dimension(dim) for dim in proto.tensor_type.shape.dim]
+    before = value.shape
+    if before is None:
+        value.shape = ir.Shape(dims)
+    elif len(before) != len(dims):
+        _contradiction(value, ir.Shape(dims), report)
+        return
+    else:
+        merged = [_merge_dim(old, new) for old, new in zip(before, dims, strict=True)]
+        if any(
+            isinstance(m, int) and isinstance(o, int) and m != o for m, o in zip(merged, before, strict=True)
+        ):
+            _contradiction(value, ir.Shape(merged), report)
+            return
+        if all(str(m) == str(o) for m, o in zip(merged, before, strict=True)):
+            if news:
+                report.changed("infer", value.name, f"{value.type}{value.shape}")
+            return
+        value.shape = ir.Shape(merged)
+    report.changed("infer", value.name, f"{before} -> {value.shape}")
+
+
+def _dimension(dim: onnx.TensorShapeProto.Dimension) -> int | ir.SymbolicDim:
+    return dim.dim_value if dim.HasField("dim_value") else ir.SymbolicDim(dim.dim_param or None)
+
+
+def _merge_dim(old: int | ir.SymbolicDim, new: int | ir.SymbolicDim) -> int | ir.SymbolicDim:
+    """The inferred number, else the declared one, else a name."""
+    if isinstance(new, int):
+        return new
+    return new if isinstance(old, ir.SymbolicDim) and old.value is None else old
+
+
+def _contradiction(value: ir.Value, shape: ir.Shape, report: PassReport) -> None:
+    if value.is_graph_output():
+        report.skipped(
+            "infer", value.name, f"declared {value.shape}, inferred {shape}; the declaration is kept"
+        )
+        return
+    report.changed("infer", value.name, f"{value.shape} was wrong -> {shape}")
+    value.shape = shape
