@@ -1,0 +1,257 @@
+"""Compute at rewriting time what does not depend on the inputs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import onnx_ir as ir
+
+from .. import graph
+from ..base import Contract, Pass, PassContext, PassReport
+from .common_subexpressions import is_random
+from .evaluate import Limits, Refusal, check_work, evaluate, predict_bytes
+from .shape_values import LENGTH, Entries, ShapeValues
+
+QUANTIZERS = ("DequantizeLinear", "QuantizeLinear", "DynamicQuantizeLinear")
+SEQUENCES = ("SequenceConstruct", "SequenceEmpty", "SplitToSequence", "Optional")
+
+
+@dataclass(frozen=True)
+class FoldConstants(Pass):
+    """Replace nodes whose result is always the same by that result.
+
+        <float[2] w = {1, 2}>              ->   <float[2] v = {2, 4}>
+        {  v = Add (w, w)                       {  Y = Mul (X, v)  }
+           Y = Mul (X, v)  }
+
+    Shapes are followed entry by entry: `Gather (Shape (X), 1)` is a constant when that dimension of X is
+    fixed, and a Reshape to `[N, 12, 64]` with free N becomes one to `[-1, 12, 64]`. An If with a constant
+    condition becomes its branch.
+    Left alone, each with its reason: results above max_bytes or that make the file larger by more than
+    max_growth (a ConstantOfShape of 500 MB stays one; sizes are worked out first), work that takes long, random
+    operators, quantized weights, nodes of functions with parameters in their attributes.
+    Results are computed by NumPy, so they may differ from a runtime's by rounding.
+    """
+
+    name: ClassVar[str] = "fold-constants"
+    contract: ClassVar[Contract] = Contract.ROUNDING
+
+    max_bytes: int = 16 << 20  # largest result
+    max_growth: int = 1 << 20  # bytes that one result may add to the file
+    max_total: int = 256 << 20  # bytes of all results together: they are held in memory
+    quantized: bool = False  # fold DequantizeLinear and QuantizeLinear of constants too
+
+    def __post_init__(self) -> None:
+        if min(self.max_bytes, self.max_growth, self.max_total) < 0:
+            raise ValueError("sizes cannot be negative")
+
+    def run(self, model: ir.Model, ctx: PassContext) -> PassReport:
+        run = _Run(self, model, self.report())
+        for scope in graph.scopes(model):
+            run.fold(scope)
+        run.report.stats["bytes"] = run.held
+        return run.report
+
+
+class _Run:
+    """One run of the pass: what it has found out so far."""
+
+    def __init__(self, options: FoldConstants, model: ir.Model, report: PassReport) -> None:
+        self.options, self.model, self.report = options, model, report
+        self.held = 0
+        self._shapes = ShapeValues()
+        self._limits = Limits(options.max_bytes, 4 * options.max_bytes)
+        self._uses_of_names: Counter[str | None] | None = None
+        self._names: graph.Names | None = None
+
+    def fold(self, scope: graph.Scope) -> None:
+        for node in scope.graph:
+            self._visit(node, scope)
+
+    def _visit(self, node: ir.Node, scope: graph.Scope) -> None:
+        if node.domain != "" or node.op_type == "Constant":
+            return
+        if node.op_type == "If" and self._choose_branch(node, scope):
+            return
+        entries = self._shapes.visit(node, scope.opset)
+        if entries is not None and entries.known and self._fold_shape(node, entries, scope):
+            return
+        if node.op_type == "Reshape":
+            self._complete_reshape(node, scope)
+        if all(v is None or graph.is_constant(v) for v in node.inputs):
+            self._fold_node(node, scope)
+
+    def _fold_shape(self, node: ir.Node, entries: Entries, scope: graph.Scope) -> bool:
+        """A shape computation whose entries are all numbers."""
+        dtype = _whole_type(node)
+        if dtype is None:
+            return False
+        array = np.array(entries.items, dtype.numpy())
+        self._replace(node, [array.reshape(()) if entries.scalar else array], scope, "shape")
+        return True
+
+    def _complete_reshape(self, node: ir.Node, scope: graph.Scope) -> None:
+        """Reshape to numbers and one length: the length follows from the rest."""
+        target = graph.input_of(node, 1)
+        entries = self._shapes.of(target)
+        if target is None or entries is None or entries.known or graph.has_references(node):
+            return
+        free = [item for item in entries.items if not isinstance(item, int)]
+        fixed = [item for item in entries.items if isinstance(item, int)]
+        if free != [LENGTH] or any(item <= 0 for item in fixed):
+            return
+        dims = np.array([item if isinstance(item, int) else -1 for item in entries.items], np.int64)
+        name = self._fresh(f"{target.name}_fixed")
+        node.replace_input_with(1, graph.add_constant(scope, node, name, dims))
+        self.report.changed("reshape", graph.site(node), f"to {dims.tolist()}")
+
+    def _fold_node(self, node: ir.Node, scope: graph.Scope) -> None:
+        if graph.has_references(node) or any(True for _ in graph.subgraphs(node)) or is_random(node):
+            return
+        if node.op_type in SEQUENCES or not any(graph.is_used(value) for value in node.outputs):
+            return
+        if node.op_type in QUANTIZERS and not self.options.quantized:
+            self.report.skipped(
+                "fold", graph.site(node), f"{node.op_type} of a constant; quantized=true folds it"
+            )
+            return
+        tensors = [graph.constant_tensor(value) for value in node.inputs]
+        try:
+            self._check_size(node, scope, tensors)
+            arrays = evaluate(node, scope.opset, tensors)
+            size = sum(array.nbytes for array in arrays)
+            self._check_result(size, node, tensors)
+        except Refusal as refusal:
+            self.report.skipped("fold", graph.site(node), f"{node.op_type}: {refusal}")
+            return
+        self.held += size
+        self._replace(node, arrays, scope, "fold")
+
+    def _check_size(self, node: ir.Node, scope: graph.Scope, tensors: list[ir.TensorProtocol | None]) -> None:
+        read = sum(graph.nbytes(t) for t in tensors if t is not None)
+        if read > self._limits.inputs:
+            raise Refusal(f"it reads {_megabytes(read)}; fold-constants:max_bytes={-(-read // 4)} allows it")
+        predicted = predict_bytes(node, scope.opset, tensors)
+        check_work(node, tensors, predicted)
+        if predicted > self._limits.result:
+            raise Refusal(f"the result takes {_megabytes(predicted)}; max_bytes={predicted} allows it")
+
+    def _check_result(self, size: int, node: ir.Node, tensors: list[ir.TensorProtocol | None]) -> None:
+        freed = sum(
+            graph.nbytes(tensor)
+            for value, tensor in zip(node.inputs, tensors, strict=True)
+            if value is not None and tensor is not None and len(value.uses()) == 1
+        )
+        if size - freed > self.options.max_growth:
+            raise Refusal(
+                f"the file would grow by {_megabytes(size - freed)}; max_growth={size - freed} allows it"
+            )
+        if self.held + size > self.options.max_total:
+            raise Refusal(
+                f"results take {_megabytes(self.held)} already; max_total={self.held + size} allows it"
+            )
+
+    def _replace(self, node: ir.Node, arrays: list[np.ndarray], scope: graph.Scope, rule: str) -> None:
+        """Put constants of the same names in the place of the outputs."""
+        site = graph.site(node)
+        for old, array in zip(node.outputs, arrays, strict=False):
+            if not old.name or not graph.is_used(old):
+                continue
+            name = old.name
+            if old.is_graph_output():
+                tensor = ir.tensor(array, name=name)
+                constant = ir.Node("", "Constant", [], [ir.AttrTensor("value", tensor)], name="")
+                scope.graph.insert_before(node, constant)
+                new = constant.outputs[0]
+                new.shape, new.type = graph.tensor_shape(tensor), ir.TensorType(tensor.dtype)
+                graph.replace_value(old, new, keep_name=True)
+                continue
+            old.name = None
+            graph.replace_value(old, graph.add_constant(scope, node, name, array))
+        graph.remove_node(node)
+        self.report.changed(rule, site, f"{node.op_type} -> {', '.join(_describe(a) for a in arrays)}")
+
+    def _fresh(self, stem: str) -> str:
+        self._names = self._names or graph.Names(self.model)
+        return self._names.fresh(stem)
+
+    # --- If
+
+    def _choose_branch(self, node: ir.Node, scope: graph.Scope) -> bool:
+        """Put the branch that a constant condition takes in the place of the If."""
+        condition = graph.constant_value(node.inputs[0])
+        if condition is None:
+            return False
+        which = "then_branch" if bool(condition.reshape(-1)[0]) else "else_branch"
+        attribute = node.attributes.get(which)
+        if attribute is None or attribute.is_ref():
+            return False
+        branch = attribute.as_graph()
+        site = graph.site(node)
+        self._rename_clashes(branch)
+        results = list(branch.outputs)
+        branch.outputs.clear()
+        moved = set(branch)
+        for name, value in list(branch.initializers.items()):
+            del branch.initializers[name]
+            assert value.const_value is not None
+            if scope.function is None:
+                scope.graph.register_initializer(value)
+            else:
+                constant = graph.add_constant(scope, node, name, value.const_value)
+                results = [constant if value is r else r for r in results]
+                graph.replace_value(value, constant)
+        nodes = list(branch)
+        for inner in nodes:
+            branch.remove(inner)
+        scope.graph.insert_before(node, nodes)
+        taken: set[ir.Value] = set()
+        for old, new in zip(node.outputs, results, strict=True):
+            if graph.is_used(old):
+                fresh = new.producer() in moved and new not in taken
+                graph.replace_value(old, new, keep_name=fresh)
+                taken.add(new)
+        graph.remove_node(node)
+        self.report.changed("if", site, f"always {which}: {len(nodes)} nodes")
+        for inner in nodes:  # they stand before the node that the walk over the graph is at
+            self._visit(inner, scope)
+        return True
+
+    def _rename_clashes(self, branch: ir.Graph) -> None:
+        """Branches may use the same names; in one graph each must be unique."""
+        if self._uses_of_names is None:
+            self._uses_of_names = Counter()
+            for body in graph.all_graphs(self.model):
+                self._uses_of_names.update(body.initializers)
+                self._uses_of_names.update(value.name for node in body for value in node.outputs)
+        for value in [*branch.initializers.values(), *(v for node in branch for v in node.outputs)]:
+            if value.name and self._uses_of_names[value.name] > 1:
+                value.name = self._fresh(value.name)
+
+
+def _whole_type(node: ir.Node) -> ir.DataType | None:
+    """The integer type of a shape computation's output."""
+    output = node.outputs[0]
+    dtype = output.dtype
+    if dtype is None:
+        if node.op_type in ("Shape", "Size"):
+            return ir.DataType.INT64
+        if node.op_type == "Cast":
+            return ir.DataType(graph.attribute(node, "to"))
+        if node.op_type == "Equal":
+            return ir.DataType.BOOL
+        source = node.inputs[1 if node.op_type == "Where" else 0]
+        dtype = source.dtype if source is not None else None
+    whole = (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL)
+    return dtype if dtype in whole else None
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:.1f} MB"
+
+
+def _describe(array: np.ndarray) -> str:
+    return f"{array.dtype}{list(array.shape)}"
