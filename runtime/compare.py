@@ -81,7 +81,7 @@ class Verdict:
             "outputs": [
                 {
                     "name": o.name, "shape": list(o.shape), "max_abs_error": _number(o.max_abs),
-                    "scale": _number(o.scale), "relative_error": _number(o.relative), "limit": o.limit, "note": o.note,
+                    "scale": _number(o.scale), "relative_error": _number(o.relative), "limit": _number(o.limit), "note": o.note,
                 }
                 for o in self.outputs
             ],
