@@ -19,24 +19,30 @@ from dataclasses import dataclass
 from functools import reduce
 from typing import Any
 
-from tvm import tirx
+from tvm import relax, tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
 
 from ...passes.base import Caches
-from ...passes.ops.two_pass_softmax import Form, choose_form, longest_in_cache
+from ...passes.ops.two_pass_softmax import TWO_PASS_SOFTMAX, Form, choose_form, longest_in_cache
+from ..lowering import lowers
 from ..target import InstructionSet, Target
 from .vectors import LOWEST, NEGATIVE_INFINITY, POLYNOMIAL, Buffer, Expr, Vectors
 
+SYMBOL = "two_pass_softmax"
+OPAQUE = 8  # Relax's operator pattern of a function that nothing is fused into
 REGISTER_VECTORS = 16
 # Elements below which a parallel launch (1 to 9 us) costs more than the second thread saves.
 PARALLEL = 1 << 17
-# Elements of a block: three-pass, input and output together half of a 32 KiB cache; two-pass, what a float32
-# lane may add up before its rounding shows (a sum of 2^26 in 64 lanes is off by 8e-4).
-RELOAD_BLOCK, PAIR_BLOCK = 1 << 11, 1 << 14
+# Elements of a three-pass block: input and output together are half of a 32 KiB cache.
+RELOAD_BLOCK = 1 << 11
+# What a float32 lane of the two-pass form adds up before its block ends: a sum of 2^26 elements in 64 lanes is
+# off by 8e-4, one in blocks of this size by 2e-7.
+LANE_TERMS = 1 << 8
 # Where n is still exact: below FLOOR an element counts as FLOOR, and a row whose greatest n is outside
 # (-LIMIT, LIMIT) is left to the three-pass form, as are rows with a NaN.
 FLOOR, LIMIT = -2.9e6, 4.0e6
+COMPUTED = ("float32", "float16", "bfloat16")
 EMPTY = -16777216.0  # the n of an empty sum
 
 Emit = Callable[[], None]
@@ -201,6 +207,16 @@ class SoftmaxEmitter:
 
     # -- two-pass ---------------------------------------------------------------------------------------------
 
+    @property
+    def pair_sums(self) -> int:
+        """Accumulators of the two-pass form."""
+        return 4 if self.vectors.wide else 2
+
+    @property
+    def pair_block(self) -> int:
+        """Elements of a two-pass block."""
+        return LANE_TERMS * self.pair_sums * self.vectors.lanes
+
     def pairs(self, offsets: Sequence[Expr], part: Expr | None, coefficients: Sequence[Expr] | None) -> list[Any]:
         """(m, n) of each vector of X: e^x = m·2^n, times whatever the coefficients were multiplied by."""
         v = self.vectors
@@ -215,8 +231,7 @@ class SoftmaxEmitter:
     def pair_sum(self, start: Expr, count: int | Expr) -> tuple[Expr, Expr]:
         """(m, n) of the sum of e^x over `count` elements."""
         v = self.vectors
-        # Two vectors share an accumulator and so its rescaling.
-        sums, share = (4, 2) if v.wide else (2, 2)
+        sums, share = self.pair_sums, 2  # two vectors share an accumulator and so its rescaling
         ms, ns = v.registers(sums, 0.0), v.registers(sums, EMPTY)
 
         def body(offsets: list[Expr], part: Expr | None) -> None:
@@ -326,14 +341,17 @@ class _Driver:
             lambda: self.each_row(body, "serial"),
         )
 
-    def by_work_or_blocks(self, body: Callable[[Expr, str], None]) -> None:
-        """Like `by_work`; the blocks of each row are split instead where rows do not fill the threads."""
+    def by_work_or_blocks(self, body: Callable[[Expr, str], None], long: bool = False) -> None:
+        """Like `by_work`; the blocks of each row are split instead where rows do not fill the threads.
+
+        long: every row is known to be worth a parallel launch.
+        """
         few: bool | Expr = self.rows < self.threads
         if isinstance(self.rows, int):
             uneven = self.rows % self.threads != 0 and self.rows < 4 * self.threads
             few = _all(few or uneven, self.length >= PARALLEL)
         else:
-            few = _all(few, self.length >= PARALLEL)
+            few = few if long else _all(few, self.length >= PARALLEL)
 
         def serial() -> None:
             self.each_row(lambda start: body(start, "serial"), "serial")
@@ -345,7 +363,7 @@ class _Driver:
             few,
             lambda: self.each_row(lambda start: body(start, "parallel"), "serial"),
             lambda: _when(
-                self.rows * self.length >= PARALLEL,
+                long or self.rows * self.length >= PARALLEL,
                 lambda: self.each_row(lambda start: body(start, "serial"), "parallel"),
                 serial,
             ),
@@ -366,21 +384,22 @@ class _Driver:
             e.scale(first, count, T.Bind(sums[b] * factor))
 
     def two_pass(self, start: Expr, kind: str, stream: bool) -> None:
-        e, blocks = self.emitter, _blocks(self.length, PAIR_BLOCK, self.emitter.index)
+        e, block = self.emitter, self.emitter.pair_block
+        blocks = _blocks(self.length, block, e.index)
         ms = T.alloc_buffer((blocks,), "float32", scope="global")
         ns = T.alloc_buffer((blocks,), "float32", scope="global")
         with self.loop(kind, blocks) as b:
-            m, n = e.pair_sum(start + b * PAIR_BLOCK, self.count(PAIR_BLOCK, b))
+            m, n = e.pair_sum(start + b * block, self.count(block, b))
             T.buffer_store(ms, m, [b])
             T.buffer_store(ns, n, [b])
         m_sum, n_sum = e.merge_pairs(ms, ns, blocks)
 
         def output() -> None:
             with self.loop(kind, blocks) as b:
-                e.pair_output(start + b * PAIR_BLOCK, self.count(PAIR_BLOCK, b), m_sum, n_sum, stream)
+                e.pair_output(start + b * block, self.count(block, b), m_sum, n_sum, stream)
 
         usual = _all(m_sum > T.float32(0), m_sum < T.float32(3e38), n_sum < T.float32(LIMIT), n_sum > T.float32(-LIMIT))
-        _when(usual, output, lambda: self.three_pass(start, "serial"))
+        _when(usual, output, lambda: e.reload_row(start, self.length))
 
     def emit(self, form: Form, limit: int) -> None:
         """The whole kernel. `limit`: longest row for the three-pass form when the length is known only at run
@@ -399,7 +418,7 @@ class _Driver:
                     lambda: self.two_pass(start, kind, False),
                 )
 
-            self.by_work_or_blocks(row)
+            self.by_work_or_blocks(row, long=form is Form.AUTO and limit >= PARALLEL)
 
         def three_pass() -> None:
             _when(
@@ -422,13 +441,14 @@ def softmax(
     caches: Caches,
     threads: int = 1,
     form: Form = Form.AUTO,
-    name: str = "two_pass_softmax",
+    name: str | None = None,
 ) -> tirx.PrimFunc:
     """A kernel (X, Y) -> None: Y = softmax of X over the last axis, both float32 of `shape`, row-major.
 
     shape: None for a dimension that is known at run time. threads: how many the kernel may count on; more work
     than one thread's share is offered to TVM's thread pool only if it is above one. form: AUTO chooses by row
-    length and cache sizes, at run time where the length is dynamic.
+    length and cache sizes, at run time where the length is dynamic. name: of the exported symbol; None for a
+    function that only its own module calls.
     """
     if not shape:
         raise ValueError("softmax needs at least one axis, got a scalar")
@@ -438,9 +458,9 @@ def softmax(
         size *= d if isinstance(d, int) else 1
     index = "int32" if static and size < 1 << 30 else "int64"
     vectors = Vectors(isa)
-    with IRBuilder() as builder, T.prim_func(s_tir=True):
-        T.func_name(name)
-        T.func_attr({"global_symbol": name, "tirx.noalias": True, "op_pattern": 8, "tirx.is_scheduled": True})
+    with IRBuilder() as builder, T.prim_func(is_private=name is None, s_tir=True):
+        T.func_name(name or SYMBOL)
+        T.func_attr({"tirx.noalias": True, "op_pattern": OPAQUE, "tirx.is_scheduled": True})
         dims = [
             tirx.const(d, index) if isinstance(d, int) else tirx.Var(f"d{i}", index) for i, d in enumerate(shape)
         ]
@@ -451,15 +471,26 @@ def softmax(
         flat = reduce(lambda a, b: a * b, dims)
         x = T.decl_buffer((flat,), "float32", data=x.data)
         y = T.decl_buffer((flat,), "float32", data=y.data)
-        with vectors.prelude():
-            # Streaming is for results that would not be found in the cache anyway.
-            stream = rows * length * 4 > caches.last_level if isa.streaming else False
+        # Relax looks for a root block in every function that it calls.
+        with T.sblock("root"), vectors.prelude():
+            stream = _streams(rows, length, form, isa, caches)
             driver = _Driver(SoftmaxEmitter(vectors, x, y, index), rows, length, threads, stream)
             known = form
             if form is Form.AUTO and isinstance(length, int):
                 known, _ = choose_form(length, caches)
             driver.emit(known, longest_in_cache(caches))
     return builder.get()
+
+
+def _streams(
+    rows: int | Expr, length: int | Expr, form: Form, isa: InstructionSet, caches: Caches
+) -> bool | Expr:
+    """Whether the two-pass form writes past the caches: where the result would not be found in them anyway."""
+    if not isa.streaming:
+        return False
+    if form is Form.AUTO and not isinstance(length, int):
+        return True  # a row too long for the other form nearly is that
+    return rows * length * 4 > caches.last_level
 
 
 def _product(shape: Sequence[int | None], dims: Sequence[Expr]) -> int | Expr:
@@ -470,3 +501,22 @@ def _product(shape: Sequence[int | None], dims: Sequence[Expr]) -> int | Expr:
         else:
             expression = e if expression is None else expression * e
     return known if expression is None else T.Bind(expression * known)
+
+
+@lowers(TWO_PASS_SOFTMAX.identifier, kinds=("llvm",))
+def lower(bb: relax.BlockBuilder, inputs: list[Any], attrs: dict[str, Any], target: Target) -> Any:
+    """Softmax of the last axis through the kernel; float16 and bfloat16 are computed in float32.
+
+    Another element type, another axis or an unknown rank falls back to Relax's softmax.
+    """
+    x = inputs[0]
+    axis, dtype, rank = int(attrs.get("axis", -1)), str(x.ty.dtype.dtype), int(x.ty.ndim)
+    shape = x.ty.shape
+    if axis not in (-1, rank - 1) or rank < 1 or dtype not in COMPUTED or not isinstance(shape, relax.ShapeExpr):
+        return relax.op.nn.softmax(x, axis=axis)
+    dims = [int(d) if isinstance(d, tirx.IntImm) else None for d in shape.values]
+    form = Form(attrs.get("form", Form.AUTO.value))
+    kernel = bb.add_func(softmax(dims, target.isa, target.caches, target.cores, form), SYMBOL)
+    wide = x if dtype == "float32" else bb.emit(relax.op.astype(x, "float32"))
+    y = relax.call_tir(kernel, [wide], relax.TensorType(shape, "float32"))
+    return y if dtype == "float32" else relax.op.astype(bb.emit(y), dtype)

@@ -69,7 +69,11 @@ class Vectors:
 
     def split(self, x: Expr) -> tuple[Expr, Expr]:
         """x = n·ln 2 + t with n whole and |t| <= ln(2)/2, for |x| < 2.9e6. Returns (n, t)."""
-        n = T.Bind(self.fma(x, self.splat(LOG2E), self.splat(ROUND)) - self.splat(ROUND))
+        if self.isa.fma:
+            n = T.Bind(self.fma(x, self.splat(LOG2E), self.splat(ROUND)) - self.splat(ROUND))
+        else:
+            # Hidden from TVM, which takes (a + c) - c for a.
+            n = T.Bind(T.call_extern(self.dtype, self._name("round"), x * self.splat(LOG2E)))
         high, low = LN2_FUSED if self.isa.fma else LN2_SPLIT
         t = T.Bind(self.fma(n, self.splat(-low), self.fma(n, self.splat(-high), x)))
         return n, t
@@ -163,7 +167,7 @@ class Vectors:
         lanes = self.lanes
         vector, mask = f"<{lanes} x float>", f"<{lanes} x i1>"
         text = _MEMORY.format(
-            lanes=lanes, vector=vector, mask=mask, align=4 * lanes, below=4 * lanes - 1,
+            lanes=lanes, vector=vector, mask=mask, align=4 * lanes, below=4 * lanes - 1, magic=ROUND,
             index=", ".join(f"i32 {i}" for i in range(lanes)),
         )
         text += _reduction("max", lanes) + _reduction("sum", lanes)
@@ -208,6 +212,13 @@ define i32 @gw_to_aligned_{lanes}(ptr %p) alwaysinline {{
   %e = lshr i64 %b, 2
   %r = trunc i64 %e to i32
   ret i32 %r
+}}
+define {vector} @gw_round_{lanes}({vector} %v) alwaysinline {{
+  %a = insertelement {vector} poison, float {magic:e}, i32 0
+  %c = shufflevector {vector} %a, {vector} poison, <{lanes} x i32> zeroinitializer
+  %s = fadd {vector} %v, %c
+  %r = fsub {vector} %s, %c
+  ret {vector} %r
 }}
 declare {vector} @llvm.masked.load.v{lanes}f32.p0(ptr, {mask}, {vector})
 declare void @llvm.masked.store.v{lanes}f32.p0({vector}, ptr, {mask})
