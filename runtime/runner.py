@@ -41,7 +41,7 @@ LIBRARIES = ("tvm_runtime", "tvm_runtime_extra", "tvm_ffi")
 
 @dataclass(frozen=True)
 class RuntimeLibraries:
-    """Folders with TVM's runtime libraries for a processor, the one with their headers, and their versions."""
+    """Folders with TVM's runtime libraries for a processor, the folder of their headers, their versions."""
 
     machine: str
     folders: tuple[Path, ...]
