@@ -1,0 +1,732 @@
+"""ONNX to Relax. The only file that knows the private names of TVM's ONNX frontend.
+
+A node is converted by the first of: a registered lowering (custom domains), our own converter
+(`runtime.importing`), TVM's converter, the body of its function (the model's or the standard's). TVM's graph walk is
+not used: it looks operators up without their domain, hoists `If` branches and lets shape expressions stand where
+tensors are expected. Every result is checked against the type and shape that ONNX's inference promises.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+from onnx import AttributeProto, GraphProto, ModelProto, NodeProto
+
+from ..passes.errors import CompileError
+from .lowering import lowering_for
+from .target import Target
+
+if TYPE_CHECKING:
+    import tvm
+    from tvm import tirx
+
+    from .importing.site import Declared, Value
+
+STANDARD = ("", "ai.onnx")
+INFERENCE_LIMIT = 1 << 20  # bytes of one initializer that shape inference may look at
+
+# Operators of the standard domain that stay in onnxruntime whatever their inputs are.
+UNSUPPORTED: dict[str, str] = {
+    **dict.fromkeys(("Loop", "Scan", "SequenceMap"), "loops with a body are not compiled"),
+    **dict.fromkeys(
+        ("SequenceConstruct", "SequenceEmpty", "SequenceErase", "SequenceInsert", "SequenceLength", "SequenceAt",
+         "ConcatFromSequence", "SplitToSequence"), "sequences are not compiled"),
+    **dict.fromkeys(("Optional", "OptionalHasElement", "OptionalGetElement"), "optional values are not compiled"),
+    **dict.fromkeys(
+        ("StringConcat", "StringNormalizer", "StringSplit", "RegexFullMatch", "TfIdfVectorizer"),
+        "strings are not compiled"),
+    **dict.fromkeys(
+        ("RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli"),
+        "random numbers are not compiled"),
+    "ImageDecoder": "image files are not compiled",
+}  # fmt: skip
+
+
+class ImportRefused(CompileError):
+    """One node that cannot be compiled: its operator, its first output's name and the reason."""
+
+    def __init__(self, op: str, value: str, reason: str) -> None:
+        super().__init__(f"{op} at {value!r} cannot be compiled: {reason}")
+        self.op, self.value, self.reason = op, value, reason
+
+
+def import_model(model: ModelProto, target: Target) -> tvm.IRModule:
+    """The model as a Relax module with one public function `main`.
+
+    Parameters of `main` are the graph's inputs in order, initializers excluded; it returns the graph's output, or a
+    tuple of them when there are several. Weights are constants. Dimensions with the same `dim_param` share one
+    symbolic variable; unknown ones get their own. Raises ImportRefused at the first node that cannot be compiled.
+    """
+    return _Importer(model, target).module()
+
+
+def refusals(model: ModelProto, target: Target) -> dict[int, str]:
+    """Index of a node of the main graph -> why it cannot be compiled. Converts every node, compiles nothing.
+
+    A refused node's outputs are taken to be what ONNX's inference says of them, so one refusal does not hide the
+    next. Deterministic. It costs about as much as an import.
+    """
+    return _Importer(model, target).refused()
+
+
+def probe(model: ModelProto, target: Target) -> str | None:
+    """Import a (usually single-node) model and lower its operators to TIR; the reason why that fails, or None."""
+    import tvm
+    from tvm import relax
+
+    try:
+        module = import_model(model, target)
+        with _silence(), target.tvm(), tvm.transform.PassContext(opt_level=3):
+            module = relax.transform.LegalizeOps()(module)
+    except ImportRefused as error:
+        return error.reason
+    except Exception as error:  # TVM raises errors of many classes
+        return _first_line(error)
+    left = _unlowered_calls(module)
+    return f"Relax has no kernel for {', '.join(left)}" if left else None
+
+
+def inline_unlowered(model: ModelProto, target: Target) -> ModelProto:
+    """The model with every call of a model function inlined that has no lowering for the target.
+
+    Functions that were written for another version of the standard operators than the model are inlined too where the
+    two agree; otherwise the call stays and the importer follows the body in the function's own version.
+    """
+    import onnx_ir as ir
+    from onnx_ir.passes.common import InlinePass
+
+    if not model.functions:
+        return model
+    converted = ir.serde.deserialize_model(model)
+
+    def unlowered(function: ir.Function) -> bool:
+        if lowering_for(function.domain, function.name, target.kind) is not None:
+            return False
+        own = converted.graph.opset_imports
+        return all(own.get(domain, version) == version for domain, version in function.opset_imports.items())
+
+    InlinePass(criteria=unlowered)(converted)
+    return ir.serde.serialize_model(converted)
+
+
+@dataclass
+class _Scope:
+    """Names of one graph. A scope with `outside` is an If branch: it reads captured values as parameters."""
+
+    opsets: Mapping[str, int]
+    values: dict[str, Value | None] = field(default_factory=dict)
+    declared: dict[str, Declared] = field(default_factory=dict)
+    attrs: Mapping[str, AttributeProto] = field(default_factory=dict)
+    path: str = ""
+
+    @property
+    def opset(self) -> int:
+        return max((self.opsets.get(domain, 1) for domain in STANDARD), default=1)
+
+
+class _Importer:
+    def __init__(self, model: ModelProto, target: Target) -> None:
+        from tvm import relax
+
+
+        self.model = model
+        self.target = target
+        self.bb = relax.BlockBuilder()
+        self.functions = {(f.domain, f.name, f.overload): f for f in model.functions}
+        self.opsets = {entry.domain: entry.version for entry in model.opset_import}
+        self.symbols: dict[str, tirx.Var] = {}
+        self.branches = 0
+
+    # The main graph.
+
+    def module(self) -> tvm.IRModule:
+        """The whole model. Raises ImportRefused."""
+        from tvm import relax
+
+        graph = self.model.graph
+        with _silence(), self.target.tvm():
+            scope, params = self.main_scope()
+            with self.bb.function("main", params=params):
+                for node in graph.node:
+                    self.node(node, scope)
+                outputs = [self.result(scope, output.name) for output in graph.output]
+                self.bb.emit_func_output(outputs[0] if len(outputs) == 1 else relax.Tuple(outputs))
+            return relax.transform.ConvertToDataflow(1)(self.bb.get())
+
+    def refused(self) -> dict[int, str]:
+        """Node index -> reason, for every node that cannot be converted."""
+        from tvm import relax
+
+        reasons: dict[int, str] = {}
+        with _silence(), self.target.tvm():
+            scope, params = self.main_scope(tolerant=True)
+            with self.bb.function("main", params=params):
+                for index, node in enumerate(self.model.graph.node):
+                    try:
+                        self.node(node, scope)
+                    except ImportRefused as error:
+                        own = node.output and error.value == _site(node)
+                        reasons[index] = error.reason if own else f"{error.op} at {error.value!r}: {error.reason}"
+                        self.assume(node, scope)
+                self.bb.emit_func_output(relax.Tuple([]))
+        return reasons
+
+    def main_scope(self, tolerant: bool = False) -> tuple[_Scope, list[tvm.ir.Expr]]:
+        """The names known before the first node, and the parameters of `main`."""
+        from tvm import relax
+
+        from .importing.site import Refuse, Value
+
+        graph = self.model.graph
+        scope = _Scope(self.opsets, declared=_declared(self.model))
+        self.initializers(graph, scope)
+        params = []
+        for info in graph.input:
+            if info.name in scope.values:
+                continue
+            try:
+                param = relax.Var(_identifier(info.name), self.input_type(info))
+            except Refuse as error:
+                if not tolerant:
+                    raise ImportRefused("input", info.name, str(error)) from error
+                continue
+            params.append(param)
+            scope.values[info.name] = Value(param)
+        return scope, params
+
+    def initializers(self, graph: GraphProto, scope: _Scope) -> None:
+        from .importing.site import Refuse
+
+        for tensor in graph.initializer:
+            with contextlib.suppress(Refuse):  # a string: refused where it is read
+                scope.values[tensor.name] = _constant(_array(tensor))
+
+    def input_type(self, info: onnx.ValueInfoProto) -> tvm.ir.Expr:
+        from tvm import relax, tirx
+
+        from .importing.site import Refuse, onnx_dtype
+
+        if not info.type.HasField("tensor_type"):
+            raise Refuse("it is not a tensor")
+        tensor = info.type.tensor_type
+        if not tensor.HasField("shape"):
+            raise Refuse("its rank is not known")
+        dims: list[Any] = []
+        for index, dim in enumerate(tensor.shape.dim):
+            if dim.HasField("dim_value"):
+                dims.append(dim.dim_value)
+            elif dim.dim_param:
+                dims.append(self.symbols.setdefault(dim.dim_param, tirx.Var(_identifier(dim.dim_param), "int64")))
+            else:
+                dims.append(tirx.Var(_identifier(f"{info.name}_{index}"), "int64"))
+        return relax.TensorType(dims, onnx_dtype(tensor.elem_type))
+
+    def result(self, scope: _Scope, name: str) -> tvm.ir.Expr:
+        value = scope.values.get(name)
+        if value is None:
+            raise ImportRefused("output", name, "nothing computes it")
+        return value.expr
+
+    def assume(self, node: NodeProto, scope: _Scope) -> None:
+        """Stand-ins for a refused node's outputs, of the types that are declared for them."""
+        from tvm import relax, tirx
+
+        from .importing.site import Value
+
+        for name in filter(None, node.output):
+            declared = scope.declared.get(name)
+            scope.values.pop(name, None)
+            if declared is None or declared.dtype is None or declared.shape is None:
+                continue
+            dims = [d if isinstance(d, int) else tirx.Var(f"d{i}", "int64") for i, d in enumerate(declared.shape)]
+            unknown = self.bb.emit(
+                relax.call_pure_packed("unknown", relax.ShapeExpr([]), ty_args=relax.TensorType(None, declared.dtype))
+            )
+            scope.values[name] = Value(self.bb.match_cast(unknown, relax.TensorType(dims, declared.dtype)))
+
+    # Nodes.
+
+    def node(self, node: NodeProto, scope: _Scope) -> None:
+        """Convert one node and bind its outputs. Raises ImportRefused."""
+        try:
+            inputs = [self.read(scope, name) for name in node.input]
+            if node.domain in STANDARD and node.op_type == "If":
+                results = self.if_node(node, inputs, scope)
+            else:
+                results = self.convert(node, inputs, scope)
+            for index, name in enumerate(node.output):
+                if name:
+                    item = results[index] if index < len(results) else None
+                    scope.values[name] = self.checked(item, scope.declared.get(name))
+        except ImportRefused:
+            raise
+        except Exception as error:  # converters and TVM raise errors of many classes
+            raise ImportRefused(node.op_type, scope.path + _site(node), _first_line(error)) from error
+
+    def read(self, scope: _Scope, name: str) -> Value | None:
+        from .importing.site import Refuse
+
+        if name and name not in scope.values:
+            raise Refuse(f"its input {name!r} is not compiled")
+        return scope.values[name] if name else None
+
+    def convert(self, node: NodeProto, inputs: list[Value | None], scope: _Scope) -> list[Any]:
+        """The node's outputs, from the first source that knows the operator."""
+        from .importing import CONVERTERS
+        from .importing.site import Refuse, Site
+
+        attrs = {a.name: a for a in _bound(node.attribute, scope.attrs)}
+        local = self.functions.get((node.domain, node.op_type, node.overload))
+        if node.domain not in STANDARD:
+            lowering = lowering_for(node.domain, node.op_type, self.target.kind)
+            if lowering is not None:
+                exprs: list[Any] = [v.expr if v else None for v in inputs]
+                return self.flat(lowering(self.bb, exprs, _python(attrs.values()), self.target))
+        if local is not None:
+            return self.body(local, inputs, attrs, scope, node)
+        if node.domain not in STANDARD:
+            raise Refuse(f"the domain {node.domain!r} has no lowering and the model has no body for it")
+        if node.op_type in UNSUPPORTED:
+            raise Refuse(UNSUPPORTED[node.op_type])
+        if node.op_type in CONVERTERS:
+            declared = [scope.declared.get(name) or _unknown() for name in node.output]
+            site = Site(node.op_type, self.bb, self.target, scope.opset, inputs, _python(attrs.values()), declared,
+                        len(node.output))
+            return self.flat(CONVERTERS[node.op_type](site))
+        converter = _tvm_converter(node.op_type, scope.opset)
+        if converter is not None:
+            return self.flat(converter(self, node, inputs, list(attrs.values())))
+        return self.body(_standard_body(node, attrs, inputs, scope.opset), inputs, attrs, scope, node)
+
+    def flat(self, result: Any) -> list[Any]:
+        """A converter's result as a list with one item for each output."""
+        from tvm import relax
+
+        from .importing.site import Value
+
+        if isinstance(result, (list, tuple)):
+            return list(result)
+        if isinstance(result, Value):
+            return [result]
+        if isinstance(result, relax.Tuple):
+            return list(result.fields)
+        expr = self.bb.normalize(result)
+        if isinstance(expr.ty, relax.TupleType):
+            expr = self.bb.emit(expr)
+            return [self.bb.emit(relax.TupleGetItem(expr, i)) for i in range(len(expr.ty.fields))]
+        return [expr]
+
+    def checked(self, item: Any, declared: Declared | None) -> Value:
+        """Bind a converter's output after comparing it with what ONNX promises; unknown dimensions get names."""
+        from tvm import relax, tirx
+
+        from .importing.site import Refuse, Value, dtype_of, int64, number
+
+        if item is None:
+            raise Refuse("an output that the model reads is not produced")
+        value = item if isinstance(item, Value) else Value(item)
+        expr = value.expr
+        if not (_is_constant(expr) or isinstance(expr, relax.Var)):
+            expr = self.bb.emit(expr)
+        if not isinstance(expr.ty, relax.TensorType):
+            raise Refuse(f"the converter gave a {type(expr.ty).__name__}, not a tensor")
+        declared = declared or _unknown()
+        if declared.dtype is not None and dtype_of(expr) != declared.dtype:
+            raise Refuse(f"the converter gave {dtype_of(expr)}, ONNX promises {declared.dtype}")
+        known = [number(d) for d in expr.ty.shape.values] if isinstance(expr.ty.shape, relax.ShapeExpr) else None
+        rank = len(known) if known is not None else int(expr.ty.ndim)
+        promised = declared.shape
+        if rank < 0:
+            if promised is None:
+                raise Refuse("the rank of its output is not known")
+            rank = len(promised)
+        if promised is None:
+            promised = (None,) * rank
+        if len(promised) != rank:
+            raise Refuse(f"the converter gave rank {rank}, ONNX promises {len(promised)}")
+        dims: list[Any] = []
+        for index, want in enumerate(promised):
+            have = known[index] if known is not None else None
+            if isinstance(have, int) and isinstance(want, int) and have != want:
+                raise Refuse(f"the converter gave size {have} on axis {index}, ONNX promises {want}")
+            fixed = have if isinstance(have, int) or not isinstance(want, int) else want
+            dims.append(tirx.Var(f"d{index}", "int64") if fixed is None else fixed)
+        if known is None or any(isinstance(d, int) and not isinstance(k, int) for d, k in zip(dims, known, strict=True)):
+            expr = self.bb.match_cast(expr, relax.TensorType([int64(d) for d in dims], dtype_of(expr)))
+        if _is_constant(expr) and value.content is None:
+            return _constant_value(expr)
+        return dataclasses.replace(value, expr=expr)
+
+    # Functions and branches.
+
+    def body(
+        self, function: onnx.FunctionProto | None, inputs: list[Value | None],
+        attrs: Mapping[str, AttributeProto], outer: _Scope, node: NodeProto,
+    ) -> list[Any]:
+        """A node through its function's body, in place."""
+        from .importing.site import Refuse
+
+        if function is None:
+            raise Refuse("no converter and no function body")
+        defaults = {a.name: a for a in function.attribute_proto}
+        opsets = {entry.domain: entry.version for entry in function.opset_import} or outer.opsets
+        scope = _Scope(opsets, attrs={**defaults, **attrs}, path=f"{outer.path}{_site(node)}/")
+        for index, name in enumerate(function.input):
+            scope.values[name] = inputs[index] if index < len(inputs) else None
+        for inner in function.node:
+            self.node(inner, scope)
+        return [self.read(scope, name) for name in function.output[: len(node.output)]]
+
+    def if_node(self, node: NodeProto, inputs: list[Value | None], scope: _Scope) -> list[Any]:
+        """Each branch as a private function that is called from a Relax If: one that is not taken costs nothing."""
+        from tvm import relax
+
+        from .importing.site import Refuse, shape_of
+
+        condition = inputs[0]
+        if condition is None:
+            raise Refuse("its condition is missing")
+        flag = condition.expr
+        if any(d != 1 for d in shape_of(flag)):
+            raise Refuse("its condition is not a single element")
+        branches = {a.name: a.g for a in node.attribute}
+        then_branch, else_branch = branches["then_branch"], branches["else_branch"]
+        fixed = None if condition.content is None else condition.content[0]
+        if shape_of(flag):
+            flag = self.bb.emit(relax.op.reshape(flag, []))
+        if _is_constant(flag):
+            fixed = bool(flag.value.numpy())
+        if isinstance(fixed, (bool, int)):
+            return self.branch_in_place(then_branch if fixed else else_branch, scope, node)
+        calls = [self.branch(graph, name, scope, node) for name, graph in
+                 (("then", then_branch), ("else", else_branch))]
+        result = self.bb.emit(relax.If(flag, *(relax.SeqExpr([], self.bb.normalize(call)) for call in calls)))
+        if len(node.output) == 1:
+            return [result]
+        return [self.bb.emit(relax.TupleGetItem(result, i)) for i in range(len(node.output))]
+
+    def branch_in_place(self, graph: GraphProto, outer: _Scope, node: NodeProto) -> list[Any]:
+        """A branch that is always taken."""
+        scope = _Scope(outer.opsets, dict(outer.values), _graph_types(graph, outer.declared), outer.attrs,
+                       f"{outer.path}{_site(node)}/")
+        self.initializers(graph, scope)
+        for inner in graph.node:
+            self.node(inner, scope)
+        return [self.read(scope, output.name) for output in graph.output]
+
+    def branch(self, graph: GraphProto, name: str, outer: _Scope, node: NodeProto) -> tvm.ir.Expr:
+        """A call of a new private function with the branch's nodes; captured values are its parameters."""
+        import tvm
+        from tvm import relax, tirx
+
+        from .importing.site import Refuse, Value, int64
+
+        self.branches += 1
+        label = f"{name}_{self.branches}"
+        scope = _Scope(outer.opsets, {}, _graph_types(graph, outer.declared), outer.attrs,
+                       f"{outer.path}{_site(node)}/{name}/")
+        captured = [n for n in _captures(graph) if n in outer.values]
+        variables: dict[tirx.Var, tirx.Var] = {}
+        params: list[tvm.ir.Expr] = []
+        arguments: list[tvm.ir.Expr] = []
+
+        def renamed(dim: Any) -> Any:
+            if isinstance(dim, int):
+                return dim
+            analyzer = tvm.sym.Analyzer()
+            for used in tirx.analysis.undefined_vars(dim):
+                analyzer.bind(used, variables.setdefault(used, tirx.Var(used.name, "int64")))
+            return analyzer.simplify(dim)
+
+        for captured_name in captured:
+            value = outer.values[captured_name]
+            if value is None or _is_constant(value.expr):
+                scope.values[captured_name] = value
+                continue
+            dims = [int64(renamed(d)) for d in value.expr.ty.shape.values]
+            param = relax.Var(_identifier(captured_name), relax.TensorType(dims, value.expr.ty.dtype))
+            content = None if value.content is None else tuple(renamed(c) for c in value.content)
+            scope.values[captured_name] = Value(param, content)
+            params.append(param)
+            arguments.append(value.expr)
+        if variables:
+            params.insert(0, relax.Var("dims", relax.ShapeType(list(variables.values()))))
+            arguments.insert(0, relax.ShapeExpr(list(variables)))
+        self.initializers(graph, scope)
+        with self.bb.function(label, params=params, private=True):
+            try:
+                for inner in graph.node:
+                    self.node(inner, scope)
+                results = [self.read(scope, output.name) for output in graph.output]
+                if any(r is None for r in results):
+                    raise Refuse("a branch gives no value")
+            except Exception:
+                self.bb._end_block()  # the builder's own unwinding forgets the open block and scope
+                self.bb.end_scope()
+                raise
+            exprs = [r.expr for r in results if r is not None]
+            function = self.bb.emit_func_output(exprs[0] if len(exprs) == 1 else relax.Tuple(exprs))
+        return relax.Call(function, arguments)
+
+
+# TVM's own converters.
+
+
+def _tvm_converter(op_type: str, opset: int) -> Any:
+    """A function (importer, node, inputs, attributes) -> Relax result through TVM's converter, or None."""
+    from tvm.relax.frontend.onnx import onnx_frontend as frontend
+
+    table = frontend._get_convert_map()
+    if op_type not in table:
+        return None
+
+    def convert(importer: _Importer, node: NodeProto, inputs: list[Value | None], attrs: list[AttributeProto]) -> Any:
+        parser = frontend.ONNXGraphImporter({}, {})
+        parsed = parser._parse_attr(attrs)
+        parsed["tvm_custom"] = {"name": node.name, "num_outputs": len(node.output)}
+        items = frontend.onnx_input(v.expr if v else None for v in inputs)
+        return table[op_type].get_converter(opset)(importer.bb, items, parsed, [{}, {}])
+
+    return convert
+
+
+def _standard_body(
+    node: NodeProto, attrs: Mapping[str, AttributeProto], inputs: Sequence[Value | None], opset: int
+) -> onnx.FunctionProto | None:
+    """The body by which the standard defines an operator, or None."""
+    from .importing.site import dtype_of, shape_of
+
+    try:
+        schema = onnx.defs.get_schema(node.op_type, opset, "")
+    except onnx.defs.SchemaError:
+        return None
+    if schema.has_function:
+        body = schema.function_body
+    elif schema.has_context_dependent_function:
+        types = []
+        for value in inputs:
+            proto = onnx.TypeProto()
+            if value is not None:
+                dtype = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(_np_name(dtype_of(value.expr))))
+                dims = [d if isinstance(d, int) else None for d in shape_of(value.expr)]
+                proto = onnx.helper.make_tensor_type_proto(dtype, dims)
+            types.append(proto.SerializeToString())
+        plain = NodeProto()
+        plain.CopyFrom(node)
+        del plain.attribute[:]
+        plain.attribute.extend(attrs.values())
+        try:
+            body = onnx.FunctionProto()
+            body.ParseFromString(schema.get_context_dependent_function(plain.SerializeToString(), types))
+        except Exception:  # the schema has no body for these inputs
+            return None
+    else:
+        return None
+    copy = onnx.FunctionProto()
+    copy.CopyFrom(body)
+    known = {entry.domain for entry in copy.opset_import}
+    if not known & set(STANDARD):
+        copy.opset_import.extend([onnx.helper.make_opsetid("", opset)])
+    return copy
+
+
+def _np_name(dtype: str) -> Any:
+    from .importing.site import np_dtype
+
+    return np_dtype(dtype)
+
+
+# Constants, names, types.
+
+
+def _array(tensor: onnx.TensorProto) -> np.ndarray:
+    from .importing.site import onnx_dtype
+
+    onnx_dtype(tensor.data_type)
+    return onnx.numpy_helper.to_array(tensor).reshape(tuple(tensor.dims))
+
+
+def _constant(array: np.ndarray) -> Value:
+    from tvm import relax
+
+    return _constant_value(relax.const(array, str(array.dtype)))
+
+
+def _constant_value(expr: tvm.ir.Expr) -> Value:
+    """A constant with its content, when that is small and made of integers."""
+    from .importing.site import CONTENT_LIMIT, Value
+
+    shape = [int(d) for d in expr.ty.shape.values]
+    if len(shape) > 1 or int(np.prod(shape)) > CONTENT_LIMIT:
+        return Value(expr)
+    array = expr.value.numpy()
+    if array.dtype.kind not in "iub":
+        return Value(expr)
+    return Value(expr, tuple(int(v) for v in array.reshape(-1)))
+
+
+def _is_constant(expr: tvm.ir.Expr) -> bool:
+    import tvm
+
+    return isinstance(expr, tvm.ir.GenericConst)
+
+
+def _identifier(name: str) -> str:
+    """A name that TVM's printer and parser accept."""
+    word = re.sub(r"\W", "_", name)
+    return word if word and not word[0].isdigit() else f"v_{word}"
+
+
+def _site(node: NodeProto) -> str:
+    return next((name for name in node.output if name), node.name)
+
+
+def _unknown() -> Declared:
+    from .importing.site import Declared
+
+    return Declared()
+
+
+def _type(info: onnx.ValueInfoProto) -> Declared:
+    from .importing.site import Declared, Refuse, onnx_dtype
+
+    if not info.type.HasField("tensor_type"):
+        return Declared()
+    tensor = info.type.tensor_type
+    dtype = None
+    with contextlib.suppress(Refuse):
+        dtype = onnx_dtype(tensor.elem_type)
+    shape = None
+    if tensor.HasField("shape"):
+        shape = tuple(d.dim_value if d.HasField("dim_value") else d.dim_param or None for d in tensor.shape.dim)
+    return Declared(dtype, shape)
+
+
+def _graph_types(graph: GraphProto, outer: Mapping[str, Declared] | None = None) -> dict[str, Declared]:
+    types = dict(outer or {})
+    types.update((info.name, _type(info)) for info in (*graph.value_info, *graph.output))
+    return types
+
+
+def _declared(model: ModelProto) -> dict[str, Declared]:
+    """Types of all values of the main graph: those the model declares, completed by ONNX's inference."""
+    types = _graph_types(model.graph)
+    missing = [n for node in model.graph.node for n in node.output if n and n not in types]
+    if not missing and not any(d.shape is None for d in types.values()):
+        return types
+    small = ModelProto()
+    small.CopyFrom(_without_weights(model))
+    try:
+        inferred = onnx.shape_inference.infer_shapes(small, strict_mode=False, data_prop=True)
+    except Exception:  # inference is a help, not a condition; it raises errors of many classes
+        return types
+    for name, declared in _graph_types(inferred.graph).items():
+        old = types.get(name)
+        if old is None or old.dtype is None or old.shape is None:
+            types[name] = declared
+    return types
+
+
+def _without_weights(model: ModelProto) -> ModelProto:
+    """A copy of the model in which large initializers are inputs, so that inference does not copy them."""
+    light = ModelProto(ir_version=max(model.ir_version, 4))
+    light.opset_import.extend(model.opset_import)
+    light.functions.extend(model.functions)
+    graph, own = light.graph, model.graph
+    graph.name = own.name
+    graph.node.extend(own.node)
+    graph.input.extend(own.input)
+    graph.output.extend(own.output)
+    graph.value_info.extend(own.value_info)
+    known = {info.name for info in own.input}
+    for tensor in own.initializer:
+        if tensor.ByteSize() <= INFERENCE_LIMIT:
+            graph.initializer.append(tensor)
+        elif tensor.name not in known:
+            graph.input.append(
+                onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims))
+            )
+    return light
+
+
+def _bound(attributes: Iterable[AttributeProto], given: Mapping[str, AttributeProto]) -> Iterator[AttributeProto]:
+    """Attributes with references to the enclosing function's attributes replaced by their values."""
+    for attribute in attributes:
+        if not attribute.ref_attr_name:
+            yield attribute
+        elif attribute.ref_attr_name in given:
+            copy = AttributeProto()
+            copy.CopyFrom(given[attribute.ref_attr_name])
+            copy.name = attribute.name
+            yield copy
+
+
+def _python(attributes: Iterable[AttributeProto]) -> dict[str, Any]:
+    """Attributes as Python values: text decoded, tensors as arrays, graphs as they are."""
+    values: dict[str, Any] = {}
+    for attribute in attributes:
+        value = onnx.helper.get_attribute_value(attribute)
+        if isinstance(value, bytes):
+            value = value.decode("utf-8", "replace")
+        elif isinstance(value, onnx.TensorProto):
+            value = _array(value)
+        elif attribute.type == AttributeProto.STRINGS:
+            value = [v.decode("utf-8", "replace") for v in value]
+        values[attribute.name] = value
+    return values
+
+
+def _captures(graph: GraphProto) -> list[str]:
+    """Names that a branch reads from outside, those of nested branches included, in order of first use."""
+    own = {t.name for t in graph.initializer} | {i.name for i in graph.input}
+    own.update(name for node in graph.node for name in node.output)
+    names: dict[str, None] = {}
+    for node in graph.node:
+        names.update(dict.fromkeys(name for name in node.input if name and name not in own))
+        for attribute in node.attribute:
+            for nested in (attribute.g, *attribute.graphs) if attribute.HasField("g") else attribute.graphs:
+                names.update(dict.fromkeys(name for name in _captures(nested) if name not in own))
+    names.update(dict.fromkeys(output.name for output in graph.output if output.name not in own))
+    return list(names)
+
+
+def _unlowered_calls(module: tvm.IRModule) -> list[str]:
+    """Names of Relax operators that remain after legalization and have no kernel of their own."""
+    import tvm
+    from tvm import relax
+
+    left: dict[str, None] = {}
+    fine = ("relax.call", "relax.shape", "relax.tensor_to", "relax.reshape", "relax.builtin", "relax.memory", "relax.vm")
+
+    def visit(expr: Any) -> None:
+        if isinstance(expr, tvm.ir.Call) and isinstance(expr.op, tvm.ir.Op) and not expr.op.name.startswith(fine):
+            left[expr.op.name.removeprefix("relax.")] = None
+
+    for function in module.functions.values():
+        if isinstance(function, relax.Function):
+            relax.analysis.post_order_visit(function, visit)
+    return list(left)
+
+
+def _first_line(error: BaseException) -> str:
+    """The line of an error message that says what was wrong."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = lines[-1] if lines and lines[0].startswith("Traceback") else (lines[0] if lines else type(error).__name__)
+    return text[:300]
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Keep the frontend's prints and warnings from the user."""
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield

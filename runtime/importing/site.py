@@ -1,0 +1,305 @@
+"""What a converter sees of one ONNX node, and the table of converters.
+
+A converter is a function `Site -> Result` registered under the operators it converts:
+
+    @converts("ReduceL1")
+    def reduce_l1(site: Site) -> Result:
+        return relax.op.sum(relax.op.abs(site.x(0)), ...)
+
+It raises `Refuse` for a form it cannot convert exactly: the node then runs in onnxruntime. Its result is checked
+against the type and shape that ONNX promises, so a converter never has to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import numpy as np
+import onnx
+import tvm
+from tvm import relax, tirx
+
+from ..target import Target
+
+Dim: TypeAlias = "int | tirx.Expr"
+
+CONTENT_LIMIT = 64  # elements up to which a small integer tensor's content is followed symbolically
+
+
+class Refuse(Exception):
+    """A node that a converter cannot take; the message is the reason."""
+
+
+@dataclass(frozen=True)
+class Value:
+    """One ONNX tensor during the import.
+
+    expr: the tensor. content: the elements of an integer tensor of rank 0 or 1 where they are known during the
+    import, as numbers or as expressions of the symbolic dimensions; this is what keeps computed shapes symbolic.
+    """
+
+    expr: tvm.ir.Expr
+    content: tuple[Dim, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Declared:
+    """Type of a value as ONNX's inference knows it; None where it does not. Unknown dimensions are None or names."""
+
+    dtype: str | None = None
+    shape: tuple[int | str | None, ...] | None = None
+
+    @property
+    def static(self) -> tuple[int, ...] | None:
+        """The shape when every dimension is a number."""
+        if self.shape is None or not all(isinstance(d, int) for d in self.shape):
+            return None
+        return tuple(d for d in self.shape if isinstance(d, int))
+
+
+Item: TypeAlias = "tvm.ir.Expr | Value | None"
+Result: TypeAlias = "Item | Sequence[Item]"
+Converter: TypeAlias = "Callable[[Site], Result]"
+
+CONVERTERS: dict[str, Converter] = {}
+
+
+def converts(*names: str) -> Callable[[Converter], Converter]:
+    """Register a converter for operators of the standard domain."""
+
+    def register(function: Converter) -> Converter:
+        for name in names:
+            CONVERTERS[name] = function
+        return function
+
+    return register
+
+
+def dtype_of(expr: tvm.ir.Expr) -> str:
+    """Element type of a tensor expression, in NumPy's words."""
+    return str(expr.ty.dtype.dtype)
+
+
+def number(dim: Any) -> Dim:
+    """An int where the dimension is a constant, else the expression."""
+    if isinstance(dim, (int, np.integer)):
+        return int(dim)
+    return int(dim.value) if isinstance(dim, tirx.IntImm) else dim
+
+
+def shape_of(expr: tvm.ir.Expr) -> tuple[Dim, ...]:
+    """Dimensions of a tensor expression. Raises Refuse where Relax does not know them."""
+    shape = expr.ty.shape
+    if not isinstance(shape, relax.ShapeExpr):
+        raise Refuse("its input's shape is not known")
+    return tuple(number(d) for d in shape.values)
+
+
+def constant_of(expr: tvm.ir.Expr) -> np.ndarray | None:
+    """The array of a constant, else None."""
+    return np.asarray(expr.value.numpy()) if isinstance(expr, tvm.ir.GenericConst) else None
+
+
+def const(array: Any, dtype: str) -> tvm.ir.Expr:
+    """A Relax constant of exactly that element type."""
+    return relax.const(np.asarray(array).astype(np_dtype(dtype)), dtype)
+
+
+def np_dtype(name: str) -> np.dtype[Any]:
+    """NumPy's type of a TVM type name, ml_dtypes' for those NumPy lacks."""
+    try:
+        return np.dtype(name)
+    except TypeError:
+        import ml_dtypes
+
+        if hasattr(ml_dtypes, name):
+            return np.dtype(getattr(ml_dtypes, name))
+        raise Refuse(f"element type {name} has no equivalent") from None
+
+
+def onnx_dtype(elem_type: int) -> str:
+    """TVM's name of an ONNX element type. Raises Refuse for strings and undefined types."""
+    if elem_type in (onnx.TensorProto.UNDEFINED, onnx.TensorProto.STRING):
+        raise Refuse("strings are not compiled")
+    if elem_type in (onnx.TensorProto.COMPLEX64, onnx.TensorProto.COMPLEX128):
+        raise Refuse("complex numbers are not compiled")
+    return str(onnx.helper.tensor_dtype_to_np_dtype(elem_type))
+
+
+def is_float(dtype: str) -> bool:
+    return dtype.startswith(("float", "bfloat"))
+
+
+def is_unsigned(dtype: str) -> bool:
+    return dtype.startswith("uint")
+
+
+def product(dims: Sequence[Dim]) -> Dim:
+    result: Dim = 1
+    for dim in dims:
+        result = dim if isinstance(result, int) and result == 1 else result * dim
+    return result
+
+
+def same(a: Dim, b: Dim) -> bool:
+    """Whether two dimensions are provably equal."""
+    if isinstance(a, int) and isinstance(b, int):
+        return a == b
+    return bool(tvm.sym.Analyzer().can_prove_equal(a, b))
+
+
+@dataclass
+class Site:
+    """One node: its inputs, attributes and what is promised of its outputs."""
+
+    op: str
+    bb: relax.BlockBuilder
+    target: Target
+    opset: int
+    inputs: list[Value | None]
+    attrs: dict[str, Any]
+    declared: list[Declared] = field(default_factory=list)
+    outputs: int = 1
+
+    # Inputs.
+
+    def has(self, index: int) -> bool:
+        return index < len(self.inputs) and self.inputs[index] is not None
+
+    def value(self, index: int) -> Value:
+        value = self.inputs[index] if index < len(self.inputs) else None
+        if value is None:
+            raise Refuse(f"input {index} is missing")
+        return value
+
+    def x(self, index: int = 0) -> tvm.ir.Expr:
+        """Input `index` as a tensor."""
+        return self.value(index).expr
+
+    def dtype(self, index: int = 0) -> str:
+        return dtype_of(self.x(index))
+
+    def shape(self, index: int = 0) -> tuple[Dim, ...]:
+        return shape_of(self.x(index))
+
+    def rank(self, index: int = 0) -> int:
+        ndim = int(self.x(index).ty.ndim)
+        if ndim < 0:
+            raise Refuse(f"the rank of input {index} is not known")
+        return ndim
+
+    def static(self, index: int = 0) -> tuple[int, ...]:
+        """Shape of an input as numbers. Raises Refuse where a dimension is not one."""
+        shape = self.shape(index)
+        if not all(isinstance(d, int) for d in shape):
+            raise Refuse(f"input {index} has a dynamic shape {[str(d) for d in shape]}")
+        return tuple(int(d) for d in shape)
+
+    def array(self, index: int) -> np.ndarray | None:
+        """Content of an input that is constant during the import, else None."""
+        value = self.value(index)
+        array = constant_of(value.expr)
+        if array is None and value.content is not None and all(isinstance(c, int) for c in value.content):
+            array = np.array(value.content, np_dtype(dtype_of(value.expr))).reshape(self.static(index))
+        return array
+
+    def content(self, index: int) -> tuple[Dim, ...] | None:
+        """Elements of a small integer input, numbers or symbolic expressions, where they are known."""
+        return self.value(index).content
+
+    def ints(self, index: int) -> list[int] | None:
+        """Elements of an integer input as numbers, where they are known."""
+        array = self.array(index)
+        return None if array is None else [int(v) for v in array.reshape(-1)]
+
+    def need_ints(self, index: int, what: str) -> list[int]:
+        ints = self.ints(index)
+        if ints is None:
+            raise Refuse(f"{what} is computed at run time")
+        return ints
+
+    # Attributes and promises.
+
+    def attr(self, name: str, default: Any = None) -> Any:
+        return self.attrs.get(name, default)
+
+    def axis(self, default: int = 0, index: int = 0, name: str = "axis") -> int:
+        """Attribute `axis` as a number from 0."""
+        return normal_axis(int(self.attr(name, default)), self.rank(index))
+
+    def promised(self, index: int = 0) -> Declared:
+        return self.declared[index] if index < len(self.declared) else Declared()
+
+    # Emission.
+
+    def emit(self, expr: tvm.ir.Expr) -> tvm.ir.Expr:
+        """Bind an expression to a variable, so that its type is known and it is computed once."""
+        if isinstance(expr, (relax.Var, tvm.ir.GenericConst)):
+            return expr
+        return self.bb.emit(expr)
+
+    def te(self, function: Callable[..., Any], *args: Any, name: str, **kwargs: Any) -> tvm.ir.Expr:
+        """A tensor expression compute over inputs, as a TIR function called `name`."""
+        return self.bb.emit_te(function, *args, primfunc_name_hint=name, **kwargs)
+
+    def cast(self, expr: tvm.ir.Expr, dtype: str) -> tvm.ir.Expr:
+        """`expr` in another element type; itself when it has it."""
+        expr = self.emit(expr)
+        return expr if dtype_of(expr) == dtype else self.emit(relax.op.astype(expr, dtype))
+
+    def like(self, number: float | int, index: int = 0) -> tvm.ir.Expr:
+        """A scalar constant of the element type of input `index`."""
+        return const(number, self.dtype(index))
+
+    def shape_tensor(self, dims: Sequence[Dim]) -> tvm.ir.Expr:
+        """An int64 vector of dimensions."""
+        if all(isinstance(d, int) for d in dims):
+            return const(np.array(dims, np.int64).reshape(len(dims)), "int64")
+        return self.emit(relax.op.shape_to_tensor(relax.ShapeExpr([int64(d) for d in dims])))
+
+    def require(self, condition: tvm.ir.Expr) -> None:
+        """Make the program fail at run time where a boolean tensor is not true everywhere."""
+        number = self.cast(condition, "int64")
+        number = self.emit(relax.op.reshape(self.emit(relax.op.min(number)), [1]))
+        shape = self.emit(relax.op.tensor_to_shape(number))
+        self.bb.match_cast(shape, relax.ShapeType([1]))
+
+    def require_content(self, index: int, expected: Sequence[Dim]) -> None:
+        """Make the program fail at run time where the integers of an input are not the expected ones."""
+        content = self.content(index)
+        if content is not None and all(same(a, b) for a, b in zip(content, expected, strict=True)):
+            return
+        actual = self.cast(self.x(index), "int64")
+        if self.rank(index) != 1:
+            actual = self.emit(relax.op.reshape(actual, [len(expected)]))
+        shape = self.emit(relax.op.tensor_to_shape(actual))
+        self.bb.match_cast(shape, relax.ShapeType([int64(d) for d in expected]))
+
+    def runtime_dims(self, tensor: tvm.ir.Expr, name: str) -> list[Dim]:
+        """New symbolic dimensions that take the values of an int64 vector of known length at run time."""
+        tensor = self.cast(tensor, "int64")
+        (length,) = shape_of(tensor)
+        if not isinstance(length, int):
+            raise Refuse("a shape of unknown length is computed at run time")
+        dims: list[Dim] = [tirx.Var(f"{name}_{i}", "int64") for i in range(length)]
+        if not dims:
+            return []
+        shape = self.emit(relax.op.tensor_to_shape(tensor))
+        self.bb.match_cast(shape, relax.ShapeType(dims))
+        return dims
+
+
+def int64(dim: Dim) -> tirx.Expr:
+    """A dimension as Relax wants it."""
+    if isinstance(dim, int):
+        return tirx.IntImm("int64", dim)
+    return dim if str(dim.ty) == "int64" else dim.astype("int64")
+
+
+def normal_axis(axis: int, rank: int) -> int:
+    """An axis counted from 0. Raises Refuse when it is outside the rank."""
+    if not -rank <= axis < rank and not (rank == 0 and axis in (0, -1)):
+        raise Refuse(f"axis {axis} is outside rank {rank}")
+    return axis + rank if axis < 0 else axis
