@@ -19,9 +19,19 @@ from ..passes.base import PassReport
 from ..passes.errors import CompileError
 from ..passes.graph import site
 from .artifact import (
-    MODEL, WEIGHTS, Artifact, Manifest, Parameter, RegionSpec, TensorSpec, WeightStore, Workplace, file_specs, sha256,
+    MODEL,
+    WEIGHTS,
+    Artifact,
+    Manifest,
+    Parameter,
+    RegionSpec,
+    TensorSpec,
+    WeightStore,
+    Workplace,
+    file_specs,
+    sha256,
     write_manifest,
-)  # fmt: skip
+)
 from .partition import ONNXRUNTIME, TVM, Region, cut, partition
 from .target import Target
 from .worker import Compiled, Compiler
@@ -220,15 +230,14 @@ def _small(tensor: ir.TensorProtocol) -> bytes | bool:
 def _place(
     index: int, region: Region, part: ir.Model, result: Compiled | None, folder: Path, store: WeightStore
 ) -> RegionSpec:
-    names = {
-        "inputs": [value.name or "" for value in part.graph.inputs],
-        "outputs": [value.name or "" for value in part.graph.outputs],
-    }
+    inputs = [value.name or "" for value in part.graph.inputs]
+    outputs = [value.name or "" for value in part.graph.outputs]
     if result is None:
         name = f"region{index}.onnx"
         _write_model(part, folder, store, name)
         return RegionSpec(
-            runtime=ONNXRUNTIME, file=name, nodes=len(region.nodes), reasons=dict(region.reasons), **names
+            runtime=ONNXRUNTIME, file=name, inputs=inputs, outputs=outputs, nodes=len(region.nodes),
+            reasons=dict(region.reasons),
         )
     library = Path(result.library)
     # The hash makes the name new whenever the code is: a process keeps one library a path.
@@ -245,8 +254,9 @@ def _place(
         parameters.append(Parameter(name=parameter, dtype=dtype, shape=list(shape), offset=position, nbytes=nbytes))
     weights.unlink(missing_ok=True)
     return RegionSpec(
-        runtime=TVM, file=name, nodes=len(region.nodes), parameters=parameters, sources=sources, **names
-    )
+        runtime=TVM, file=name, inputs=inputs, outputs=outputs, nodes=len(region.nodes), parameters=parameters,
+        sources=sources,
+    )  # fmt: skip
 
 
 def _read(path: Path, offset: int, left: int) -> Any:
