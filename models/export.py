@@ -37,7 +37,7 @@ def from_torch(
     with _quiet():
         program = torch.onnx.export(
             module.eval(),
-            example,
+            tuple(tensor.clone() for tensor in example),  # one tensor given twice would become one input
             dynamo=True,
             input_names=list(inputs),
             output_names=list(outputs),

@@ -62,8 +62,7 @@ class ModelEntry:
         """Each input's shape with the words replaced by `sizes`, or by their usual values."""
         known = {**self.sizes, **self._checked(sizes or {})}
         return {
-            name: tuple(known[d] if isinstance(d, str) else d for d in shape)
-            for name, shape in self.inputs.items()
+            name: tuple(known[d] if isinstance(d, str) else d for d in shape) for name, shape in self.inputs.items()
         }
 
     def _checked(self, sizes: Mapping[str, int]) -> Mapping[str, int]:
@@ -122,9 +121,7 @@ def pins(name: str, sizes: Mapping[str, int] | None = None) -> dict[str, tuple[i
     return describe(name).shapes(sizes)
 
 
-def sample_inputs(
-    name: str, seed: int | np.random.Generator = 0, dims: Mapping[str, int] | None = None
-) -> Feeds:
+def sample_inputs(name: str, seed: int | np.random.Generator = 0, dims: Mapping[str, int] | None = None) -> Feeds:
     """Inputs for the model, of the shapes `pins(name, dims)`: real data where there are real data for it.
 
     The same seed gives the same inputs. Raises AssetError if the data are not in the cache.

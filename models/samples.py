@@ -32,7 +32,7 @@ TEXT = (
 )
 
 _CLASSIFIED_PHOTOS = ("chelsea", "coffee", "rocket", "motorcycle_left", "astronaut")
-_PAGE_LINES = ((8, 36), (46, 70))  # first and last row of two lines of the page
+_PAGE_LINES = ((8, 36), (62, 84), (98, 120))  # first and last row of three lines of the page
 
 
 def sentences(rng: np.random.Generator, sizes: Sizes) -> Feeds:
@@ -137,9 +137,7 @@ def voice(rng: np.random.Generator, samples: int, rate: int = 16000) -> NDArray[
     phase = 2 * np.pi * np.cumsum(pitch) / rate
     harmonics = np.arange(1, 40)
     resonances = ((700, 110, 1.0), (1200, 120, 0.6), (2600, 160, 0.3), (3500, 200, 0.15))
-    weights = sum(
-        gain / (1 + ((harmonics * 120 - centre) / width) ** 2) for centre, width, gain in resonances
-    )
+    weights = sum(gain / (1 + ((harmonics * 120 - centre) / width) ** 2) for centre, width, gain in resonances)
     wave = weights @ np.sin(harmonics[:, None] * phase) * (1 - np.cos(2 * np.pi * 4 * time))
     wave = 0.4 * wave / np.abs(wave).max() + 0.002 * rng.standard_normal(samples)
     return wave.astype(np.float32)

@@ -29,9 +29,7 @@ def smollm2() -> Tokenizer:
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     reader = GGUFReader(assets.find("smollm2-gguf"))
-    fields = {
-        key: reader.fields[f"tokenizer.ggml.{key}"].contents() for key in ("tokens", "token_type", "merges")
-    }
+    fields = {key: reader.fields[f"tokenizer.ggml.{key}"].contents() for key in ("tokens", "token_type", "merges")}
     vocabulary = {token: index for index, token in enumerate(fields["tokens"])}
     merges = [tuple(merge.split(" ")) for merge in fields["merges"]]
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
