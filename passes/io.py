@@ -417,7 +417,7 @@ def _proto_without(model: ir.Model, large: dict[str, ir.TensorProtocol]) -> onnx
                     value.const_value = _placeholder(name, tensor)
                 elif external_source(tensor) is not None:
                     value.const_value = ir.Tensor(
-                        np.array(tensor.numpy()), dtype=tensor.dtype, shape=tensor.shape, name=name
+                        np.array(tensor.numpy()), dtype=tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=name
                     )
                 else:
                     continue
@@ -430,5 +430,5 @@ def _proto_without(model: ir.Model, large: dict[str, ir.TensorProtocol]) -> onnx
 
 def _placeholder(name: str, tensor: ir.TensorProtocol) -> ir.ExternalTensor:
     return ir.ExternalTensor(
-        "weights", 0, tensor.nbytes, tensor.dtype, shape=ir.Shape(tensor.shape), name=name, base_dir=""
+        "weights", 0, tensor.nbytes, tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=name, base_dir=""
     )

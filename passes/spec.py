@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import functools
 import types
 import typing
 from typing import Any, TypeVar
@@ -21,7 +20,6 @@ SEPARATOR = ":"
 TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
 
-@functools.cache
 def field_types(cls: type) -> dict[str, Any]:
     """Name -> type of the dataclass fields that can be set from text."""
     hints = typing.get_type_hints(cls)

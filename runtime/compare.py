@@ -13,6 +13,7 @@ from ..passes.errors import VerificationError
 
 LIMIT = 1e-4  # of the output's scale: float32 rounding over a whole model
 FLOAT16_LIMIT = 1e-2
+TINY = float(np.finfo(np.float32).tiny)
 
 Runner = Callable[[Mapping[str, np.ndarray]], Mapping[str, Any]]
 
@@ -81,7 +82,8 @@ class Verdict:
             "outputs": [
                 {
                     "name": o.name, "shape": list(o.shape), "max_abs_error": _number(o.max_abs),
-                    "scale": _number(o.scale), "relative_error": _number(o.relative), "limit": _number(o.limit), "note": o.note,
+                    "scale": _number(o.scale), "relative_error": _number(o.relative),
+                    "limit": _number(o.limit), "note": o.note,
                 }
                 for o in self.outputs
             ],
@@ -140,7 +142,7 @@ def difference(name: str, expected: Any, found: Any, limit: float | None = None)
         return verdict(math.inf, math.nan, math.inf, f"{y.flat[at]} instead of {x.flat[at]} at element {at}")
     scale = float(np.max(np.abs(x[finite]), initial=0.0))
     error = float(np.max(np.abs(x[finite] - y[finite]), initial=0.0))
-    return verdict(error, scale, error / max(scale, np.finfo(np.float32).tiny) if error else 0.0)
+    return verdict(error, scale, error / max(scale, TINY) if error else 0.0)
 
 
 def _limit(dtype: np.dtype[Any]) -> float:

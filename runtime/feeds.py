@@ -12,7 +12,6 @@ import numpy as np
 import onnx_ir as ir
 
 from ..passes.errors import GraphwrightError, InputError, did_you_mean
-from ..passes.graph import subgraphs
 
 Feeds = dict[str, np.ndarray]
 
@@ -168,12 +167,11 @@ def index_bound(value: ir.Value) -> int | None:
             if node.op_type == "Gather" and index == 1:
                 table = node.inputs[0]
                 axis = node.attributes.get_int("axis", 0)
-                if table is not None and table.shape is not None and isinstance(table.shape[axis], int):
-                    bounds.append(int(table.shape[axis]))
+                size = table.shape[axis] if table is not None and table.shape is not None else None
+                if isinstance(size, int):
+                    bounds.append(size)
             elif node.op_type in THROUGH and index == 0:
                 stack.extend(node.outputs)
-            elif any(True for _ in subgraphs(node)):
-                continue
     return min(bounds, default=None)
 
 

@@ -1,8 +1,9 @@
 """The default schedule of CPU loop nests that no kernel template has claimed.
 
 It takes each nest as it comes: elementwise producers are inlined into elementwise consumers, a reduction is tiled so
-that its accumulators stay in vector registers, and the outer loops run in parallel when there is enough work. A nest that it cannot handle keeps
-its plain loops; nothing here changes what is computed, only the order of independent elements.
+that its accumulators stay in vector registers, and the outer loops run in parallel when there is enough work. A nest
+that it cannot handle keeps its plain loops; nothing here changes what is computed, only the order of independent
+elements.
 """
 
 from __future__ import annotations

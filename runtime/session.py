@@ -118,7 +118,7 @@ def _fit(value: Any, spec: TensorSpec, symbols: dict[str, tuple[int, str]]) -> A
         return value  # a sequence or optional: onnxruntime's to check
     expected = numpy_type(spec.dtype)
     array = np.asarray(value)
-    if array.dtype != expected and not (expected == object and array.dtype.kind in "US"):
+    if array.dtype != expected and not (expected.kind == "O" and array.dtype.kind in "US"):
         raise InputError(f"input {spec.name!r} has type {array.dtype}; expected {expected}")
     if spec.shape is None:
         return array
