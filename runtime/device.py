@@ -11,6 +11,7 @@ interface.
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import platform
 import shutil
@@ -30,6 +31,8 @@ from .artifact import Artifact, RegionSpec
 from .partition import TVM
 from .runner import RuntimeLibraries, build_runner, read_results, runtime_libraries, write_plan
 from .session import Session, Step
+
+log = logging.getLogger("graphwright")
 
 TIMEOUT = 3600.0  # seconds for one run of one library
 QEMU_SETUP = "run tools/setup_qemu.sh as root"
@@ -181,9 +184,7 @@ class RunnerStep:
     def __call__(self, values: Mapping[str, Any]) -> dict[str, Any]:
         return self.timed(values, warmup=0, repeat=1)[0]
 
-    def timed(
-        self, values: Mapping[str, Any], *, warmup: int, repeat: int
-    ) -> tuple[dict[str, Any], list[float]]:
+    def timed(self, values: Mapping[str, Any], *, warmup: int, repeat: int) -> tuple[dict[str, Any], list[float]]:
         """The region's outputs, and the seconds of each of `repeat` calls after `warmup` others.
 
         Raises TargetError when the device cannot run it.
@@ -228,9 +229,7 @@ class DeviceSession(Session):
     processor.
     """
 
-    def __init__(
-        self, artifact: Artifact, device: Device, threads: int = 1, timeout: float = TIMEOUT
-    ) -> None:
+    def __init__(self, artifact: Artifact, device: Device, threads: int = 1, timeout: float = TIMEOUT) -> None:
         # Not super().__init__, which would load the libraries into this process.
         self.artifact, self.device, self.threads = artifact, device, threads
         self._inputs = {spec.name: spec for spec in artifact.manifest.inputs}
@@ -262,6 +261,9 @@ def _step(artifact: Artifact, region: RegionSpec, device: Device, threads: int, 
         return RunnerStep(artifact, region, device, threads, timeout)
     from .session import _OrtStep
 
+    if device.machine != platform.machine():
+        what = f"{region.nodes} nodes of {artifact.root / region.file}"
+        log.warning("%s are run by onnxruntime on this host, not on %s", what, device.uri)
     return _OrtStep(artifact, region, threads)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -74,3 +75,37 @@ def test_an_artifact_for_this_processor_is_refused(
 ) -> None:
     with pytest.raises(TargetError, match=r"built for cpu .*compile with --target arm64"):
         emulated.push(make_artifact(dense, "cpu", tmp_path / "a"))
+
+
+def test_what_the_host_runs_instead_is_said(
+    emulated: Device, artifact: Any, dense: Dense, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from graphwright.runtime.artifact import Artifact, file_specs
+    from onnx import TensorProto, helper
+
+    shutil.copytree(artifact.root, tmp_path / "a")
+    value = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        [helper.make_node("Neg", ["d"], ["e"])],
+        "tail",
+        [value("d", TensorProto.FLOAT, [5, 7])],
+        [value("e", TensorProto.FLOAT, [5, 7])],
+    )
+    onnx_model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
+    (tmp_path / "a" / "region1.onnx").write_bytes(onnx_model.SerializeToString())
+    manifest = artifact.manifest
+    tail = manifest.regions[0].model_copy(
+        update={"runtime": "onnxruntime", "file": "region1.onnx", "inputs": ["d"], "outputs": ["e"]}
+    )
+    last = manifest.outputs[1].model_copy(update={"name": "e"})
+    changed = manifest.model_copy(
+        update={
+            "regions": [manifest.regions[0], tail],
+            "outputs": [last],
+            "files": file_specs(tmp_path / "a"),
+        }
+    )
+    session = emulated.push(Artifact(changed, tmp_path / "a"))
+    assert "run by onnxruntime on this host, not on qemu:aarch64" in caplog.text
+    np.testing.assert_allclose(session.run(None, dense.feeds)[0], -dense.expected[1], rtol=0, atol=TOLERANCE)
+    assert len(session.measure(dense.feeds, warmup=0, repeat=2)) == 2
