@@ -129,8 +129,10 @@ def find_refused(model: ir.Model, target: Target, work: Path) -> dict[ir.Node, s
     """
     nodes = list(model.graph)
     refused = {node: reason for node in nodes if (reason := _unknown_type(node))}
-    rest = [region for region in partition(model, refused) if region.runtime == TVM]
-    for index, (region, part) in enumerate(zip(rest, cut(model, [r.nodes for r in rest]), strict=True)):
+    regions = partition(model, refused)
+    for index, (region, part) in enumerate(zip(regions, cut(model, [r.nodes for r in regions]), strict=True)):
+        if region.runtime != TVM:
+            continue
         path = work / f"look{index}.onnx"
         io.save(part, path, overwrite=True)
         refused.update(_refused_of(region.nodes, path, target))
