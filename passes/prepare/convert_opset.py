@@ -61,6 +61,16 @@ class ConvertOpset(Pass):
         return run.report
 
 
+def convert_function(function: ir.Function, version: int, report: PassReport) -> None:
+    """Convert one function that is in no model yet. A Skip in the report says why it is left as it was."""
+    alone = ir.Model(ir.Graph([], [], nodes=[], name=function.name), ir_version=10, functions=[function])
+    run = _Run(version, alone, report)
+    top = graph.Scope(function.graph, function.opset_imports, function)
+    plan = run.plan(top)
+    if not report.skips:
+        run.apply(top, plan)
+
+
 Plan = list[tuple[ir.Node, "onnx.FunctionProto"]]
 
 
@@ -210,9 +220,7 @@ def _one_node_model(node: ir.Node, proto: onnx.NodeProto, opset: int) -> onnx.Mo
 
 def _declared(name: str, value: ir.Value) -> onnx.ValueInfoProto:
     """The value's type under another name; in function bodies, where it is not known, float."""
-    return ir.to_proto(
-        ir.Value(name=name, type=value.type or ir.TensorType(ir.DataType.FLOAT), shape=value.shape)
-    )
+    return ir.to_proto(ir.Value(name=name, type=value.type or ir.TensorType(ir.DataType.FLOAT), shape=value.shape))
 
 
 def _by_converter(node: ir.Node, single: onnx.ModelProto, version: int) -> onnx.FunctionProto:
@@ -220,9 +228,7 @@ def _by_converter(node: ir.Node, single: onnx.ModelProto, version: int) -> onnx.
 
     try:
         result = onnx.version_converter.convert_version(single, version).graph
-    except (
-        Exception
-    ) as error:  # the converter raises RuntimeError and its own ConvertError for what it cannot do
+    except Exception as error:  # the converter raises RuntimeError and its own ConvertError for what it cannot do
         message = " ".join(str(error).split())
         raise Refusal(message.split("Assertion")[-1][:160] or "onnx's converter cannot") from error
     wanted = [name for name in single.graph.node[0].output if name]

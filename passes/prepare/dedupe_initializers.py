@@ -74,9 +74,7 @@ def _equal(values: Sequence[ir.Value]) -> Iterator[list[ir.Value]]:
             yield from _groups(similar, _digest)
 
 
-def _groups(
-    values: Sequence[ir.Value], key: Callable[[ir.TensorProtocol], Hashable]
-) -> Iterator[list[ir.Value]]:
+def _groups(values: Sequence[ir.Value], key: Callable[[ir.TensorProtocol], Hashable]) -> Iterator[list[ir.Value]]:
     found: dict[Hashable, list[ir.Value]] = defaultdict(list)
     for value in values:
         assert value.const_value is not None

@@ -24,8 +24,8 @@ SLOW = frozenset(
     {"Conv", "ConvTranspose", "ConvInteger", "QLinearConv", "DeformConv", "Col2Im", "AveragePool", "MaxPool",
      "LpPool", "MaxUnpool", "MaxRoiPool", "RoiAlign", "Resize", "Upsample", "GridSample", "LSTM", "GRU",
      "RNN", "LRN", "DFT", "STFT", "NonMaxSuppression", "TfIdfVectorizer", "StringNormalizer", "AffineGrid",
-     "TopK", "Unique", "Compress", "GatherND", "ScatterND", "ScatterElements", "TensorScatter", "Det", "CumProd",
-     "ReverseSequence"}
+     "TopK", "Unique", "Compress", "GatherND", "ScatterND", "ScatterElements", "TensorScatter", "Det",
+     "CumProd", "ReverseSequence"}
 )  # fmt: skip
 SLOW_ELEMENTS = 1 << 14
 MULTIPLICATIONS = 1 << 30  # about a second of NumPy
@@ -97,18 +97,13 @@ def predict_bytes(node: ir.Node, opset: int, tensors: list[ir.TensorProtocol | N
 def check_work(node: ir.Node, tensors: list[ir.TensorProtocol | None], result_bytes: int) -> None:
     """Raises Refusal when computing the node would take long."""
     elements = max((t.size for t in tensors if t is not None), default=0)
-    if (
-        node.op_type in SLOW
-        and max(elements, result_bytes // 4 if result_bytes != TINY * TINY else 0) > SLOW_ELEMENTS
-    ):
+    if node.op_type in SLOW and max(elements, result_bytes // 4 if result_bytes != TINY * TINY else 0) > SLOW_ELEMENTS:
         raise Refusal(f"{node.op_type} of {elements} elements takes too long here")
     if node.op_type in PRODUCTS:
         shapes = [t.shape.numpy() for t in tensors if t is not None]
         inner = max((dims[-1] for dims in shapes if dims), default=1)
         if inner * result_bytes // 4 > MULTIPLICATIONS:
-            raise Refusal(
-                f"{node.op_type} with about {inner * result_bytes // 4:.1e} multiplications takes too long"
-            )
+            raise Refusal(f"{node.op_type} with about {inner * result_bytes // 4:.1e} multiplications takes too long")
 
 
 def read(tensor: ir.TensorProtocol) -> np.ndarray:
@@ -138,11 +133,7 @@ def evaluate(node: ir.Node, opset: int, tensors: list[ir.TensorProtocol | None])
         if not isinstance(array, np.ndarray | np.generic):
             raise Refusal("its result is not a tensor")
         array = np.asarray(array)
-        if (
-            value.dtype is not None
-            and value.dtype != ir.DataType.STRING
-            and array.dtype != value.dtype.numpy()
-        ):
+        if value.dtype is not None and value.dtype != ir.DataType.STRING and array.dtype != value.dtype.numpy():
             raise Refusal(f"the reference implementation gives {array.dtype}, the model says {value.dtype}")
         checked.append(array)
     return checked

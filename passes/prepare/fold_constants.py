@@ -31,8 +31,8 @@ class FoldConstants(Pass):
     fixed, and a Reshape to `[N, 12, 64]` with free N becomes one to `[-1, 12, 64]`. An If with a constant
     condition becomes its branch.
     Left alone, each with its reason: results above max_bytes or that make the file larger by more than
-    max_growth (a ConstantOfShape of 500 MB stays one; sizes are worked out first), work that takes long, random
-    operators, quantized weights, nodes of functions with parameters in their attributes.
+    max_growth (a ConstantOfShape of 500 MB stays one; sizes are worked out first), work that takes long,
+    random operators, quantized weights, nodes of functions with parameters in their attributes.
     Results are computed by NumPy, so they may differ from a runtime's by rounding.
     """
 
@@ -114,9 +114,7 @@ class _Run:
         if node.op_type in SEQUENCES or not any(graph.is_used(value) for value in node.outputs):
             return
         if node.op_type in QUANTIZERS and not self.options.quantized:
-            self.report.skipped(
-                "fold", graph.site(node), f"{node.op_type} of a constant; quantized=true folds it"
-            )
+            self.report.skipped("fold", graph.site(node), f"{node.op_type} of a constant; quantized=true folds it")
             return
         tensors = [graph.constant_tensor(value) for value in node.inputs]
         try:
@@ -146,13 +144,9 @@ class _Run:
             if value is not None and tensor is not None and len(value.uses()) == 1
         )
         if size - freed > self.options.max_growth:
-            raise Refusal(
-                f"the file would grow by {_megabytes(size - freed)}; max_growth={size - freed} allows it"
-            )
+            raise Refusal(f"the file would grow by {_megabytes(size - freed)}; max_growth={size - freed} allows it")
         if self.held + size > self.options.max_total:
-            raise Refusal(
-                f"results take {_megabytes(self.held)} already; max_total={self.held + size} allows it"
-            )
+            raise Refusal(f"results take {_megabytes(self.held)} already; max_total={self.held + size} allows it")
 
     def _replace(self, node: ir.Node, arrays: list[np.ndarray], scope: graph.Scope, rule: str) -> None:
         """Put constants of the same names in the place of the outputs."""

@@ -88,9 +88,7 @@ def _annotate(value: ir.Value, proto: onnx.TypeProto, report: PassReport) -> Non
         return
     else:
         merged = [_merge_dim(old, new) for old, new in zip(before, dims, strict=True)]
-        if any(
-            isinstance(m, int) and isinstance(o, int) and m != o for m, o in zip(merged, before, strict=True)
-        ):
+        if any(isinstance(m, int) and isinstance(o, int) and m != o for m, o in zip(merged, before, strict=True)):
             _contradiction(value, ir.Shape(merged), report)
             return
         if all(str(m) == str(o) for m, o in zip(merged, before, strict=True)):
@@ -114,9 +112,7 @@ def _merge_dim(old: int | ir.SymbolicDim, new: int | ir.SymbolicDim) -> int | ir
 
 def _contradiction(value: ir.Value, shape: ir.Shape, report: PassReport) -> None:
     if value.is_graph_output():
-        report.skipped(
-            "infer", value.name, f"declared {value.shape}, inferred {shape}; the declaration is kept"
-        )
+        report.skipped("infer", value.name, f"declared {value.shape}, inferred {shape}; the declaration is kept")
         return
     report.changed("infer", value.name, f"{value.shape} was wrong -> {shape}")
     value.shape = shape

@@ -71,9 +71,7 @@ def _inline_in(options: InlineFunctions, model: ir.Model, top: graph.Scope, repo
                 continue
             called = f"{function.domain}.{function.name}"
             if function.domain == OURS and not options.all:
-                report.skipped(
-                    "inline", graph.site(node), f"{called} has kernels of its own; all=true inlines it"
-                )
+                report.skipped("inline", graph.site(node), f"{called} has kernels of its own; all=true inlines it")
                 continue
             reason = _obstacle(function, scope.opsets)
             if reason is not None:
@@ -89,9 +87,7 @@ def _inline_in(options: InlineFunctions, model: ir.Model, top: graph.Scope, repo
 def _obstacle(function: ir.Function, opsets: dict[str, int]) -> str | None:
     """Why the body cannot stand in a graph with these imports."""
     differing = {
-        domain: version
-        for domain, version in function.opset_imports.items()
-        if opsets.get(domain, version) != version
+        domain: version for domain, version in function.opset_imports.items() if opsets.get(domain, version) != version
     }
     if not differing:
         return None

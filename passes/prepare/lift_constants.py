@@ -46,9 +46,7 @@ def _lift(node: ir.Node, owner: ir.Graph, report: PassReport) -> None:
         report.skipped("lift", old.name, "it is an output of its graph")
         return
     name, old.name = old.name, None
-    new = ir.Value(
-        name=name, type=ir.TensorType(tensor.dtype), shape=graph.tensor_shape(tensor), const_value=tensor
-    )
+    new = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=graph.tensor_shape(tensor), const_value=tensor)
     new.metadata_props.update(old.metadata_props)
     owner.register_initializer(new)
     graph.replace_value(old, new)

@@ -139,16 +139,12 @@ def _cast(values: ShapeValues, node: ir.Node, opset: int) -> Entries | None:
 
 def _unsqueeze(values: ShapeValues, node: ir.Node, opset: int) -> Entries | None:
     data = values.of(node.inputs[0])
-    return (
-        Entries(data.items) if data is not None and data.scalar and graph.rank(node.outputs[0]) == 1 else None
-    )
+    return Entries(data.items) if data is not None and data.scalar and graph.rank(node.outputs[0]) == 1 else None
 
 
 def _squeeze(values: ShapeValues, node: ir.Node, opset: int) -> Entries | None:
     data = values.of(node.inputs[0])
-    return (
-        Entries(data.items, True) if data is not None and not data.scalar and len(data.items) == 1 else None
-    )
+    return Entries(data.items, True) if data is not None and not data.scalar and len(data.items) == 1 else None
 
 
 def _reshape(values: ShapeValues, node: ir.Node, opset: int) -> Entries | None:

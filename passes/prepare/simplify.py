@@ -73,9 +73,7 @@ def _apply(node: ir.Node, found: Drop | Rewire, report: PassReport) -> None:
         node.replace_input_with(0, found.value)
         for attribute in found.attributes:
             node.attributes.add(attribute)
-        report.changed(
-            found.rule, site, f"{node.op_type} reads {found.value.name}, not {before and before.name}"
-        )
+        report.changed(found.rule, site, f"{node.op_type} reads {found.value.name}, not {before and before.name}")
         return
     owner = node.graph
     assert owner is not None
@@ -142,13 +140,7 @@ def _same_shape(node: ir.Node, scope: graph.Scope) -> Found:
 def _expand(node: ir.Node, scope: graph.Scope) -> Found:
     value, dims = _first(node), graph.constant_ints(graph.input_of(node, 1))
     known = graph.rank(value)
-    if (
-        value is not None
-        and dims is not None
-        and known is not None
-        and len(dims) <= known
-        and set(dims) <= {1}
-    ):
+    if value is not None and dims is not None and known is not None and len(dims) <= known and set(dims) <= {1}:
         return Drop("same-shape", value)
     return _same_shape(node, scope)
 
@@ -178,10 +170,8 @@ def _slice(node: ir.Node, scope: graph.Scope) -> Found:
 
 def _pad(node: ir.Node, scope: graph.Scope) -> Found:
     value = _first(node)
-    if scope.opset >= 11:
-        pads = graph.constant_ints(graph.input_of(node, 1))
-    else:
-        pads = graph.attribute(node, "pads")
+    new = scope.opset >= 11
+    pads = graph.constant_ints(graph.input_of(node, 1)) if new else graph.attribute(node, "pads")
     return Drop("pad-by-zero", value) if value is not None and pads is not None and not any(pads) else None
 
 
@@ -331,11 +321,7 @@ def _inverse(op_type: str) -> Rule:
         outer_rank = graph.rank(node.outputs[0] if node.op_type == "Unsqueeze" else value)
         inner_rank = graph.rank(value if op_type == "Unsqueeze" else source)
         mine, theirs = _axes(node, scope, outer_rank), _axes(inner, scope, inner_rank)
-        return (
-            Drop("squeezes-cancel", source)
-            if source is not None and mine is not None and mine == theirs
-            else None
-        )
+        return Drop("squeezes-cancel", source) if source is not None and mine is not None and mine == theirs else None
 
     return rule
 

@@ -1,0 +1,86 @@
+"""Write operators that a compiler has no kernel for as operators that it has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import onnx_ir as ir
+
+from .. import graph
+from ..base import Contract, Pass, PassContext, PassReport
+from . import quantized, recurrent
+from .bodies import inline_call
+from .body_builder import Body
+from .evaluate import Refusal
+from .standard_bodies import standard_body
+
+# Standard operators without a converter in the importer of TVM 0.27, as (domain, operator).
+SPELLED: dict[str, Callable[[ir.Node, int, int], Body]] = {
+    "LSTM": recurrent.unroll,
+    "GRU": recurrent.unroll,
+    "RNN": recurrent.unroll,
+    "ConvInteger": quantized.conv_integer,
+    "QLinearConv": quantized.qlinear_conv,
+    "QLinearMatMul": quantized.qlinear_matmul,
+}
+WITH_BODY = frozenset(
+    {"Attention", "BlackmanWindow", "CausalConvWithState", "Celu", "CenterCropPad", "HammingWindow", "HannWindow",
+     "LinearAttention", "NegativeLogLikelihoodLoss", "RotaryEmbedding", "SoftmaxCrossEntropyLoss", "SwiGLU",
+     "Swish"}
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Decompose(Pass):
+    """Replace operators that the compiler refuses by operators that it has.
+
+        {  Y = Swish (X)  }        ->   {  s = Sigmoid (X)
+                                           Y = Mul (X, s)  }
+
+    LSTM, GRU and RNN are unrolled when their number of steps is fixed (all directions, activations, peepholes,
+    clip, sequence lengths, both layouts). QLinearConv, QLinearMatMul and ConvInteger become float operators on
+    the same whole numbers. Attention, RotaryEmbedding, Swish, Celu and other standard operators that the
+    standard defines by a body get that body.
+    Left alone, with the reason: recurrences of free length or of more than max_steps steps, and bodies that
+    need what is not known. Meant for compiling: onnxruntime has kernels for these operators.
+    """
+
+    name: ClassVar[str] = "decompose"
+    contract: ClassVar[Contract] = Contract.ROUNDING
+
+    max_steps: int = 256  # longest recurrence that is unrolled; each step is about ten nodes
+    ops: tuple[str, ...] = ()  # further standard operators to replace by the body that the standard gives
+
+    def run(self, model: ir.Model, ctx: PassContext) -> PassReport:
+        report = self.report()
+        names: graph.Names | None = None
+        for scope in graph.scopes(model):
+            pending = [node for node in scope.graph if self._wants(node)]
+            while pending:
+                node = pending.pop(0)
+                site, op_type = graph.site(node), node.op_type
+                try:
+                    function = self._body(node, scope)
+                except Refusal as refusal:
+                    report.skipped("decompose", site, f"{op_type}: {refusal}")
+                    continue
+                names = names or graph.Names(model)
+                outputs = [value for value in node.outputs if value.name]
+                made = inline_call(node, function, names, outputs)
+                report.changed("decompose", site, f"{op_type}: {len(made)} nodes")
+                pending[:0] = [new for new in made if self._wants(new)]
+        return report
+
+    def _wants(self, node: ir.Node) -> bool:
+        if node.domain != "":
+            return False
+        return node.op_type in SPELLED or node.op_type in WITH_BODY or node.op_type in self.ops
+
+    def _body(self, node: ir.Node, scope: graph.Scope) -> ir.Function:
+        if graph.has_references(node):
+            raise Refusal("its attributes are parameters of the function; run inline-functions first")
+        if node.op_type in SPELLED:
+            return SPELLED[node.op_type](node, scope.opset, self.max_steps).function(node)
+        return standard_body(node, scope.opset)
