@@ -93,9 +93,7 @@ def bench_models(
             error = _difference(a, b, feeds)
             say(f"time {runs} runs")
             given = dict(feeds)
-            timing = alternate(
-                lambda: a.session.run(None, given), lambda: b.session.run(None, given), runs, BUDGET
-            )
+            timing = alternate(lambda: a.session.run(None, given), lambda: b.session.run(None, given), runs, BUDGET)
             say("measure memory")
             peaks = (
                 peak_of(a.file, a.backend, threads, feeds),
@@ -165,6 +163,4 @@ def command(
     rows.append(("ratio", *(f"{data['ratio'][part]:.2f}" for part in ("median", "low", "high")), ""))
     print_table(columns, rows, right=columns[1:])
     error = as_error(measured.max_abs_error) or "not measurable"
-    click.echo(
-        f"{measured.timing.runs} runs, {measured.threads} threads, largest absolute difference {error}"
-    )
+    click.echo(f"{measured.timing.runs} runs, {measured.threads} threads, largest absolute difference {error}")

@@ -13,9 +13,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 
-def load_calibration(
-    path: Path, model: ir.Model, pins: Mapping[str, Sequence[int]]
-) -> dict[str, list[np.ndarray]]:
+def load_calibration(path: Path, model: ir.Model, pins: Mapping[str, Sequence[int]]) -> dict[str, list[np.ndarray]]:
     """Input name -> arrays, one a sample.
 
     path: an .npz file, or a folder of them that are read in the order of their names. An array of an input's rank is
@@ -32,9 +30,7 @@ def load_calibration(
     for file in files:
         feeds = load_feeds(file)
         check_names(feeds, model, str(file))
-        split = {
-            name: _split(array, shapes[name], f"{file}: input {name!r}") for name, array in feeds.items()
-        }
+        split = {name: _split(array, shapes[name], f"{file}: input {name!r}") for name, array in feeds.items()}
         counts = {name: len(parts) for name, parts in split.items()}
         if len(set(counts.values())) > 1:
             raise InputError(f"{file}: holds {counts} samples by input; expected the same number of each")
@@ -57,9 +53,7 @@ def _split(array: np.ndarray, shape: list[int | None] | None, where: str) -> lis
     if array.ndim == len(shape) + 1:
         return [array[i, ...] for i in range(len(array))]
     if array.ndim != len(shape):
-        raise InputError(
-            f"{where} has shape {list(array.shape)}; expected rank {len(shape)}, or one more for samples"
-        )
+        raise InputError(f"{where} has shape {list(array.shape)}; expected rank {len(shape)}, or one more for samples")
     if not shape or shape[0] is None or shape[0] == array.shape[0] or not shape[0]:
         return [array]
     count, rest = divmod(array.shape[0], shape[0])

@@ -100,7 +100,5 @@ def command(
              "equal" if o.ok else o.note or "differs")
             for o in verdict.outputs
         ]  # fmt: skip
-        print_table(
-            columns, rows, right=columns[2:5], title=f"inputs: {'; '.join(verdict.shapes)} ({verdict.inputs})"
-        )
+        print_table(columns, rows, right=columns[2:5], title=f"inputs: {'; '.join(verdict.shapes)} ({verdict.inputs})")
     verdict.check(f"{candidate} against {reference}")

@@ -12,17 +12,11 @@ from .shell import Command, format_options, parse_pins, pin_option, threads_opti
 
 @click.command(cls=Command, name="compile")
 @click.argument("model", metavar="MODEL.onnx")
-@click.option(
-    "--target", default="cpu", show_default=True, metavar="NAME", help="`graphwright targets` lists them."
-)
-@click.option(
-    "-o", "--output", metavar="DIR", help="Artifact folder; by default MODEL.TARGET beside the model."
-)
+@click.option("--target", default="cpu", show_default=True, metavar="NAME", help="`graphwright targets` lists them.")
+@click.option("-o", "--output", metavar="DIR", help="Artifact folder; by default MODEL.TARGET beside the model.")
 @pin_option
 @click.option("--calibration", metavar="FILE.npz|DIR", help="Real inputs for verification.")
-@click.option(
-    "--report", metavar="FILE.html|.json", help="Write what was done, with numbers before and after."
-)
+@click.option("--report", metavar="FILE.html|.json", help="Write what was done, with numbers before and after.")
 @click.option("--overwrite", is_flag=True, help="Replace outputs that exist.")
 @click.option("--no-verify", "verify", flag_value=False, type=bool, default=True,
               help="Do not compare the artifact with the model.")  # fmt: skip

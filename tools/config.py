@@ -41,9 +41,7 @@ class Settings(BaseModel):
     )
 
     model: str | None = Field(None, description="The ONNX file to optimize.")
-    passes: PipelineText = Field(
-        "", description="Passes to run after the preset: a string, or a list of passes."
-    )
+    passes: PipelineText = Field("", description="Passes to run after the preset: a string, or a list of passes.")
     preset: str | None = Field(None, description="Passes to run first; default: what the output needs.")
     target: str | None = Field(None, description="Compile for this target.")
     output: str | None = Field(None, description="ONNX file, or artifact folder with a target.")
@@ -58,9 +56,7 @@ class Settings(BaseModel):
     overwrite: bool = Field(False, description="Replace outputs that exist.")
     verify: bool = Field(True, description="Compare the result with the original.")
     threads: int | None = Field(None, ge=1, description="Threads of the check; default: all processors.")
-    dump: str | None = Field(
-        None, description="Save the model after every pass that changed it to this folder."
-    )
+    dump: str | None = Field(None, description="Save the model after every pass that changed it to this folder.")
 
 
 PATHS = ("model", "output", "calibration", "report", "dump")

@@ -54,9 +54,7 @@ def main() -> None:
 
     path, backend, threads, file = sys.argv[1:]
     feeds = pickle.loads(Path(file).read_bytes())  # written by our own parent
-    session = (
-        Session(path, threads=int(threads)) if backend == "tvm" else ort_session(Path(path), int(threads))
-    )
+    session = load_session(Path(path), backend, int(threads))
     for _ in range(RUNS):
         session.run(None, feeds)
     print(peak_rss_mb())

@@ -103,9 +103,7 @@ def keep_input(model: Path, out: Path, overwrite: bool) -> None:
     for path in written:
         for source in sources:
             if os.path.samefile(path, source):
-                raise OutputError(
-                    f"{path}: is read by this run and will not be replaced; choose another output"
-                )
+                raise OutputError(f"{path}: is read by this run and will not be replaced; choose another output")
 
 
 @contextlib.contextmanager
@@ -172,17 +170,11 @@ def show(done: dict[str, Any], as_json: bool) -> None:
 @click.option("-o", "--output", metavar="OUT",
               help="ONNX file (MODEL.opt.onnx), or with --target artifact folder (MODEL.TARGET).")  # fmt: skip
 @pin_option
-@click.option(
-    "--calibration", metavar="FILE.npz|DIR", help="Real inputs for calibration, training and verification."
-)
-@click.option(
-    "--config", metavar="FILE.yaml", help="The same settings in a file; the command line goes first."
-)
+@click.option("--calibration", metavar="FILE.npz|DIR", help="Real inputs for calibration, training and verification.")
+@click.option("--config", metavar="FILE.yaml", help="The same settings in a file; the command line goes first.")
 @click.option("--dry-run", is_flag=True, default=None,
               help="Which passes would change what, and why the others would not; writes nothing.")  # fmt: skip
-@click.option(
-    "--report", metavar="FILE.html|.json", help="Write what was done, with numbers before and after."
-)
+@click.option("--report", metavar="FILE.html|.json", help="Write what was done, with numbers before and after.")
 @click.option("--seed", type=click.IntRange(min=0), metavar="N", help="Seed of every random choice (0).")
 @click.option(
     "--jobs",
@@ -190,12 +182,8 @@ def show(done: dict[str, Any], as_json: bool) -> None:
     metavar="N",
     help="Processes for passes that evaluate many candidates (1).",
 )
-@click.option(
-    "--backend", type=click.Choice(["local", "ray", "dask"]), help="Where these processes run (local)."
-)
-@click.option(
-    "--max-drop", type=click.FloatRange(min=0), metavar="X", help="Error budget of lossy and learned passes."
-)
+@click.option("--backend", type=click.Choice(["local", "ray", "dask"]), help="Where these processes run (local).")
+@click.option("--max-drop", type=click.FloatRange(min=0), metavar="X", help="Error budget of lossy and learned passes.")
 @click.option("--overwrite", is_flag=True, default=None, help="Replace outputs that exist.")
 @click.option("--no-verify", "verify", flag_value=False, type=bool, default=None,
               help="Do not compare the result with the original.")  # fmt: skip

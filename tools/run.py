@@ -23,9 +23,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 
-def run_model(
-    model: str, file: str, *, backend: str | None = None, threads: int | None = None
-) -> dict[str, Any]:
+def run_model(model: str, file: str, *, backend: str | None = None, threads: int | None = None) -> dict[str, Any]:
     """Output name -> value of the model on the arrays of the .npz file. Raises a GraphwrightError."""
     from graphwright.runtime.feeds import load_feeds
 
@@ -47,9 +45,7 @@ def save_outputs(outputs: dict[str, Any], path: Path, *, overwrite: bool) -> Non
     io.check_output(path, overwrite)
     for name, value in outputs.items():
         if not isinstance(value, np.ndarray):
-            raise OutputError(
-                f"output {name!r} is a {type(value).__name__}, not an array; an .npz cannot hold it"
-            )
+            raise OutputError(f"output {name!r} is a {type(value).__name__}, not an array; an .npz cannot hold it")
     arrays = {name: value.astype(str) if value.dtype == object else value for name, value in outputs.items()}
     with io.replacing(path) as temporary, open(temporary, "wb") as file:
         np.savez(file, **arrays)

@@ -59,9 +59,7 @@ def operator(node: ir.Node) -> str:
     return f"{node.domain}::{node.op_type}" if node.domain not in ("", "ai.onnx") else node.op_type
 
 
-def summarize(
-    source: str, result: Result, census: Census, target: str | None, seconds: float
-) -> dict[str, Any]:
+def summarize(source: str, result: Result, census: Census, target: str | None, seconds: float) -> dict[str, Any]:
     """Everything the tables and reports show, as JSON types."""
     from graphwright.passes.io import weights_nbytes
 
@@ -170,9 +168,7 @@ def print_passes(passes: Sequence[Mapping[str, Any]]) -> None:
     for one in passes:
         nodes = f"{one['nodes_before']} -> {one['nodes_after']}"
         rows.append((one["spec"], len(one["changes"]), len(one["skips"]), nodes, f"{one['seconds']:.3f}"))
-    print_table(
-        ("pass", "changes", "skips", "nodes", "seconds"), rows, right=("changes", "skips", "nodes", "seconds")
-    )
+    print_table(("pass", "changes", "skips", "nodes", "seconds"), rows, right=("changes", "skips", "nodes", "seconds"))
     if not passes:
         click.echo("(no passes)")
 
