@@ -43,6 +43,8 @@ def ort_session(
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 4
+    if not optimized:  # a session for a run or two: packing weights costs more than it gives, and a second copy
+        options.add_session_config_entry("session.disable_prepacking", "1")
     levels = ort.GraphOptimizationLevel
     options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimized else levels.ORT_DISABLE_ALL
     on_disk = {
