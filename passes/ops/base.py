@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 DOMAIN = "graphwright"
+FUNCTIONS = 8  # first version of the ONNX format that has functions with attributes
 
 
 @dataclass(frozen=True)
@@ -28,9 +29,9 @@ class Case:
 class CustomOp:
     """An operator of the domain `graphwright`, defined once.
 
-    body: makes the FunctionProto as an onnx_ir function for one version of the standard operators (the one the
-    model imports), so that model and function never disagree. reference: the oracle, NumPy in float64, called
-    as `reference(*arrays, **attributes)`. cases: shapes for the tests every operator goes through.
+    body: makes the function for one version of the standard operators, the one that the model imports, so that
+    model and function never disagree. reference: the oracle, NumPy in float64, called as
+    `reference(*arrays, **attributes)`. cases: shapes for the tests that every operator goes through.
     opset: first version of the standard operators that the body can be written in.
     """
 
@@ -59,6 +60,11 @@ class CustomOp:
         """Put the function and the import of its domain into `model`, once however often it is called."""
         imports = model.graph.opset_imports
         imports[self.domain] = self.version
-        if (*self.identifier, "") not in model.functions:
-            function = self.function(imports.setdefault("", self.opset))
-            model.functions[function.identifier()] = function
+        if (*self.identifier, "") in model.functions:
+            return
+        if "" not in imports:  # all standard operators are inside functions
+            known = [f.opset_imports.get("", 0) for f in model.functions.values()]
+            imports[""] = max([self.opset, *known])
+        function = self.function(imports[""])
+        model.functions[function.identifier()] = function
+        model.ir_version = max(model.ir_version, FUNCTIONS)

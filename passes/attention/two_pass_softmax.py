@@ -1,0 +1,291 @@
+"""The pass `two-pass-softmax`: softmax over the last axis -> the custom operator with its own kernels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import onnx_ir as ir
+
+from ..base import Contract, Pass, PassContext, PassReport
+from ..graph import (
+    Scope,
+    attribute,
+    carry_type,
+    constant_ints,
+    input_of,
+    is_op,
+    rank,
+    remove_node,
+    scopes,
+    site,
+)
+from ..ops.two_pass_softmax import NEGATIVE_AXES, TWO_PASS_SOFTMAX, Form, choose_form, longest_in_cache
+
+ALL_AXES = 13  # from this opset on Softmax is over one axis; before, over all axes from `axis` to the last
+COMPUTED = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+
+
+class _Refused(Exception):
+    """The first condition that a site does not meet."""
+
+
+@dataclass(frozen=True)
+class TwoPassSoftmax(Pass):
+    """Softmax over the last axis, and its chains of exponentials, become `graphwright.TwoPassSoftmax`.
+
+    Compiled for a CPU it runs on kernels of two forms. Long rows that do not stay in the cache take two passes
+    over memory instead of three: every number is kept as a pair (m, n) that stands for m·2^n, so nothing can
+    overflow and no pass is needed to find the maximum. Rows that stay in the cache take three, because there
+    arithmetic is the limit and the third pass saves an exponential.
+
+        y = Softmax <axis = -1> (x)                                y = graphwright.TwoPassSoftmax <axis = -1> (x)
+
+        m = ReduceMax <keepdims = 1> (x, last)
+        d = Sub (x, m)
+        e = Exp (d)                                          ->    y = graphwright.TwoPassSoftmax <axis = -1> (x)
+        s = ReduceSum <keepdims = 1> (e, last)
+        y = Div (e, s)                                             (also without Sub, and as Mul by Reciprocal)
+
+    The operator's body is Softmax itself: the file stays plain ONNX and runs at full speed everywhere.
+    Left alone: other axes, float64, and chains whose exponentials or sum are used elsewhere. A chain without
+    the maximum overflows for x > 88; the operator does not.
+
+    Source: Dukhan and Ablavatski, "The Two-Pass Softmax Algorithm", arXiv 2001.04438.
+
+    Options: form: auto, two-pass or three-pass; auto chooses by row length and the target's caches.
+    min_row: rows known to be shorter than this are left alone.
+    """
+
+    name: ClassVar[str] = "two-pass-softmax"
+    contract: ClassVar[Contract] = Contract.ROUNDING
+
+    form: Form = Form.AUTO
+    min_row: int = 1
+
+    def __post_init__(self) -> None:
+        if self.min_row < 0:
+            raise ValueError(f"min_row is {self.min_row}, must be at least 0")
+
+    def run(self, model: ir.Model, ctx: PassContext) -> PassReport:
+        report = self.report()
+        opset = model.graph.opset_imports.get("", ALL_AXES)
+        for scope in list(scopes(model)):
+            if scope.function is not None and scope.function.domain == TWO_PASS_SOFTMAX.domain:
+                continue
+            for node in list(scope.graph):
+                self._visit(node, scope, opset, ctx, report)
+        if report.changes:
+            TWO_PASS_SOFTMAX.add_to(model)
+        return report
+
+    def _visit(self, node: ir.Node, scope: Scope, opset: int, ctx: PassContext, report: PassReport) -> None:
+        """Rewrite `node` if it is a softmax or ends a chain that is one. `opset` is the model's."""
+        chain = _chain(node)
+        if chain is None and not is_op(node, "Softmax"):
+            return
+        rule = "chain" if chain else "softmax"
+        try:
+            if chain is None:
+                x = input_of(node, 0)
+                _check_softmax(node, scope)
+            else:
+                x = chain.input(node)
+            if x is None:
+                raise _Refused("it has no input")
+            if opset < NEGATIVE_AXES and x.shape is None and node.outputs[0].shape is None:
+                raise _Refused(f"rank unknown, and before opset {NEGATIVE_AXES} an axis counts from the front")
+            self._check_rows(x, node.outputs[0])
+        except _Refused as refusal:
+            report.skipped(rule, site(node), str(refusal))
+            return
+        self._rewrite(node, x, opset)
+        if scope.function is not None:
+            scope.function.opset_imports[TWO_PASS_SOFTMAX.domain] = TWO_PASS_SOFTMAX.version
+        report.changed(rule, site(node), self._detail(node.outputs[0], ctx))
+
+    def _check_rows(self, x: ir.Value, y: ir.Value) -> None:
+        dtype = x.dtype or y.dtype
+        if dtype is not None and dtype not in COMPUTED:
+            raise _Refused(f"{_numpy_name(dtype)} input, the kernel computes in float32")
+        row = _row_length(y if x.shape is None else x)
+        if isinstance(row, int) and row < self.min_row:
+            raise _Refused(f"rows of {row} are shorter than min_row={self.min_row}")
+
+    def _rewrite(self, node: ir.Node, x: ir.Value, opset: int) -> None:
+        """Turn `node` itself into the operator, so that its output keeps name, type and users."""
+        carry_type(x, node.outputs[0])
+        before = [value for value in node.inputs if value is not None and value is not x]
+        axis = -1 if opset >= NEGATIVE_AXES else (rank(node.outputs[0]) or 1) - 1
+        node.domain, node.op_type, node.version = TWO_PASS_SOFTMAX.domain, TWO_PASS_SOFTMAX.name, None
+        node.attributes.clear()
+        node.attributes.add(ir.AttrInt64("axis", axis))
+        if self.form is not Form.AUTO:
+            node.attributes.add(ir.AttrString("form", self.form.value))
+        node.replace_input_with(0, x)
+        node.resize_inputs(1)
+        _remove_unused(before, node.graph)
+
+    def _detail(self, y: ir.Value, ctx: PassContext) -> str:
+        if self.form is not Form.AUTO:
+            return f"{self.form.value}: asked for by form={self.form.value}"
+        row = _row_length(y)
+        if isinstance(row, int):
+            form, why = choose_form(row, ctx.caches)
+            return f"{form.value}: {why}"
+        limit = longest_in_cache(ctx.caches)
+        return f"by row length at run time, which is {row}: three-pass up to {limit} elements, two-pass above"
+
+
+def _numpy_name(dtype: ir.DataType) -> str:
+    return "float64" if dtype == ir.DataType.DOUBLE else dtype.name.lower()
+
+
+def _row_length(value: ir.Value) -> int | str:
+    """Elements of the last axis: a number, a name, or "unknown"."""
+    if value.shape is None or not len(value.shape):
+        return "unknown"
+    last = value.shape[-1]
+    return last if isinstance(last, int) else (last.value or "unknown")
+
+
+def _shape(node: ir.Node) -> ir.Shape | None:
+    """The shape of the first output of `node`, or of its first input, which has the same."""
+    x = input_of(node, 0)
+    return node.outputs[0].shape or (x.shape if x is not None else None)
+
+
+def _check_softmax(node: ir.Node, scope: Scope) -> None:
+    """Raise _Refused unless the Softmax `node` is over the last axis only."""
+    try:
+        axis = attribute(node, "axis", -1 if scope.opset >= ALL_AXES else 1)
+    except ValueError as error:
+        raise _Refused(f"{error}, its value is not known here") from error
+    shape = _shape(node)
+    if shape is None:
+        if axis == -1:
+            return
+        raise _Refused(f"rank unknown, so axis {axis} may not be the last axis")
+    dims = len(shape)
+    first = axis + dims if axis < 0 else axis
+    if dims and first == dims - 1:
+        return
+    if scope.opset >= ALL_AXES:
+        raise _Refused(f"axis {axis} is not the last axis of rank {dims}")
+    if first >= dims or any(dim != 1 for dim in shape[first : dims - 1]):
+        raise _Refused(
+            f"before opset {ALL_AXES} axis {axis} means all axes from it on, "
+            f"which are not only the last of rank {dims}"
+        )
+
+
+@dataclass(frozen=True)
+class _Chain:
+    """Exp and what divides by its sum: `e` the exponentials, `total` the sum, `reciprocal` 1/total or None."""
+
+    exp: ir.Node
+    e: ir.Value
+    total: ir.Value
+    reciprocal: ir.Value | None = None
+
+    def input(self, end: ir.Node) -> ir.Value | None:
+        """What the chain, with `end` as its last node, is the softmax of. Raises _Refused if it is none that may go."""
+        inner = [value for value in (self.total, self.reciprocal) if value is not None]
+        if any(value.graph is not end.graph for value in (self.e, *inner)):
+            raise _Refused("the chain spans more than one graph")
+        shapes = [v.shape for v in (end.outputs[0], self.e, input_of(self.exp, 0)) if v is not None]
+        dims = next((len(shape) for shape in shapes if shape is not None), None)
+        _check_reduction(self.total.producer(), dims)
+        for value, uses in ((self.e, 2), *((v, 1) for v in inner)):
+            if value.is_graph_output():
+                raise _Refused(f"{value.name} is an output of the graph too")
+            if len(value.uses()) != uses:
+                raise _Refused(f"{value.name} is used elsewhere too, so it has to be computed anyway")
+        x = input_of(self.exp, 0)
+        difference = _producer(x)
+        if difference is not None and is_op(difference, "Sub"):
+            whole = input_of(difference, 0)
+            if _is_maximum(input_of(difference, 1), whole, dims):
+                return whole
+        return x
+
+
+def _chain(end: ir.Node) -> _Chain | None:
+    """The chain that `end` may be the last node of: Exp / ReduceSum(Exp), or Exp · Reciprocal(ReduceSum(Exp))."""
+    first, second = input_of(end, 0), input_of(end, 1)
+    if is_op(end, "Div"):
+        return _divided(first, second)
+    if is_op(end, "Mul"):
+        for e, inverse in ((first, second), (second, first)):
+            node = _producer(inverse)
+            if node is not None and is_op(node, "Reciprocal"):
+                return _divided(e, input_of(node, 0), inverse)
+    return None
+
+
+def _divided(e: ir.Value | None, total: ir.Value | None, reciprocal: ir.Value | None = None) -> _Chain | None:
+    exp, reduction = _producer(e), _producer(total)
+    if e is None or total is None or exp is None or reduction is None:
+        return None
+    if not is_op(exp, "Exp") or not is_op(reduction, "ReduceSum") or input_of(reduction, 0) is not e:
+        return None
+    return _Chain(exp, e, total, reciprocal)
+
+
+def _producer(value: ir.Value | None) -> ir.Node | None:
+    return None if value is None else value.producer()
+
+
+def _is_maximum(value: ir.Value | None, x: ir.Value | None, dims: int | None) -> bool:
+    """Whether `value` is the maximum of `x` over the last of `dims` axes, kept as an axis."""
+    node = _producer(value)
+    if node is None or not is_op(node, "ReduceMax") or input_of(node, 0) is not x:
+        return False
+    try:
+        _check_reduction(node, dims)
+    except _Refused:
+        return False
+    return True
+
+
+def _check_reduction(node: ir.Node | None, dims: int | None) -> None:
+    """Raise _Refused unless `node` reduces only the last of `dims` axes and keeps it. None: not known how many."""
+    assert node is not None
+    try:
+        axes, keepdims = attribute(node, "axes"), attribute(node, "keepdims", 1)
+    except ValueError as error:
+        raise _Refused(f"{node.op_type}: {error}, its value is not known here") from error
+    if not keepdims:
+        raise _Refused(f"{node.op_type} does not keep the axis (keepdims = 0)")
+    given = input_of(node, 1)
+    if given is not None:
+        axes = constant_ints(given)
+        if axes is None:
+            raise _Refused(f"the axes of {node.op_type} are computed, not constant")
+    if not axes:
+        if attribute(node, "noop_with_empty_axes", 0):
+            raise _Refused(f"{node.op_type} has no axes and does nothing")
+        if dims != 1:
+            raise _Refused(f"{node.op_type} is over all axes")
+        return
+    if len(axes) != 1:
+        raise _Refused(f"{node.op_type} is over {len(axes)} axes")
+    (axis,) = axes
+    if axis == -1:
+        return
+    if dims is None:
+        raise _Refused(f"rank unknown, so axis {axis} of {node.op_type} may not be the last axis")
+    if axis != dims - 1:
+        raise _Refused(f"axis {axis} of {node.op_type} is not the last axis of rank {dims}")
+
+
+def _remove_unused(values: list[ir.Value], graph: ir.Graph | ir.Function | None) -> None:
+    """Remove the nodes of `graph` that make only values nobody uses, and then their producers."""
+    while values:
+        node = values.pop().producer()
+        if node is None or node.graph is not graph or graph is None:
+            continue
+        if any(value.uses() or value.is_graph_output() for value in node.outputs):
+            continue
+        values.extend(value for value in node.inputs if value is not None)
+        remove_node(node)
