@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -132,7 +133,8 @@ def sample_inputs(name: str, seed: int | np.random.Generator = 0, dims: Mapping[
     _require(entry, entry.sample_assets)
     rng = np.random.default_rng(seed)
     shapes = entry.shapes(dims)
-    feeds = entry.sample(rng, {**entry.sizes, **(dims or {})})
+    with _extra(name):
+        feeds = entry.sample(rng, {**entry.sizes, **(dims or {})})
     for key, shape in shapes.items():
         if feeds[key].shape != shape:
             raise AssertionError(f"the sample of {name} has {key} {feeds[key].shape}, not {shape}")
@@ -143,7 +145,8 @@ def export(name: str, path: str | Path, *, overwrite: bool = False, **options: A
     """Writes the model as an ONNX file, whole or not at all, and returns its path.
 
     `options` are those of `describe(name).options`. Weights above 1 GiB go into a data file beside it.
-    Raises AssetError if its weights are not in the cache, UsageError for an unknown model or option.
+    Raises AssetError if its weights are not in the cache or torch is not installed, UsageError for an unknown
+    model or option.
     """
     from graphwright.passes import io
 
@@ -156,7 +159,8 @@ def export(name: str, path: str | Path, *, overwrite: bool = False, **options: A
     if path.is_dir():
         raise OutputError(f"{path}: is a folder; expected a file name")
     _require(entry, entry.needs_assets)
-    built = entry.build(**options)
+    with _extra(name):
+        built = entry.build(**options)
     if isinstance(built, Path):
         with io.replacing(path) as temporary:
             temporary.write_bytes(built.read_bytes())
@@ -183,6 +187,20 @@ def _require(entry: ModelEntry, wanted: tuple[str, ...]) -> None:
             f"{entry.name} needs {', '.join(missing)}, which {assets.cache_folder()} does not hold: "
             f"run `graphwright models fetch {entry.name}`"
         )
+
+
+@contextmanager
+def _extra(name: str) -> Iterator[None]:
+    """Turns a missing package of the extra "models" into an error that says how to install it."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in ("gguf", "PIL", "safetensors", "tokenizers", "torch"):
+            raise
+        raise AssetError(
+            f"{name} needs {package}, which is not installed: run `pip install 'graphwright[models]'`"
+        ) from error
 
 
 @functools.cache

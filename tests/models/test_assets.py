@@ -69,9 +69,7 @@ def cached(cache: Path) -> list[str]:
     return sorted(str(p.relative_to(cache)) for p in cache.rglob("*") if p.is_file())
 
 
-def test_one_download_brings_every_asset_of_the_archive(
-    index: Path, table: dict[str, Asset], tmp_path: Path
-) -> None:
+def test_one_download_brings_every_asset_of_the_archive(index: Path, table: dict[str, Asset], tmp_path: Path) -> None:
     path = assets.fetch("one-file", tmp_path / "cache")
     assert path.read_bytes() == b"first"
     assert assets.has("folder", tmp_path / "cache")
@@ -97,13 +95,9 @@ def test_an_altered_copy_is_reported_by_find_and_replaced_by_fetch(
     assert assets.fetch("one-file", tmp_path).read_bytes() == b"first"
 
 
-def test_a_wrong_checksum_leaves_the_cache_without_it(
-    index: Path, table: dict[str, Asset], tmp_path: Path
-) -> None:
+def test_a_wrong_checksum_leaves_the_cache_without_it(index: Path, table: dict[str, Asset], tmp_path: Path) -> None:
     table["one-file"] = Asset(Package("parcel", "1.0"), ("pack/data/a.txt",), "0" * 64, "CC0-1.0", "a file")
-    with pytest.raises(
-        AssetError, match=f"one-file from parcel 1.0 has sha256 {sha256(b'first')}, expected 0000"
-    ):
+    with pytest.raises(AssetError, match=f"one-file from parcel 1.0 has sha256 {sha256(b'first')}, expected 0000"):
         assets.fetch("one-file", tmp_path)
     assert not assets.has("one-file", tmp_path)
     assert not list(tmp_path.glob(".fetch-*"))
@@ -111,15 +105,11 @@ def test_a_wrong_checksum_leaves_the_cache_without_it(
 
 def test_a_missing_member_is_one_line(index: Path, table: dict[str, Asset], tmp_path: Path) -> None:
     table["one-file"] = Asset(Package("parcel", "1.0"), ("pack/gone.txt",), "0" * 64, "CC0-1.0", "a file")
-    with pytest.raises(
-        AssetError, match=r"^parcel 1.0 does not contain pack/gone.txt: the package was changed$"
-    ):
+    with pytest.raises(AssetError, match=r"^parcel 1.0 does not contain pack/gone.txt: the package was changed$"):
         assets.fetch("one-file", tmp_path)
 
 
-def test_a_failed_download_is_one_line_with_what_to_do(
-    index: Path, table: dict[str, Asset], tmp_path: Path
-) -> None:
+def test_a_failed_download_is_one_line_with_what_to_do(index: Path, table: dict[str, Asset], tmp_path: Path) -> None:
     table["one-file"] = Asset(Package("parcel", "2.0"), ("pack/data/a.txt",), "0" * 64, "CC0-1.0", "a file")
     with pytest.raises(AssetError, match=r"^cannot download parcel 2.0: .*; check the network") as caught:
         assets.fetch("one-file", tmp_path / "cache")
@@ -130,20 +120,14 @@ def test_a_failed_download_is_one_line_with_what_to_do(
 def test_npm_packages_say_when_npm_is_missing(
     table: dict[str, Asset], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    table["text"] = Asset(
-        Package("@scope/text", "1.0.0", "npm"), ("package/a.txt",), "0" * 64, "CC0-1.0", "text"
-    )
+    table["text"] = Asset(Package("@scope/text", "1.0.0", "npm"), ("package/a.txt",), "0" * 64, "CC0-1.0", "text")
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(
-        AssetError, match=r"@scope/text 1.0.0 comes from npm, which was not found: install Node"
-    ):
+    with pytest.raises(AssetError, match=r"@scope/text 1.0.0 comes from npm, which was not found: install Node"):
         assets.fetch("text", tmp_path)
 
 
 def test_absent_and_unknown_assets_name_the_way_out(table: dict[str, Asset], tmp_path: Path) -> None:
-    with pytest.raises(
-        AssetError, match=r"one-file \(parcel 1.0\) is not in .*: run `graphwright models fetch one-"
-    ):
+    with pytest.raises(AssetError, match=r"one-file \(parcel 1.0\) is not in .*: run `graphwright models fetch one-"):
         assets.find("one-file", tmp_path)
     with pytest.raises(AssetError, match="no asset 'one-flie': did you mean one-file"):
         assets.find("one-flie", tmp_path)

@@ -164,9 +164,7 @@ def test_a_small_llama_equals_torch_and_stores_its_embedding_once(tmp_path: Path
     io.save(model, tmp_path / "small-llama.onnx")
     assert_equals_torch(tmp_path / "small-llama.onnx", module, {"input_ids": ids.numpy()})
     size = SMALL["vocabulary"] * SMALL["width"]
-    assert (
-        sum(np.prod(t.dims) == size for t in onnx.load(tmp_path / "small-llama.onnx").graph.initializer) == 1
-    )
+    assert sum(np.prod(t.dims) == size for t in onnx.load(tmp_path / "small-llama.onnx").graph.initializer) == 1
 
 
 @pytest.mark.torch
@@ -237,9 +235,7 @@ def test_smollm2_perplexity_on_moby_dick(fetched: Callable[[str], None]) -> None
     windows = torch.tensor(ids).reshape(4, 512)
     model = llama.load_gguf(assets.find("smollm2-gguf"), 512)
     with torch.inference_mode():
-        losses = [
-            torch.nn.functional.cross_entropy(model(w[None])[0, :-1], w[1:], reduction="sum") for w in windows
-        ]
+        losses = [torch.nn.functional.cross_entropy(model(w[None])[0, :-1], w[1:], reduction="sum") for w in windows]
     perplexity = float((torch.stack(losses).sum() / 2044).exp())
     print(f"perplexity {perplexity:.2f}")
     assert perplexity == pytest.approx(32.33, abs=0.05)

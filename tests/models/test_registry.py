@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import graphwright.models
 import numpy as np
 import onnx
 import pytest
@@ -66,6 +68,15 @@ def test_an_existing_file_is_not_replaced_unasked(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="already exists"):
         registry.export("mobilenet-v2", path)
     assert path.read_bytes() == b"mine"
+
+
+def test_a_missing_package_says_how_to_install_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.delitem(sys.modules, "graphwright.models.mobilenet", raising=False)
+    monkeypatch.delattr(graphwright.models, "mobilenet", raising=False)
+    with pytest.raises(AssetError, match=r"^mobilenet-v2 needs torch, .* `pip install 'graphwright\[models\]'`$"):
+        registry.export("mobilenet-v2", tmp_path / "model.onnx")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", OFFLINE)
