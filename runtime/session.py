@@ -254,6 +254,8 @@ class _OrtStep:
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 4
+        # Threads that go on spinning after a run take the processors from TVM's regions.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         path = artifact.root / region.file
         try:
             self.session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

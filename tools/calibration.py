@@ -40,8 +40,8 @@ def load_calibration(path: Path, model: ir.Model, pins: Mapping[str, Sequence[in
 
 
 def _declared(value: ir.Value, pins: Mapping[str, Sequence[int]]) -> list[int | None] | None:
-    if value.name in pins:
-        return list(pins[value.name])
+    if (value.name or "") in pins:
+        return list(pins[value.name or ""])
     if value.shape is None:
         return None
     return [dim if isinstance(dim, int) else None for dim in value.shape]

@@ -37,7 +37,7 @@ class _Commands(Group):
         key = name.replace("_", "-")
         if key not in COMMANDS:
             return None
-        return importlib.import_module(f"graphwright.tools.{key.replace('-', '_')}").command  # type: ignore[no-any-return]
+        return importlib.import_module(f"graphwright.tools.{key.replace('-', '_')}").command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):

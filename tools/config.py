@@ -40,23 +40,27 @@ class Settings(BaseModel):
         validate_by_name=True,
     )
 
-    model: str | None = Field(None, description="The ONNX file to optimize.")
-    passes: PipelineText = Field("", description="Passes to run after the preset: a string, or a list of passes.")
-    preset: str | None = Field(None, description="Passes to run first; default: what the output needs.")
-    target: str | None = Field(None, description="Compile for this target.")
-    output: str | None = Field(None, description="ONNX file, or artifact folder with a target.")
+    model: str | None = Field(default=None, description="The ONNX file to optimize.")
+    passes: PipelineText = Field(
+        default="", description="Passes to run after the preset: a string, or a list of passes."
+    )
+    preset: str | None = Field(default=None, description="Passes to run first; default: what the output needs.")
+    target: str | None = Field(default=None, description="Compile for this target.")
+    output: str | None = Field(default=None, description="ONNX file, or artifact folder with a target.")
     pin: dict[str, Shape] = Field(default_factory=dict, description="Input name -> shape to fix.")
-    calibration: str | None = Field(None, description="An .npz file or a folder of them with real inputs.")
-    dry_run: bool = Field(False, description="Say what would change and write nothing.")
-    report: str | None = Field(None, description="Write what was done to this .html or .json file.")
-    seed: int = Field(0, ge=0, description="Seed of every random choice.")
-    jobs: int = Field(1, ge=1, description="Processes for work that can be spread.")
-    backend: Literal["local", "ray", "dask"] = Field("local", description="Where such work runs.")
-    max_drop: float | None = Field(None, ge=0, description="Error budget of lossy and learned passes.")
-    overwrite: bool = Field(False, description="Replace outputs that exist.")
-    verify: bool = Field(True, description="Compare the result with the original.")
-    threads: int | None = Field(None, ge=1, description="Threads of the check; default: all processors.")
-    dump: str | None = Field(None, description="Save the model after every pass that changed it to this folder.")
+    calibration: str | None = Field(default=None, description="An .npz file or a folder of them with real inputs.")
+    dry_run: bool = Field(default=False, description="Say what would change and write nothing.")
+    report: str | None = Field(default=None, description="Write what was done to this .html or .json file.")
+    seed: int = Field(default=0, ge=0, description="Seed of every random choice.")
+    jobs: int = Field(default=1, ge=1, description="Processes for work that can be spread.")
+    backend: Literal["local", "ray", "dask"] = Field(default="local", description="Where such work runs.")
+    max_drop: float | None = Field(default=None, ge=0, description="Error budget of lossy and learned passes.")
+    overwrite: bool = Field(default=False, description="Replace outputs that exist.")
+    verify: bool = Field(default=True, description="Compare the result with the original.")
+    threads: int | None = Field(default=None, ge=1, description="Threads of the check; default: all processors.")
+    dump: str | None = Field(
+        default=None, description="Save the model after every pass that changed it to this folder."
+    )
 
 
 PATHS = ("model", "output", "calibration", "report", "dump")

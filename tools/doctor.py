@@ -178,9 +178,9 @@ def _graph_findings(model: ir.Model) -> Iterator[Finding]:
         yield Finding(
             "control flow", op, count_of(count, "node"), cure="taken as it is where TVM can, else onnxruntime's"
         )
-    node = random_node(model)
-    if node is not None:
-        yield Finding("random", node.op_type, "gives other numbers every run", cure="the result cannot be verified")
+    random = random_node(model)
+    if random is not None:
+        yield Finding("random", random.op_type, "gives other numbers every run", cure="the result cannot be verified")
 
 
 def _wanted_opset() -> int:
@@ -262,7 +262,7 @@ def _special(tensor: ir.TensorProtocol) -> tuple[int, int]:
     return nans, infinities
 
 
-def fix(model: Path, out: Path, pins: Mapping[str, Sequence[int]], *, overwrite: bool) -> dict[str, Any]:
+def fix(model: Path, out: Path, pins: Mapping[str, tuple[int, ...]], *, overwrite: bool) -> dict[str, Any]:
     """Write the model with the cures applied as ONNX, compared with the original. Raises a GraphwrightError."""
     from .config import Settings
     from .optimize import optimize_file

@@ -39,7 +39,7 @@ def explain(
     Nothing is written. Raises a GraphwrightError.
     """
     from graphwright.passes import io
-    from graphwright.passes.base import PassContext
+    from graphwright.passes.base import Caches, PassContext
     from graphwright.passes.pipeline import Pipeline
     from graphwright.passes.registry import parse_pass
     from graphwright.runtime.driver import plan
@@ -59,8 +59,8 @@ def explain(
             pins=pins or {},
             calibration=load_calibration(calibration, graph, pins or {}) if calibration else None,
             target=goal.name if goal else None,
+            caches=goal.caches if goal else Caches(),
             progress=say,
-            **({"caches": goal.caches} if goal else {}),
         )
         _, reports = (before + Pipeline((step,))).run(graph, ctx)
     return reports[-1], before

@@ -104,6 +104,8 @@ def ort_session(path: Path, threads: int | None, optimized: bool = True) -> Any:
     options.intra_op_num_threads = threads or default_threads()
     options.inter_op_num_threads = 1
     options.log_severity_level = 4
+    # Without it the threads go on spinning after a run and take the processors from what is timed next.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     levels = ort.GraphOptimizationLevel
     options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimized else levels.ORT_DISABLE_ALL
     try:
