@@ -57,19 +57,17 @@ def _bytes(size: int) -> str:
 def _body(opset: int) -> ir.Function:
     """`return op.Softmax(x, axis=axis)`: the file stays plain ONNX that any runtime executes at full speed.
 
-    `form` is for kernels only.
+    Neither parameter has a default: nodes give their axis, because before opset 13 Softmax's own default is not the
+    last axis, and `form` is for kernels only.
     """
     import onnx_ir as ir
 
     x = ir.Value(name="x")
     axis = ir.RefAttr("axis", "axis", ir.AttributeType.INT)
-    softmax = ir.Node("", "Softmax", [x], [axis], outputs=[ir.Value(name="y")])
+    softmax = ir.Node("", "Softmax", [x], [axis], outputs=[ir.Value(name="y")], name="softmax")
     graph = ir.Graph([x], softmax.outputs, nodes=[softmax], name=NAME, opset_imports={"": opset})
-    # Before opset 11 there is no default that means the last axis, so every node gives its own.
-    negative = opset >= NEGATIVE_AXES
-    axis_parameter = ir.AttrInt64("axis", -1) if negative else ir.Attr("axis", ir.AttributeType.INT, None)
-    form_parameter = ir.AttrString("form", Form.AUTO.value)
-    return ir.Function(DOMAIN, NAME, graph=graph, attributes=[axis_parameter, form_parameter])
+    parameters = [ir.Attr("axis", ir.AttributeType.INT, None), ir.Attr("form", ir.AttributeType.STRING, None)]
+    return ir.Function(DOMAIN, NAME, graph=graph, attributes=parameters)
 
 
 def _reference(x: np.ndarray, axis: int = -1, form: str = Form.AUTO.value) -> np.ndarray:
@@ -89,7 +87,6 @@ TWO_PASS_SOFTMAX = CustomOp(
     version=VERSION,
     body=_body,
     reference=_reference,
-    # Each gives its axis, as the pass does: not every evaluator knows the defaults of functions.
     cases=(
         Case(((1, 1),), LAST, note="one element"),
         Case(((3, 7),), LAST, note="less than one vector"),

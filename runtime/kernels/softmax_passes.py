@@ -1,0 +1,257 @@
+"""The passes of softmax over one row or a block of it, as pieces that kernels are put together from.
+
+A number is kept as (m, n) = m·2^n in the two-pass form; see `two_pass_softmax`. Names: x, y the flat tensors;
+`start` a flat offset; `count` elements from there on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from tvm import tirx
+from tvm.tirx.script import builder as T
+
+from .vectors import LOWEST, NEGATIVE_INFINITY, POLYNOMIAL, Buffer, Expr, Vectors
+
+# Rows of up to so many vectors stay in registers.
+REGISTER_VECTORS = 16
+# What a float32 lane of the two-pass form adds up before its block ends: a sum of 2^26 elements in 64 lanes is off by
+# 8e-4, one in blocks of this size by 2e-7.
+LANE_TERMS = 1 << 8
+# An element below FLOOR counts as FLOOR, so that its n is still exact: |n| < 2^22.
+FLOOR = -2.9e6
+EMPTY = -16777216.0  # the n of an empty sum
+
+
+@dataclass
+class SoftmaxEmitter:
+    """Emits softmax over the rows of flat float32 buffers into the IR builder that is open."""
+
+    vectors: Vectors
+    x: Buffer
+    y: Buffer
+    index: str = "int64"  # type of offsets
+
+    def sweep(
+        self, count: int | Expr, group: int, body: Callable[[list[Expr], Expr | None], None], start: Expr = 0
+    ) -> None:
+        """`body(offsets, part)` over `count` elements from `start`: `group` vectors at a time, then single ones,
+        then the `part` elements that remain. Few enough vectors are written out without a loop."""
+        lanes = self.vectors.lanes
+        step = group * lanes
+
+        def offsets(first: Expr, vectors: int) -> list[Expr]:
+            return [first + j * lanes for j in range(vectors)]
+
+        if isinstance(count, int):
+            groups, rest = divmod(count, step)
+            if groups * group <= REGISTER_VECTORS:
+                for i in range(groups):
+                    body(offsets(start + i * step, group), None)
+            else:
+                with T.serial(self.const(groups)) as i:
+                    body(offsets(start + i * step, group), None)
+            done = groups * step
+            if rest // lanes:
+                body(offsets(start + done, rest // lanes), None)
+            if rest % lanes:
+                body([start + (count - rest % lanes)], self.const(rest % lanes))
+            return
+        count = T.Bind(count)
+        groups = T.Bind(T.shift_right(count, self.const(step.bit_length() - 1)))
+        with T.serial(groups) as i:
+            body(offsets(start + i * step, group), None)
+        done = T.Bind(groups * step)
+        singles = T.Bind(T.shift_right(count - done, self.const(lanes.bit_length() - 1)))
+        with T.serial(singles) as i:
+            body([start + done + i * lanes], None)
+        part = T.Bind(T.bitwise_and(count, self.const(lanes - 1)))
+        with T.If(part > self.const(0)), T.Then():
+            body([start + (count - part)], part)
+
+    def const(self, value: int) -> Expr:
+        return tirx.const(value, self.index)
+
+    # -- one row that fits in registers ----------------------------------------------------------------------
+
+    def register_row(self, start: Expr, length: int) -> None:
+        """A row of at most REGISTER_VECTORS vectors, read once and written once."""
+        v = self.vectors
+        parts = [(j, None) for j in range(length // v.lanes)]
+        if length % v.lanes:
+            parts.append((length // v.lanes, self.const(length % v.lanes)))
+        rows = [v.load(self.x, start + j * v.lanes, part, NEGATIVE_INFINITY) for j, part in parts]
+        # Not below the smallest float: -inf minus -inf would make a NaN of a lane that only fills up.
+        top = v.greatest(_tree(T.max, [*rows]))
+        exps = [v.exp(row - v.splat(top)) for row in rows]
+        factor = T.Bind(T.float32(1) / v.total(_tree(lambda a, b: a + b, exps)))
+        for (j, part), e in zip(parts, exps, strict=True):
+            v.store(self.y, start + j * v.lanes, e * v.splat(factor), part)
+
+    # -- three-pass ------------------------------------------------------------------------------------------
+
+    def maximum(self, start: Expr, count: int | Expr) -> Expr:
+        """The greatest of `count` elements, LOWEST if all are -inf."""
+        v = self.vectors
+        group = 8
+        best = v.registers(group, LOWEST)
+
+        def body(offsets: list[Expr], part: Expr | None) -> None:
+            for j, offset in enumerate(offsets):
+                here = v.at(j * v.lanes)
+                T.buffer_store(best, T.max(best[here], v.load(self.x, offset, part, LOWEST)), [here])
+
+        self.sweep(count, group, body, start)
+        return v.greatest(_tree(T.max, [best[v.at(j * v.lanes)] for j in range(group)]))
+
+    def exponentials(self, start: Expr, count: int | Expr, top: Expr) -> Expr:
+        """Y = exp(X - top) over `count` elements; returns their sum."""
+        v = self.vectors
+        group = 4
+        sums = v.registers(group, 0.0)
+
+        def body(offsets: list[Expr], part: Expr | None) -> None:
+            xs = [v.load(self.x, offset, part, NEGATIVE_INFINITY) for offset in offsets]
+            for j, (offset, x) in enumerate(zip(offsets, xs, strict=True)):
+                here = v.at(j * v.lanes)
+                e = v.exp(x - v.splat(top))
+                v.store(self.y, offset, e, part)
+                T.buffer_store(sums, sums[here] + e, [here])
+
+        self.sweep(count, group, body, start)
+        return v.total(_tree(lambda a, b: a + b, [sums[v.at(j * v.lanes)] for j in range(group)]))
+
+    def scale(self, start: Expr, count: int | Expr, factor: Expr) -> None:
+        """Y *= factor over `count` elements."""
+        v = self.vectors
+
+        def body(offsets: list[Expr], part: Expr | None) -> None:
+            for offset in offsets:
+                v.store(self.y, offset, v.load(self.y, offset, part) * v.splat(factor), part)
+
+        self.sweep(count, 8, body, start)
+
+    def reload_row(self, start: Expr, length: int | Expr) -> None:
+        """A row in three passes over all of it."""
+        top = self.maximum(start, length)
+        total = self.exponentials(start, length, top)
+        self.scale(start, length, T.Bind(T.float32(1) / total))
+
+    def merge_tops(self, tops: Buffer, sums: Buffer, blocks: int | Expr) -> Expr:
+        """Turn the blocks' sums, each against its own maximum, into factors onto a common one.
+
+        Returns 1 / the sum over the row; `sums[b]` is then exp(top of b - top of the row).
+        """
+        inner = SoftmaxEmitter(self.vectors, tops, sums, self.index)
+        v = self.vectors
+        top = inner.maximum(self.const(0), blocks)
+        total = v.registers(1, 0.0)
+
+        def body(offsets: list[Expr], part: Expr | None) -> None:
+            for offset in offsets:
+                factor = v.exp(v.load(tops, offset, part, LOWEST) - v.splat(top))
+                here = v.at(0)
+                T.buffer_store(total, v.fma(v.load(sums, offset, part), factor, total[here]), [here])
+                v.store(sums, offset, factor, part)
+
+        inner.sweep(blocks, 1, body, self.const(0))
+        return T.Bind(T.float32(1) / v.total(total[v.at(0)]))
+
+    # -- two-pass --------------------------------------------------------------------------------------------
+
+    @property
+    def pair_sums(self) -> int:
+        """Accumulators of the two-pass form."""
+        return 4 if self.vectors.wide else 2
+
+    @property
+    def pair_block(self) -> int:
+        """Elements of a two-pass block."""
+        return LANE_TERMS * self.pair_sums * self.vectors.lanes
+
+    def pairs(
+        self, offsets: Sequence[Expr], part: Expr | None, coefficients: Sequence[Expr] | None
+    ) -> list[tuple[Expr, Expr]]:
+        """(m, n) of each vector of X: e^x = m·2^n, times whatever the coefficients were multiplied by."""
+        v = self.vectors
+        result = []
+        for offset in offsets:
+            # The constant first: a NaN passes.
+            x = T.Bind(T.max(v.splat(FLOOR), v.load(self.x, offset, part, NEGATIVE_INFINITY)))
+            n, t = v.split(x)
+            result.append((T.Bind(v.polynomial(t, coefficients)), n))
+        return result
+
+    def pair_sum(self, start: Expr, count: int | Expr) -> tuple[Expr, Expr]:
+        """(m, n) of the sum of e^x over `count` elements."""
+        v = self.vectors
+        sums, share = self.pair_sums, 2  # two vectors share an accumulator and so its rescaling
+        ms, ns = v.registers(sums, 0.0), v.registers(sums, EMPTY)
+
+        def body(offsets: list[Expr], part: Expr | None) -> None:
+            terms = self.pairs(offsets, part, None)
+            for w in range(0, len(terms), share):
+                here = v.at(w // share * v.lanes)
+                greatest = ns[here]
+                for _, n in terms[w : w + share]:
+                    # A NaN in n loses here; it stays in m.
+                    greatest = T.max(n, greatest)
+                greatest = T.Bind(greatest)
+                total = v.times_power(ms[here], ns[here] - greatest)
+                for m, n in terms[w : w + share]:
+                    total = total + v.times_power(m, n - greatest)
+                T.buffer_store(ms, total, [here])
+                T.buffer_store(ns, greatest, [here])
+
+        self.sweep(count, sums * share, body, start)
+        each = [v.at(w * v.lanes) for w in range(sums)]
+        n_sum = v.greatest(_tree(T.max, [ns[at] for at in each]))
+        aligned = [v.times_power(ms[at], ns[at] - v.splat(n_sum)) for at in each]
+        return v.total(_tree(lambda a, b: a + b, aligned)), n_sum
+
+    def merge_pairs(self, ms: Buffer, ns: Buffer, blocks: int | Expr) -> tuple[Expr, Expr]:
+        """(m, n) of the sum of the blocks' pairs: exponents are aligned, which is exact, and mantissas added."""
+        v = self.vectors
+        n_sum = SoftmaxEmitter(v, ns, ns, self.index).maximum(self.const(0), blocks)
+        total = v.registers(1, 0.0)
+
+        def body(offsets: list[Expr], part: Expr | None) -> None:
+            for offset in offsets:
+                m, n = v.load(ms, offset, part), v.load(ns, offset, part, EMPTY)
+                here = v.at(0)
+                T.buffer_store(total, total[here] + v.times_power(m, n - v.splat(n_sum)), [here])
+
+        self.sweep(blocks, 1, body, self.const(0))
+        return v.total(total[v.at(0)]), n_sum
+
+    def pair_output(self, start: Expr, count: int | Expr, m_sum: Expr, n_sum: Expr, stream: bool) -> None:
+        """Y = m/m_sum · 2^(n - n_sum) over `count` elements. 1/m_sum goes into the polynomial's coefficients.
+
+        stream: whole vectors of Y bypass the caches; the elements in front of the first aligned address do not.
+        """
+        v = self.vectors
+        factor = T.Bind(T.float32(1) / m_sum)
+        coefficients = [T.Bind(v.splat(T.Bind(factor * T.float32(c)))) for c in POLYNOMIAL]
+
+        def body(offsets: list[Expr], part: Expr | None) -> None:
+            for offset, (m, n) in zip(offsets, self.pairs(offsets, part, coefficients), strict=True):
+                v.store(self.y, offset, v.times_power(m, n - v.splat(n_sum)), part, stream)
+
+        if stream:
+            count = tirx.const(count, self.index) if isinstance(count, int) else count
+            head = T.Bind(T.min(T.Cast(self.index, v.to_aligned(self.y, start)), count))
+            with T.If(head > self.const(0)), T.Then():
+                body([start], head)
+            start, count = T.Bind(start + head), count - head
+        self.sweep(count, 8 if v.wide else 4, body, start)
+        if stream:
+            v.fence()
+
+
+def _tree(combine: Callable[[Expr, Expr], Expr], values: list[Expr]) -> Expr:
+    """`values` combined pairwise, so that the chain of dependent operations is short."""
+    while len(values) > 1:
+        pairs = [T.Bind(combine(a, b)) for a, b in zip(values[::2], values[1::2], strict=False)]
+        values = pairs + ([values[-1]] if len(values) % 2 else [])
+    return values[0]

@@ -1,0 +1,236 @@
+"""How fast the softmax kernels are against onnxruntime and both three-pass forms, written in the same TIR.
+
+    python -m graphwright.tools.bench_softmax                   all shapes, one thread
+    python -m graphwright.tools.bench_softmax --threads 2 --json softmax.json
+    python -m graphwright.tools.bench_softmax --quick           a few shapes, seconds
+
+All run in one process on the same arrays, bound once, in turn; after each change of runner one run is not timed.
+`chosen` is what a compiled model uses. The ratio is onnxruntime's time over its time, pair by pair: above 1 it is
+faster. Brackets hold the 10th and 90th percentile. `2 threads` compares the kernel with itself on one thread.
+
+Source of the forms: Dukhan and Ablavatski, "The Two-Pass Softmax Algorithm", arXiv 2001.04438.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from ..runtime.kernels.softmax_passes import SoftmaxEmitter
+    from ..runtime.target import Target
+
+ONE_ROW = [(1, 1 << n) for n in (6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26)]
+MANY_ROWS = [
+    (1000, 7), (1000, 49), (4096, 64), (1000, 197), (1000, 256), (1000, 300), (1024, 1 << 10), (256, 1 << 12),
+    (64, 1 << 14), (16, 1 << 16), (4, 1 << 18), (16, 1 << 20), (4, 1 << 22), (1 << 15, 1 << 10),
+]  # fmt: skip
+QUICK = [(1, 1 << 6), (1, 1 << 14), (1, 1 << 20), (1, 1 << 24), (1000, 49), (1024, 1 << 10)]
+FORMS = ("chosen", "two-pass", "recompute", "reload")
+SETTLE = 0.003  # seconds after which the other library's threads have stopped spinning
+
+Runner = Callable[[], object]
+
+
+def recompute(e: SoftmaxEmitter, rows: Any, length: Any) -> None:
+    """Three passes, the exponentials computed twice: 3 reads and 1 write per element."""
+    from tvm.tirx.script import builder as T
+
+    from ..runtime.kernels.vectors import NEGATIVE_INFINITY
+
+    v = e.vectors
+    with T.serial(e.const(rows)) as row:
+        start = row * length
+        top = e.maximum(start, length)
+        sums = v.registers(4, 0.0)
+
+        def exponentials(offsets: list[Any], part: Any) -> list[Any]:
+            xs = [v.load(e.x, offset, part, NEGATIVE_INFINITY) for offset in offsets]
+            return [v.exp(x - v.splat(top)) for x in xs]
+
+        def add(offsets: list[Any], part: Any) -> None:
+            for j, value in enumerate(exponentials(offsets, part)):
+                here = v.at(j * v.lanes)
+                T.buffer_store(sums, sums[here] + value, [here])
+
+        e.sweep(length, 4, add, start)
+        total = sums[v.at(0)]
+        for j in range(1, 4):
+            total = total + sums[v.at(j * v.lanes)]
+        factor = T.Bind(T.float32(1) / v.total(total))
+
+        def write(offsets: list[Any], part: Any) -> None:
+            for offset, value in zip(offsets, exponentials(offsets, part), strict=True):
+                v.store(e.y, offset, value * v.splat(factor), part)
+
+        e.sweep(length, 4, write, start)
+
+
+def reload(e: SoftmaxEmitter, rows: Any, length: Any) -> None:
+    """Three passes, the exponentials written and read back: 3 reads and 2 writes per element."""
+    from tvm.tirx.script import builder as T
+
+    with T.serial(e.const(rows)) as row:
+        e.reload_row(row * length, length)
+
+
+def kernel(form: str, shape: Sequence[int], target: Target, threads: int) -> Callable[..., None]:
+    """The compiled kernel of one of FORMS."""
+    import tvm
+
+    from ..passes.ops.two_pass_softmax import Form
+    from ..runtime.kernels.two_pass_softmax import rowwise, softmax
+
+    if form in ("recompute", "reload"):
+        function = rowwise(shape, target.isa, {"recompute": recompute, "reload": reload}[form], "softmax")
+    else:
+        chosen = Form.TWO_PASS if form == "two-pass" else Form.AUTO
+        function = softmax(shape, target.isa, target.caches, threads, chosen, "softmax")
+    return tvm.compile(tvm.IRModule({"softmax": function}), target.tvm())["softmax"]
+
+
+def onnxruntime_runner(x: np.ndarray, y: np.ndarray, threads: int) -> Runner:
+    """onnxruntime's Softmax on `x` into `y`, bound once."""
+    import onnxruntime
+    from onnx import TensorProto, helper
+
+    node = helper.make_node("Softmax", ["x"], ["y"], axis=-1)
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, x.shape) for name in ("x", "y")]
+    model = helper.make_model(
+        helper.make_graph([node], "g", ends[:1], ends[1:]), opset_imports=[helper.make_opsetid("", 17)], ir_version=8
+    )
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    binding = session.io_binding()
+    bound = [onnxruntime.OrtValue.ortvalue_from_numpy(a) for a in (x, y)]
+    binding.bind_ortvalue_input("x", bound[0])
+    binding.bind_ortvalue_output("y", bound[1])
+    return lambda keep=bound: session.run_with_iobinding(binding)
+
+
+def take_turns(runners: dict[str, Runner], settle: float, budget: float) -> dict[str, list[float]]:
+    """Seconds of each runner, turn by turn: the median of as many runs as take about a millisecond."""
+    repeats = {}
+    for name, run in runners.items():
+        run()
+        start = time.perf_counter()
+        run()
+        repeats[name] = max(1, min(50, int(1e-3 / max(1e-9, time.perf_counter() - start))))
+    times: dict[str, list[float]] = {name: [] for name in runners}
+    start = time.perf_counter()
+    while len(times["onnxruntime"]) < 9 or time.perf_counter() - start < budget:
+        for name, run in runners.items():
+            if settle:
+                time.sleep(settle)
+            run()
+            turn = []
+            for _ in range(repeats[name]):
+                begin = time.perf_counter()
+                run()
+                turn.append(time.perf_counter() - begin)
+            times[name].append(sorted(turn)[len(turn) // 2])
+    return times
+
+
+def measure(shape: tuple[int, int], target: Target, threads: int, budget: float) -> dict[str, Any]:
+    """One row of the table: nanoseconds per element and ratios, by runner."""
+    import numpy as np
+    import tvm
+
+    from ..runtime.measure import Spread
+
+    x = (np.random.default_rng(0).random(shape, np.float32) * 20 - 10).astype(np.float32)
+    source = tvm.runtime.tensor(x)
+    result = tvm.runtime.tensor(np.empty_like(x))
+    runners: dict[str, Runner] = {"onnxruntime": onnxruntime_runner(x, np.empty_like(x), threads)}
+    # The comparison forms are written for one thread; the pairs form of a short row is never chosen.
+    forms = [f for f in FORMS if threads == 1 or f == "chosen"]
+    for form in forms:
+        run = kernel(form, shape, target, threads)
+        runners[form] = lambda run=run: run(source, result)
+    if threads > 1:
+        alone = kernel("chosen", shape, target, 1)
+        runners["one thread"] = lambda: alone(source, result)
+    errors = {}
+    e = np.exp(x.astype(np.float64) - x.max(axis=-1, keepdims=True))
+    expected = e / e.sum(axis=-1, keepdims=True)
+    for form in forms:
+        runners[form]()
+        errors[form] = float(np.abs(result.numpy() / expected - 1).max())
+    del e, expected
+    times = take_turns(runners, SETTLE if threads > 1 else 0.0, budget)
+    count = math.prod(shape)
+    ratios = {}
+    for name in (*forms, *(["one thread"] if threads > 1 else [])):
+        other = "onnxruntime" if name in forms else name
+        mine = name if name in forms else "chosen"
+        ratios[name] = Spread.of([a / b for a, b in zip(times[other], times[mine], strict=True)]).to_json()
+    return {
+        "shape": list(shape),
+        "ns_per_element": {name: Spread.of([t / count * 1e9 for t in ts]).to_json() for name, ts in times.items()},
+        "ratio": ratios,
+        "max_relative_error": errors,
+        "turns": len(times["onnxruntime"]),
+    }
+
+
+def header(threads: int) -> list[str]:
+    extra = [f"{threads} threads over 1"] if threads > 1 else list(FORMS[1:])
+    return ["rows", "length", "onnxruntime", "chosen", "ratio", *extra]
+
+
+def line(row: dict[str, Any], threads: int) -> list[str]:
+    """The row as text: nanoseconds per element, ratios with their spread."""
+    nanoseconds, ratio = row["ns_per_element"], row["ratio"]
+
+    def spread(name: str) -> str:
+        return "{median:.2f} [{low:.2f}, {high:.2f}]".format(**ratio[name])
+
+    extra = [spread("one thread")] if threads > 1 else [f"{nanoseconds[form]['median']:.3f}" for form in FORMS[1:]]
+    cells = [f"{nanoseconds[name]['median']:.3f}" for name in ("onnxruntime", "chosen")]
+    rows, length = row["shape"]
+    power = f"2^{length.bit_length() - 1}" if length & (length - 1) == 0 else str(length)
+    return [str(rows), power, *cells, spread("chosen"), *extra]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="a few shapes, a fraction of a second each")
+    parser.add_argument("--threads", type=int, default=1, metavar="N")
+    parser.add_argument("--shape", action="append", metavar="ROWSxLENGTH", help="only this; may be given again")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    options = parser.parse_args(arguments)
+    # Read when the library is loaded; the values that a Session sets.
+    os.environ["TVM_NUM_THREADS"] = str(options.threads)
+    os.environ.setdefault("TVM_THREAD_POOL_SPIN_COUNT", "0")
+    from ..runtime.target import Target
+
+    target = Target.named("cpu")
+    shapes = QUICK if options.quick else ONE_ROW + MANY_ROWS
+    if options.shape:
+        shapes = [(int(rows), int(length)) for rows, _, length in (s.partition("x") for s in options.shape)]
+    print(f"{target.description}, caches {target.caches}, {options.threads} thread(s); ns per element")
+    print("| " + " | ".join(header(options.threads)) + " |")
+    print("|" + "---|" * len(header(options.threads)), flush=True)
+    results = []
+    for shape in shapes:
+        results.append(measure(shape, target, options.threads, 0.3 if options.quick else 2.0))
+        print("| " + " | ".join(line(results[-1], options.threads)) + " |", flush=True)
+    if options.json:
+        document = {"target": target.to_json(), "threads": options.threads, "results": results}
+        options.json.write_text(json.dumps(document, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
