@@ -32,7 +32,7 @@ class ConvertOpset(Pass):
     Node by node, with onnx's version converter where an operator changed, so that weights, functions, bodies,
     names and metadata stay as they are. Functions are converted too. Upsample, Resize 10,
     RoiAlign 10 and GroupNormalization 18, which that converter gets wrong, are written out here.
-    Left alone, with the reason: models that are newer already, and the whole model when one operator in it
+    Left alone: models that are newer already; and, with the reason, the whole model when one operator in it
     cannot be converted, since graph and functions must agree on the meaning of an operator.
     """
 
@@ -56,8 +56,8 @@ class ConvertOpset(Pass):
         if not run.report.skips:
             for top, plan in plans:
                 run.apply(top, plan)
-            if model.graph.opset_imports.get("") == self.version:
-                model.ir_version = max(model.ir_version, _ir_version(self.version))
+            opset = model.graph.opset_imports.get("", self.version)
+            model.ir_version = max(model.ir_version, _ir_version(opset))
         return run.report
 
 
@@ -86,10 +86,7 @@ class _Run:
         """What each node that must change becomes. A Skip in the report says why it cannot be done."""
         current = top.opsets.get("")
         plan: Plan = []
-        if current is None or current == self.version:
-            return plan
-        if current > self.version:
-            self.report.skipped("opset", _what(top), f"it is at opset {current}, newer than {self.version}")
+        if current is None or current >= self.version:
             return plan
         for scope in graph.nested(top):
             for node in scope.graph:
@@ -110,7 +107,7 @@ class _Run:
             self.report.changed("convert", graph.site(node), detail)
             outputs = [value for value in node.outputs if value.name]
             inline_call(node, ir.serde.deserialize_function(body), self.names, outputs)
-        if current != self.version:
+        if current < self.version:
             top.opsets[""] = self.version
             self.report.changed("opset", _what(top), f"{current} -> {self.version}")
 

@@ -14,6 +14,7 @@ from . import quantized, recurrent
 from .bodies import inline_call
 from .body_builder import Body
 from .evaluate import Refusal
+from .infer_shapes import InferShapes
 from .standard_bodies import standard_body
 
 # Standard operators without a converter in the importer of TVM 0.27, as (domain, operator).
@@ -55,23 +56,30 @@ class Decompose(Pass):
 
     def run(self, model: ir.Model, ctx: PassContext) -> PassReport:
         report = self.report()
+        refused: set[ir.Node] = set()
+        while self._round(model, refused, report):
+            InferShapes().run(model, ctx)  # bodies hold operators that are decomposed in turn, by their types
+        return report
+
+    def _round(self, model: ir.Model, refused: set[ir.Node], report: PassReport) -> bool:
+        """Replace what there is now. Returns whether the bodies hold more."""
         names: graph.Names | None = None
+        more = False
         for scope in graph.scopes(model):
-            pending = [node for node in scope.graph if self._wants(node)]
-            while pending:
-                node = pending.pop(0)
+            for node in [node for node in scope.graph if self._wants(node) and node not in refused]:
                 site, op_type = graph.site(node), node.op_type
                 try:
                     function = self._body(node, scope)
                 except Refusal as refusal:
+                    refused.add(node)
                     report.skipped("decompose", site, f"{op_type}: {refusal}")
                     continue
                 names = names or graph.Names(model)
                 outputs = [value for value in node.outputs if value.name]
                 made = inline_call(node, function, names, outputs)
                 report.changed("decompose", site, f"{op_type}: {len(made)} nodes")
-                pending[:0] = [new for new in made if self._wants(new)]
-        return report
+                more = more or any(map(self._wants, made))
+        return more
 
     def _wants(self, node: ir.Node) -> bool:
         if node.domain != "":

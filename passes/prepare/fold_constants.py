@@ -66,6 +66,7 @@ class _Run:
         self._limits = Limits(options.max_bytes, 4 * options.max_bytes)
         self._uses_of_names: Counter[str | None] | None = None
         self._names: graph.Names | None = None
+        self._chose_branch = False
 
     def fold(self, scope: graph.Scope) -> None:
         for node in scope.graph:
@@ -79,6 +80,8 @@ class _Run:
         entries = self._shapes.visit(node, scope.opset)
         if entries is not None and entries.known and self._fold_shape(node, entries, scope):
             return
+        if node.op_type == "Range" and self._chose_branch:
+            self._read_scalars(node, scope)
         if node.op_type == "Reshape":
             self._complete_reshape(node, scope)
         if all(v is None or graph.is_constant(v) for v in node.inputs):
@@ -107,6 +110,20 @@ class _Run:
         name = self._fresh(f"{target.name}_fixed")
         node.replace_input_with(1, graph.add_constant(scope, node, name, dims))
         self.report.changed("reshape", graph.site(node), f"to {dims.tolist()}")
+
+    def _read_scalars(self, node: ir.Node, scope: graph.Scope) -> None:
+        """Make the inputs of a Range scalars.
+
+        Runtimes take vectors of one number too, but only where they cannot see the shape, as behind an If.
+        """
+        for index, value in enumerate(node.inputs):
+            if value is None or graph.rank(value) == 0:
+                continue
+            scalar = graph.add_constant(scope, node, self._fresh("scalar"), np.zeros(0, np.int64))
+            reshape = ir.Node("", "Reshape", [value, scalar], name="")
+            reshape.outputs[0].name = self._fresh(f"{value.name}_scalar")
+            scope.graph.insert_before(node, reshape)
+            node.replace_input_with(index, reshape.outputs[0])
 
     def _fold_node(self, node: ir.Node, scope: graph.Scope) -> None:
         if graph.has_references(node) or any(True for _ in graph.subgraphs(node)) or is_random(node):
@@ -209,6 +226,7 @@ class _Run:
                 graph.replace_value(old, new, keep_name=fresh)
                 taken.add(new)
         graph.remove_node(node)
+        self._chose_branch = True
         self.report.changed("if", site, f"always {which}: {len(nodes)} nodes")
         for inner in nodes:  # they stand before the node that the walk over the graph is at
             self._visit(inner, scope)

@@ -57,6 +57,13 @@ def conv_integer(node: ir.Node, opset: int, max_steps: int) -> Body:
     return body
 
 
+def _scale(body: Body, node: ir.Node, index: int) -> str:
+    """A scale as float32."""
+    value = graph.input_of(node, index)
+    name = f"input{index}"
+    return name if value is not None and value.dtype == FLOAT else body.op("Cast", name, to=int(FLOAT))
+
+
 def _requantize(body: Body, total: str, scales: tuple[str, str, str], zero: str) -> None:
     """total * (a * b / y), rounded to even, plus the zero point, saturated: what integer kernels do."""
     factor = body.op("Div", body.op("Mul", scales[0], scales[1]), scales[2])
@@ -69,11 +76,10 @@ def qlinear_conv(node: ir.Node, opset: int, max_steps: int) -> Body:
     x, w = _centred(body, node, 0, 2), _centred(body, node, 3, 5, spatial + 1)
     bias = body.op("Cast", "input8", to=int(FLOAT)) if graph.input_of(node, 8) is not None else None
     total = body.op("Conv", x, w, bias, **_convolution(node))
-    w_scale, per_channel = "input4", graph.rank(graph.input_of(node, 4)) == 1
-    if per_channel:
-        behind = body.constant(list(range(1, spatial + 1)))
-        w_scale = body.op("Unsqueeze", w_scale, behind)
-    _requantize(body, total, ("input1", w_scale, "input6"), "input7")
+    w_scale = _scale(body, node, 4)
+    if graph.rank(graph.input_of(node, 4)) == 1:
+        w_scale = body.op("Unsqueeze", w_scale, body.constant(list(range(1, spatial + 1))))
+    _requantize(body, total, (_scale(body, node, 1), w_scale, _scale(body, node, 6)), "input7")
     return body
 
 
@@ -86,5 +92,6 @@ def qlinear_matmul(node: ir.Node, opset: int, max_steps: int) -> Body:
             raise Refusal("its first input has a scale per row, or one of unknown shape")
     body = Body(opset)
     total = body.op("MatMul", _centred(body, node, 0, 2), _centred(body, node, 3, 5))
-    _requantize(body, total, ("input1", "input4", "input6"), "input7")
+    a, b, y = (_scale(body, node, index) for index in (1, 4, 6))
+    _requantize(body, total, (a, b, y), "input7")
     return body

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
@@ -11,6 +12,7 @@ from .protobuf import type_proto
 
 if TYPE_CHECKING:
     import onnx
+    import onnx.defs
 
 
 def standard_body(node: ir.Node, opset: int) -> ir.Function:
@@ -28,6 +30,7 @@ def standard_body(node: ir.Node, opset: int) -> ir.Function:
     del proto.opset_import[:]
     proto.opset_import.add(domain="", version=version)
     _keep_named_outputs(proto, node)
+    _write_defaults(proto, schema)
     function = ir.serde.deserialize_function(proto)
     if version != opset:
         _update(function, node, opset)
@@ -68,9 +71,28 @@ def _keep_named_outputs(proto: onnx.FunctionProto, node: ir.Node) -> None:
     needed = set(wanted)
     for inner in reversed(list(proto.node)):
         if needed.intersection(inner.output):
-            needed.update(inner.input)
+            needed.update(_reads(inner))
         else:
             proto.node.remove(inner)
+
+
+def _reads(node: onnx.NodeProto) -> Iterator[str]:
+    """Names that the node or a body in it reads."""
+    yield from node.input
+    for attribute in node.attribute:
+        for body in [attribute.g] if attribute.HasField("g") else attribute.graphs:
+            yield from (value.name for value in body.output)
+            for inner in body.node:
+                yield from _reads(inner)
+
+
+def _write_defaults(proto: onnx.FunctionProto, schema: onnx.defs.OpSchema) -> None:
+    """Give the body's parameters the operator's default values, which the standard keeps apart from it."""
+    for name in list(proto.attribute):
+        default = schema.attributes[name].default_value
+        if default.name:
+            proto.attribute.remove(name)
+            proto.attribute_proto.append(default)
 
 
 def _update(function: ir.Function, node: ir.Node, opset: int) -> None:
