@@ -15,9 +15,11 @@ from ..passes.errors import GraphwrightError, InputError, did_you_mean
 
 Feeds = dict[str, np.ndarray]
 
-# Sizes tried for a symbolic dimension, in order. Image sizes must often be multiples of 32, sequences stay short.
+# Sizes tried for a symbolic dimension, in order. Sequences stay short; images must be large enough for every
+# downsampling, and often a multiple of 32.
 BATCH_SIZES = (1, 2, 3)
-OTHER_SIZES = (8, 16, 32, 64, 96, 128, 224, 320, 640, 1, 2, 512)
+SEQUENCE_SIZES = (8, 16, 32, 64, 96, 128, 224, 320, 640, 1, 2, 512)
+IMAGE_SIZES = (64, 96, 128, 224, 320, 640, 32, 16, 8, 1, 2)
 LARGEST_FEED = 1 << 28  # elements
 FIRST_TOKENS = 100  # an index bound where the model does not tell one
 
@@ -105,12 +107,14 @@ def _size_choices(model: ir.Model) -> Iterator[dict[str, int]]:
     if not others:
         yield from (dict.fromkeys(batch, size) for size in BATCH_SIZES)
         return
+    images = any(len(value.shape or ()) >= 4 for value in required_inputs(model))
+    candidates = IMAGE_SIZES if images else SEQUENCE_SIZES
     # Together first, as dimensions are often tied (height and width, past and mask), then each on its own.
-    for size in OTHER_SIZES:
+    for size in candidates:
         for count in BATCH_SIZES[:2]:
             yield {**dict.fromkeys(batch, count), **dict.fromkeys(others, size)}
     if 1 < len(others) <= 4:
-        for combination in itertools.islice(itertools.product(OTHER_SIZES, repeat=len(others)), 4096):
+        for combination in itertools.islice(itertools.product(candidates, repeat=len(others)), 4096):
             yield {**dict.fromkeys(batch, 1), **dict(zip(others, combination, strict=True))}
 
 
