@@ -85,6 +85,12 @@ class Manifest(_Strict):
     regions: list[RegionSpec]
     files: dict[str, FileSpec]
     verdict: dict[str, Any] | None = None
+    digest: str = ""  # of everything above; filled in when the manifest is written
+
+    def own_digest(self) -> str:
+        """The digest that the manifest should carry."""
+        text = json.dumps(self.model_dump(mode="json", exclude={"digest"}), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -133,7 +139,11 @@ class Artifact:
         return artifact
 
     def verify(self) -> None:
-        """Check every file against its hash. Raises ArtifactError naming the first that differs."""
+        """Check the manifest and every file against its hash. Raises ArtifactError naming the first that differs."""
+        if self.manifest.digest != self.manifest.own_digest():
+            raise ArtifactError(
+                f"{self.root / MANIFEST}: was altered since it was written (digest differs); compile the model again"
+            )
         for name, entry in self.manifest.files.items():
             path = self.root / name
             if Path(name).name != name:
@@ -150,7 +160,8 @@ class Artifact:
 
 def write_manifest(manifest: Manifest, root: Path) -> None:
     temporary = root / f".{MANIFEST}.part"
-    temporary.write_text(manifest.model_dump_json(indent=1) + "\n")
+    complete = manifest.model_copy(update={"digest": manifest.own_digest()})
+    temporary.write_text(complete.model_dump_json(indent=1) + "\n")
     os.replace(temporary, root / MANIFEST)
 
 

@@ -41,17 +41,17 @@ class Row:
 
 def run(name: str, folder: Path, threads: int | None = None) -> Row:
     """The whole road for one model; its files go into `folder`. Raises a GraphwrightError."""
-    import numpy as np
-
     from graphwright.models import registry
+    from graphwright.passes.registry import pass_names
     from graphwright.runtime.driver import optimize
 
     from .bench import bench_models
     from .compare import compare_models
+    from .run import write_npz
 
     folder.mkdir(parents=True, exist_ok=True)
     original, artifact, inputs = folder / f"{name}.onnx", folder / f"{name}.cpu", folder / f"{name}.npz"
-    start = time.perf_counter()
+    start, steps = time.perf_counter(), frozenset(pass_names())
 
     def say(what: str) -> None:
         print(f"{time.perf_counter() - start:7.1f} s  {name}: {what}", file=sys.stderr, flush=True)
@@ -61,7 +61,7 @@ def run(name: str, folder: Path, threads: int | None = None) -> Row:
     say("export to ONNX")
     registry.export(name, original, overwrite=True)
     feeds = registry.sample_inputs(name)
-    np.savez(inputs, **feeds)
+    write_npz(feeds, inputs)
     result = optimize(
         original,
         PASSES,
@@ -71,7 +71,7 @@ def run(name: str, folder: Path, threads: int | None = None) -> Row:
         calibration={key: [value] for key, value in feeds.items()},
         overwrite=True,
         threads=threads,
-        progress=say,
+        progress=lambda what: None if what in steps else say(what),
     )
     assert result.artifact is not None  # a target was named
     say("compare with the original")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +14,7 @@ from .shell import (
     Command,
     as_shape,
     format_options,
+    log,
     print_json,
     print_table,
     progress,
@@ -38,17 +41,36 @@ def run_model(model: str, file: str, *, backend: str | None = None, threads: int
 
 
 def save_outputs(outputs: dict[str, Any], path: Path, *, overwrite: bool) -> None:
-    """Write the arrays as an .npz file. Raises OutputError, also for outputs that are no arrays."""
+    """Write the arrays as an .npz file. Raises OutputError, also for outputs that are no arrays.
+
+    Strings become fixed-width text; numbers of a type that NumPy itself lacks (bfloat16 and its like) float32.
+    """
     import numpy as np
     from graphwright.passes import io
 
     io.check_output(path, overwrite)
+    arrays: dict[str, np.ndarray] = {}
     for name, value in outputs.items():
         if not isinstance(value, np.ndarray):
             raise OutputError(f"output {name!r} is a {type(value).__name__}, not an array; an .npz cannot hold it")
-    arrays = {name: value.astype(str) if value.dtype == object else value for name, value in outputs.items()}
-    with io.replacing(path) as temporary, open(temporary, "wb") as file:
-        np.savez(file, **arrays)
+        if value.dtype == object:
+            value = value.astype(str)
+        elif value.dtype.isbuiltin == 2:  # registered with NumPy by another package
+            log.warning("output %r is written as float32, since an .npz has no %s", name, value.dtype)
+            value = value.astype(np.float32)
+        arrays[name] = value
+    with io.replacing(path) as temporary:
+        write_npz(arrays, temporary)
+
+
+def write_npz(arrays: Mapping[str, np.ndarray], path: Path) -> None:
+    """As numpy.savez does it, which takes no array called `file` or `allow_pickle`."""
+    import numpy as np
+
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
+                np.lib.format.write_array(entry, array, allow_pickle=False)
 
 
 def statistics(name: str, value: Any) -> dict[str, Any]:
