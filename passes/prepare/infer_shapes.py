@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -70,49 +70,52 @@ def _merge(body: ir.Graph, result: onnx.GraphProto, report: PassReport) -> None:
 
 def _annotate(value: ir.Value, proto: onnx.TypeProto, report: PassReport) -> None:
     """Take over what `proto` knows and the value does not."""
-    if value.type is None:
+    typed = value.type is None
+    if typed:
         value.type = ir.serde.deserialize_type_proto_for_type(proto)
-        news = True
-    else:
-        news = False
-    if proto.WhichOneof("value") != "tensor_type" or not proto.tensor_type.HasField("shape"):
-        if news:
-            report.changed("infer", value.name, str(value.type))
-        return
-    dims = [_dimension(dim) for dim in proto.tensor_type.shape.dim]
     before = value.shape
-    if before is None:
-        value.shape = ir.Shape(dims)
-    elif len(before) != len(dims):
+    if proto.WhichOneof("value") == "tensor_type" and proto.tensor_type.HasField("shape"):
+        inferred = proto.tensor_type.shape.dim
+        if before is None:
+            value.shape = ir.Shape([_dimension(dim) for dim in inferred])
+        elif len(before) != len(inferred):
+            _contradiction(value, ir.Shape([_dimension(dim) for dim in inferred]), report)
+            return
+        else:
+            _refine(value, before, inferred, report)
+    if typed or value.shape is not before:
+        report.changed("infer", value.name, f"{before} -> {value.shape}")
+
+
+def _refine(
+    value: ir.Value, before: ir.Shape, inferred: Sequence[onnx.TensorShapeProto.Dimension], report: PassReport
+) -> None:
+    """Take the inferred number for each dimension, else keep the declared one, else take a name."""
+    dims: list[int | ir.SymbolicDim] = list(before)
+    news = wrong = False
+    for index, (old, dim) in enumerate(zip(before, inferred, strict=True)):
+        if dim.HasField("dim_value"):
+            if isinstance(old, int):
+                if old == dim.dim_value:
+                    continue
+                wrong = True
+        elif isinstance(old, int) or old.value is not None or not dim.dim_param:
+            continue
+        news = True
+        dims[index] = _dimension(dim)
+    if wrong:
         _contradiction(value, ir.Shape(dims), report)
-        return
-    else:
-        merged = [_merge_dim(old, new) for old, new in zip(before, dims, strict=True)]
-        if any(isinstance(m, int) and isinstance(o, int) and m != o for m, o in zip(merged, before, strict=True)):
-            _contradiction(value, ir.Shape(merged), report)
-            return
-        if all(str(m) == str(o) for m, o in zip(merged, before, strict=True)):
-            if news:
-                report.changed("infer", value.name, f"{value.type}{value.shape}")
-            return
-        value.shape = ir.Shape(merged)
-    report.changed("infer", value.name, f"{before} -> {value.shape}")
+    elif news:
+        value.shape = ir.Shape(dims)
 
 
 def _dimension(dim: onnx.TensorShapeProto.Dimension) -> int | ir.SymbolicDim:
     return dim.dim_value if dim.HasField("dim_value") else ir.SymbolicDim(dim.dim_param or None)
 
 
-def _merge_dim(old: int | ir.SymbolicDim, new: int | ir.SymbolicDim) -> int | ir.SymbolicDim:
-    """The inferred number, else the declared one, else a name."""
-    if isinstance(new, int):
-        return new
-    return new if isinstance(old, ir.SymbolicDim) and old.value is None else old
-
-
 def _contradiction(value: ir.Value, shape: ir.Shape, report: PassReport) -> None:
     if value.is_graph_output():
-        report.skipped("infer", value.name, f"declared {value.shape}, inferred {shape}; the declaration is kept")
+        reason = f"declared {value.shape}, inferred {shape}; the declaration is kept"
+        report.skipped("infer", value.name, reason)
         return
-    report.changed("infer", value.name, f"{value.shape} was wrong -> {shape}")
     value.shape = shape
