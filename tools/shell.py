@@ -95,8 +95,9 @@ def _usage(error: click.UsageError) -> str:
     ctx = error.ctx
     where = f"; see `{ctx.command_path} --help`" if ctx else ""
     if isinstance(error, click.NoSuchOption) and ctx:
-        known = [name for option in ctx.command.get_params(ctx) for name in (*option.opts, *option.secondary_opts)]
-        close = get_close_matches(error.option_name, [name for name in known if name.startswith("--")], 3, 0.6)
+        names = [name for option in ctx.command.get_params(ctx) for name in (*option.opts, *option.secondary_opts)]
+        long = [name[2:] for name in names if name.startswith("--")]
+        close = [f"--{name}" for name in get_close_matches(error.option_name.lstrip("-"), long, 3, 0.6)]
         hint = f"; did you mean {' or '.join(close)}?" if close else where
         return f"no option {error.option_name!r}{hint}"
     return error.format_message().rstrip(".") + where
