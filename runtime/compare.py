@@ -14,6 +14,9 @@ from ..passes.errors import VerificationError
 LIMIT = 1e-4  # of the output's scale: float32 rounding over a whole model
 FLOAT16_LIMIT = 1e-2
 TINY = float(np.finfo(np.float32).tiny)
+# Absolute errors that are never judged: onnxruntime's own Sigmoid, Tanh and Erf are good to about 1e-7, whatever the
+# scale of the output, so a map of probabilities near zero cannot be compared more closely.
+FLOOR = 2.0**-22
 
 Runner = Callable[[Mapping[str, np.ndarray]], Mapping[str, Any]]
 
@@ -32,7 +35,7 @@ class Difference:
 
     @property
     def ok(self) -> bool:
-        return not self.note and self.relative <= self.limit
+        return not self.note and (self.relative <= self.limit or self.max_abs <= FLOOR)
 
 
 @dataclass(frozen=True)
