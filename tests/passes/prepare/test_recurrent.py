@@ -8,13 +8,12 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from onnx import TensorProto, helper
-
 from graphwright.passes.base import PassContext
 from graphwright.passes.prepare.decompose import Decompose
 from graphwright.passes.prepare.infer_shapes import InferShapes
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import TensorProto, helper
 
 GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
 PER_DIRECTION = {"LSTM": 3, "GRU": 2, "RNN": 1}
@@ -109,7 +108,9 @@ def model_and_feeds(r: Recurrence) -> tuple[onnx.ModelProto, dict[str, np.ndarra
         attributes["input_forget"] = int(r.coupled)
     if r.activations is not None:
         attributes["activations"] = list(r.activations)
-        attributes["activation_alpha"] = [0.5 for a in r.activations if a not in ("Tanh", "Sigmoid", "Relu", "Softsign", "Softplus")]  # noqa: E501
+        attributes["activation_alpha"] = [
+            0.5 for a in r.activations if a not in ("Tanh", "Sigmoid", "Relu", "Softsign", "Softplus")
+        ]  # noqa: E501
         attributes["activation_beta"] = [0.25 for a in r.activations if a in ("Affine", "ScaledTanh", "HardSigmoid")]
     wanted = r.outputs[: 3 if lstm else 2]
     results = [name if w else "" for name, w in zip(["Y", "Y_h", "Y_c"], wanted, strict=False)]
