@@ -20,6 +20,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -115,7 +116,7 @@ def onnxruntime_runner(x: np.ndarray, y: np.ndarray, threads: int) -> Runner:
     bound = [onnxruntime.OrtValue.ortvalue_from_numpy(a) for a in (x, y)]
     binding.bind_ortvalue_input("x", bound[0])
     binding.bind_ortvalue_output("y", bound[1])
-    return lambda keep=bound: session.run_with_iobinding(binding)
+    return partial(session.run_with_iobinding, binding)
 
 
 def take_turns(runners: dict[str, Runner], settle: float, budget: float) -> dict[str, list[float]]:
@@ -153,14 +154,12 @@ def measure(shape: tuple[int, int], target: Target, threads: int, budget: float)
     source = tvm.runtime.tensor(x)
     result = tvm.runtime.tensor(np.empty_like(x))
     runners: dict[str, Runner] = {"onnxruntime": onnxruntime_runner(x, np.empty_like(x), threads)}
-    # The comparison forms are written for one thread; the pairs form of a short row is never chosen.
+    # The forms to compare with are written for one thread.
     forms = [f for f in FORMS if threads == 1 or f == "chosen"]
     for form in forms:
-        run = kernel(form, shape, target, threads)
-        runners[form] = lambda run=run: run(source, result)
+        runners[form] = partial(kernel(form, shape, target, threads), source, result)
     if threads > 1:
-        alone = kernel("chosen", shape, target, 1)
-        runners["one thread"] = lambda: alone(source, result)
+        runners["one thread"] = partial(kernel("chosen", shape, target, 1), source, result)
     errors = {}
     e = np.exp(x.astype(np.float64) - x.max(axis=-1, keepdims=True))
     expected = e / e.sum(axis=-1, keepdims=True)

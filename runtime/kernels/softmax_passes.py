@@ -14,14 +14,18 @@ from tvm.tirx.script import builder as T
 
 from .vectors import LOWEST, NEGATIVE_INFINITY, POLYNOMIAL, Buffer, Expr, Vectors
 
-# Rows of up to so many vectors stay in registers.
-REGISTER_VECTORS = 16
+# Rows of up to so many vectors stay in registers. Longer ones would be no faster in the cache and up to twice as slow
+# out of it, where all stores of a row at once wait for memory.
+REGISTER_VECTORS = 8
 # What a float32 lane of the two-pass form adds up before its block ends: a sum of 2^26 elements in 64 lanes is off by
 # 8e-4, one in blocks of this size by 2e-7.
 LANE_TERMS = 1 << 8
 # An element below FLOOR counts as FLOOR, so that its n is still exact: |n| < 2^22.
 FLOOR = -2.9e6
 EMPTY = -16777216.0  # the n of an empty sum
+
+# Called with the offsets of whole vectors and None, or with one offset and how many elements there are.
+Body = Callable[[list[Expr], Expr | None], None]
 
 
 @dataclass
@@ -33,9 +37,7 @@ class SoftmaxEmitter:
     y: Buffer
     index: str = "int64"  # type of offsets
 
-    def sweep(
-        self, count: int | Expr, group: int, body: Callable[[list[Expr], Expr | None], None], start: Expr = 0
-    ) -> None:
+    def sweep(self, count: int | Expr, group: int, body: Body, start: Expr = 0) -> None:
         """`body(offsets, part)` over `count` elements from `start`: `group` vectors at a time, then single ones,
         then the `part` elements that remain. Few enough vectors are written out without a loop."""
         lanes = self.vectors.lanes
@@ -69,6 +71,14 @@ class SoftmaxEmitter:
         part = T.Bind(T.bitwise_and(count, self.const(lanes - 1)))
         with T.If(part > self.const(0)), T.Then():
             body([start + (count - part)], part)
+
+    def aligned_sweep(self, count: int | Expr, group: int, body: Body, start: Expr) -> None:
+        """A sweep whose whole vectors of Y are aligned: the elements in front of the first come as a part."""
+        count = self.const(count) if isinstance(count, int) else count
+        head = T.Bind(T.min(T.Cast(self.index, self.vectors.to_aligned(self.y, start)), count))
+        with T.If(head > self.const(0)), T.Then():
+            body([start], head)
+        self.sweep(count - head, group, body, T.Bind(start + head))
 
     def const(self, value: int) -> Expr:
         return tirx.const(value, self.index)
@@ -238,15 +248,12 @@ class SoftmaxEmitter:
             for offset, (m, n) in zip(offsets, self.pairs(offsets, part, coefficients), strict=True):
                 v.store(self.y, offset, v.times_power(m, n - v.splat(n_sum)), part, stream)
 
+        group = 8 if v.wide else 4
         if stream:
-            count = tirx.const(count, self.index) if isinstance(count, int) else count
-            head = T.Bind(T.min(T.Cast(self.index, v.to_aligned(self.y, start)), count))
-            with T.If(head > self.const(0)), T.Then():
-                body([start], head)
-            start, count = T.Bind(start + head), count - head
-        self.sweep(count, 8 if v.wide else 4, body, start)
-        if stream:
+            self.aligned_sweep(count, group, body, start)
             v.fence()
+        else:
+            self.sweep(count, group, body, start)
 
 
 def _tree(combine: Callable[[Expr, Expr], Expr], values: list[Expr]) -> Expr:

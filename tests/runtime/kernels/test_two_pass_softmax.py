@@ -7,12 +7,11 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
 from graphwright.passes.ops import OPERATORS, TWO_PASS_SOFTMAX
 from graphwright.passes.ops.two_pass_softmax import Form, choose_form
 from graphwright.runtime.target import Target
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 pytestmark = pytest.mark.tvm
 
@@ -39,9 +38,8 @@ def runnable(name: str) -> Target:
 
 
 @functools.cache
-def kernel(target: Target, shape: tuple[int | None, ...], form: Form = Form.AUTO, threads: int = 1) -> Kernel:
+def kernel(target: Target, shape: tuple[int | None, ...], form: Form = Form.AUTO, threads: int = 2) -> Kernel:
     import tvm
-
     from graphwright.runtime.kernels.two_pass_softmax import softmax
 
     function = softmax(shape, target.isa, target.caches, threads, form, name="softmax")
@@ -67,7 +65,7 @@ def check(run: Kernel, x: np.ndarray, tolerance: float = TOLERANCE) -> None:
 @pytest.mark.parametrize("form", list(Form))
 @pytest.mark.parametrize("name", X86)
 def test_dynamic_shapes_match_numpy(name: str, form: Form) -> None:
-    run = kernel(runnable(name), (None, None), form, 2)
+    run = kernel(runnable(name), (None, None), form)
     for length in LENGTHS:
         data = rows_of(max(ROWS), length)
         for rows in ROWS:
@@ -157,7 +155,7 @@ def specials(length: int) -> np.ndarray:
 @pytest.mark.parametrize("name", X86)
 def test_special_rows_equal_onnxruntime(name: str, form: Form, length: int) -> None:
     x = specials(length)
-    run = kernel(runnable(name), (None, None), form, 1)
+    run = kernel(runnable(name), (None, None), form)
     got, expected = run(x), onnxruntime_softmax(x)
     np.testing.assert_array_equal(np.isnan(got), np.isnan(expected))
     # Results below the smallest normal float may be flushed to zero.
@@ -187,7 +185,7 @@ def onnxruntime_softmax(x: np.ndarray) -> np.ndarray:
 )
 def test_rows_are_distributions(seed: int, rows: int, length: int, spread: float, shift: float, form: Form) -> None:
     """Rows sum to 1, match the oracle, and do not change when a number is added to all of a row."""
-    run = kernel(Target.named("cpu"), (None, None), form, 2)
+    run = kernel(Target.named("cpu"), (None, None), form)
     x = (np.random.default_rng(seed).random((rows, length)) * spread).astype(np.float32)
     got = run(x)
     # Rounding of x - max, 80 at most, is 3.8e-6.
@@ -200,9 +198,8 @@ def test_rows_are_distributions(seed: int, rows: int, length: int, spread: float
 @pytest.mark.parametrize("dtype, limit", [("float32", TOLERANCE), ("float16", 1e-3), ("float64", 1e-12)])
 def test_lowering_gives_the_type_it_got(dtype: str, limit: float) -> None:
     import tvm
-    from tvm import relax
-
     from graphwright.runtime.lowering import lowering_for
+    from tvm import relax
 
     target = Target.named("cpu")
     lower = lowering_for(*TWO_PASS_SOFTMAX.identifier, "llvm")
