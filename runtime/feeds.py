@@ -30,9 +30,10 @@ def load_feeds(path: str | os.PathLike[str]) -> Feeds:
     if not path.is_file():
         raise InputError(f"{path}: no such file; expected an .npz with one array an input")
     try:
-        with np.load(path, allow_pickle=False) as data:
-            if not isinstance(data, np.lib.npyio.NpzFile):
-                raise InputError(f"{path}: holds one array; expected an .npz with one array an input")
+        data = np.load(path, allow_pickle=False)
+        if not isinstance(data, np.lib.npyio.NpzFile):
+            raise InputError(f"{path}: holds one array; expected an .npz with one array an input")
+        with data:
             return {name: data[name] for name in data.files}
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise InputError(f"{path}: cannot be read as .npz ({error}); write it with numpy.savez") from error

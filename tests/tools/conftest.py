@@ -10,9 +10,8 @@ import numpy as np
 import onnx
 import pytest
 from click.testing import CliRunner, Result
-from onnx import numpy_helper, parser
-
 from graphwright.tools.cli import main
+from onnx import numpy_helper, parser
 
 TEXT = """<ir_version: 10, opset_import: ["" : 20]>
 mlp (float[N,8] x) => (float[N,4] y)
@@ -22,8 +21,6 @@ mlp (float[N,8] x) => (float[N,4] y)
   i = Identity(r)
   y = Softmax<axis=-1>(i)
 }"""
-
-Write = Callable[..., Path]
 
 
 def mlp() -> onnx.ModelProto:
@@ -57,7 +54,7 @@ def model(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def write(tmp_path: Path) -> Write:
+def write(tmp_path: Path) -> Callable[..., Path]:
     """`write("agraph (float[2] x) => ...")` puts a model in ONNX text on disk."""
 
     def save(text: str, name: str = "model.onnx", header: str = '<ir_version: 10, opset_import: ["" : 20]>') -> Path:

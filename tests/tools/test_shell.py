@@ -14,7 +14,6 @@ from pathlib import Path
 import click
 import pytest
 from click.testing import CliRunner, Result
-
 from graphwright.passes.errors import BudgetError, ModelError, UsageError, VerificationError
 from graphwright.tools import shell
 from graphwright.tools.cli import COMMANDS, main, optimize
