@@ -72,7 +72,7 @@ def _value(value: Any) -> dict[str, Any]:
     shape = None
     if value.shape is not None:
         shape = [dim if isinstance(dim, int) else dim.value for dim in value.shape]
-    return {"name": value.name, "type": str(value.type), "shape": shape}
+    return {"name": value.name, "type": str(value.type).lower(), "shape": shape}
 
 
 def fetch_models(name: str) -> list[Path]:

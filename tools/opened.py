@@ -121,6 +121,7 @@ def choose_feeds(
 
     Symbolic dimensions get two sizes. Raises InputError when the file does not fit or none can be made up.
     """
+    import numpy as np
     from graphwright.runtime.feeds import check_names, load_feeds, made_up, required_inputs
 
     if file is not None:
@@ -134,5 +135,7 @@ def choose_feeds(
         return sum(not isinstance(dim, int) for shape in shapes for dim in shape or ())
 
     narrow, wide = sorted((candidate, reference), key=open_dims)
+    names = {value.name or "": np.empty(0) for value in required_inputs(narrow.graph)}
+    check_names(names, wide.graph, f"inputs of {narrow.name} for {wide.name}")
     # The wider graph says whether an input is valid; what the narrower one makes of it is to be found out.
     return made_up(narrow.graph, wide.run, seed=seed, sets=sets), f"random, seed {seed}"

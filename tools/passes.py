@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -66,11 +67,19 @@ def documentation(cls: type) -> str:
 
 
 def option_words(cls: type) -> dict[str, str]:
-    """Option -> the comment at its field: at the end of its line, going on in lines of comment alone."""
+    """Option -> its sentence: the comment at its field, or what the docstring says after `option:`."""
+    from graphwright.passes.spec import field_types
+
     try:
         lines = inspect.getsource(cls).splitlines()
     except (OSError, TypeError):  # a class made at run time
-        return {}
+        lines = []
+    comments = _field_comments(lines)
+    return {name: comments.get(name) or _said_of(name, cls.__doc__ or "") for name in field_types(cls)}
+
+
+def _field_comments(lines: Sequence[str]) -> dict[str, str]:
+    """Field -> the comment that ends its line, going on in deeper lines of comment alone."""
     words: dict[str, str] = {}
     current = None
     for line in lines:
@@ -83,6 +92,11 @@ def option_words(cls: type) -> dict[str, str]:
         else:
             current = None
     return words
+
+
+def _said_of(name: str, text: str) -> str:
+    found = re.search(rf"\b{name}: (.+?)(?:\.\s|\.$|\n\s*\n|$)", text, re.S)
+    return " ".join(found[1].split()) if found else ""
 
 
 def _example(cls: type[Pass]) -> Pass | None:

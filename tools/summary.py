@@ -202,13 +202,15 @@ def _sites(sites: Sequence[str]) -> str:
 
 
 def verdict_line(verdict: Mapping[str, Any] | None, unverified: str) -> str:
-    """One line: what was measured against what limit, or why nothing was."""
+    """What was measured against what limit, and what was not measured and why."""
     if verdict is None:
         return f"NOT VERIFIED: {unverified}"
     limits = [output["limit"] for output in verdict["outputs"] if output["limit"] is not None]
     word = "equal" if verdict["ok"] else "DIFFERENT"
     limit = f"limit {max(limits):.0e}" if limits else "no limit: measured only"
-    return (
+    line = (
         f"{word}: relative error {as_error(verdict['max_relative_error'])} ({limit}), absolute "
         f"{as_error(verdict['max_abs_error'])}, on {count_of(verdict['sets'], 'set')} of inputs ({verdict['inputs']})"
     )
+    # The verdict is then that of the rewritten model.
+    return f"model {line}\nARTIFACT NOT VERIFIED: {unverified}" if unverified else line

@@ -176,6 +176,14 @@ def test_the_verdict_names_its_limit(limit: float, words: str) -> None:
     assert words in verdict_line(verdict, "")
 
 
+def test_an_artifact_that_could_not_be_run_is_never_called_verified() -> None:
+    one = {"y": np.array([1.0], np.float32)}
+    verdict = compare(lambda feeds: one, lambda feeds: one, [{}], 1e-5, "made up").to_json()
+    first, second = verdict_line(verdict, "the artifact cannot run here: no such device").splitlines()
+    assert first.startswith("model equal: ")
+    assert second == "ARTIFACT NOT VERIFIED: the artifact cannot run here: no such device"
+
+
 def test_a_census_counts_only_what_changed(model: Path) -> None:
     from graphwright.passes.pipeline import Pipeline
 
