@@ -209,9 +209,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--shape", action="append", metavar="ROWSxLENGTH", help="only this; may be given again")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args(arguments)
-    # Read when the library is loaded; the values that a Session sets.
+    # Read when the library is loaded. Threads that are bound to processors wait for whatever else runs there.
     os.environ["TVM_NUM_THREADS"] = str(options.threads)
     os.environ.setdefault("TVM_THREAD_POOL_SPIN_COUNT", "0")
+    os.environ.setdefault("TVM_BIND_THREADS", "0")
     from ..runtime.target import Target
 
     target = Target.named("cpu")

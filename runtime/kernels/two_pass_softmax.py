@@ -34,8 +34,9 @@ from .vectors import Expr, Vectors
 
 SYMBOL = "two_pass_softmax"
 OPAQUE = 8  # Relax's operator pattern of a function that nothing is fused into
-# Elements below which a parallel launch (1 to 9 us) costs more than the second thread saves.
-PARALLEL = 1 << 17
+# Elements below which a parallel launch (1 to 9 us) costs more than the second thread saves; a row that is split over
+# threads takes two launches and moves between their caches.
+PARALLEL, SPLIT = 1 << 17, 1 << 19
 # Elements of a three-pass block: input and output together are half of a 32 KiB cache.
 RELOAD_BLOCK = 1 << 11
 # A row whose greatest n is outside (-LIMIT, LIMIT), where n is not exact, is left to three plain passes, as are rows
@@ -116,9 +117,9 @@ class _Driver:
         few: bool | Expr = self.rows < self.threads
         if isinstance(self.rows, int):
             uneven = self.rows % self.threads != 0 and self.rows < 4 * self.threads
-            few = _all(few or uneven, self.length >= PARALLEL)
+            few = _all(few or uneven, self.length >= SPLIT)
         else:
-            few = few if long else _all(few, self.length >= PARALLEL)
+            few = few if long else _all(few, self.length >= SPLIT)
 
         def serial() -> None:
             self.each_row(lambda start: body(start, "serial"), "serial")
@@ -185,7 +186,7 @@ class _Driver:
                     lambda: self.two_pass(start, kind, False),
                 )
 
-            self.by_work_or_blocks(row, long=form is Form.AUTO and limit >= PARALLEL)
+            self.by_work_or_blocks(row, long=form is Form.AUTO and limit >= SPLIT)
 
         def three_pass() -> None:
             _when(

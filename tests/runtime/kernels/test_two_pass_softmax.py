@@ -106,7 +106,7 @@ def test_cases_of_the_operator(case) -> None:
     check(kernel(Target.named("cpu"), shape, form), x)
 
 
-@pytest.mark.parametrize("shape", [(1, 300000), (3, 140000), (2, 262144), (64, 4096), (3000, 64)])
+@pytest.mark.parametrize("shape", [(1, 600000), (3, 530000), (2, 262144), (64, 4096), (3000, 64)])
 @pytest.mark.parametrize("form", [Form.TWO_PASS, Form.THREE_PASS])
 def test_threads_share_rows_and_blocks(form: Form, shape: tuple[int, ...]) -> None:
     x = rows_of(*shape)
