@@ -223,7 +223,7 @@ def _listed(names: Sequence[str], noun: str) -> str:
 
 def _weight_findings(model: ir.Model, path: Path) -> list[Finding]:
     """NaN and infinite weights, read a few megabytes at a time, and weights in other files."""
-    from .summary import external_files
+    from .summary import weight_files
 
     findings = []
     for name, value in model.graph.initializers.items():
@@ -237,7 +237,9 @@ def _weight_findings(model: ir.Model, path: Path) -> list[Finding]:
             findings.append(
                 Finding("weights", name, detail, cure="kept as it is; check the export if it was not meant")
             )
-    for file in external_files(path):
+    for file in weight_files(model):
+        if file == path.resolve():
+            continue
         findings.append(
             Finding("external data", file.name, as_bytes(file.stat().st_size), cure="read from there; keep it beside")
         )

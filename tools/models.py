@@ -48,7 +48,7 @@ def inspect_model(path: Path) -> dict[str, Any]:
     """Inputs, outputs, operators, opsets, functions and sizes of an ONNX file. Raises ModelError."""
     from graphwright.passes import io
 
-    from .summary import disk_bytes, external_files, histogram
+    from .summary import disk_bytes, histogram, weight_files
 
     model = io.load(path)
     operators = histogram(model)
@@ -63,8 +63,8 @@ def inspect_model(path: Path) -> dict[str, Any]:
         "operators": operators,
         "functions": [f"{domain}::{name}" for domain, name, _ in model.functions],
         "weights_bytes": io.weights_nbytes(model),
-        "file_bytes": disk_bytes(path),
-        "external_files": [file.name for file in external_files(path)],
+        "file_bytes": disk_bytes(path, model),
+        "external_files": [file.name for file in weight_files(model) if file != path.resolve()],
     }
 
 

@@ -96,10 +96,12 @@ def keep_input(model: Path, out: Path, overwrite: bool) -> None:
     """Raises OutputError when writing `out` would replace the model or the weights it is read from."""
     if not overwrite or not model.is_file():
         return
-    from .summary import external_files
+    from graphwright.passes import io
+
+    from .summary import weight_files
 
     written = [path for path in (out, out.with_name(out.name + ".data")) if path.is_file()]
-    sources = [model, *(external_files(model) if written else [])]
+    sources = [model, *(weight_files(io.load(model)) if written else [])]
     for path in written:
         for source in sources:
             if os.path.samefile(path, source):

@@ -31,7 +31,7 @@ PAGE = """<!doctype html>
 <h1>{{ name }}</h1>
 <p><code>{{ data.pipeline or "no passes" }}</code>{% if data.target %} for <b>{{ data.target }}</b>{% endif %},
 {{ "%.1f"|format(data.seconds) }} s{% if data.output %}, written to <code>{{ data.output }}</code>{% endif %}</p>
-<p class="{{ 'ok' if data.verdict and data.verdict.ok else 'bad' }}">{{ verdict }}</p>
+<p class="{{ 'ok' if data.verdict and data.verdict.ok and not data.unverified else 'bad' }}">{{ verdict }}</p>
 
 <h2>Before and after</h2>
 <table>

@@ -24,10 +24,11 @@ SITES_SHOWN = 3
 
 @dataclass
 class Census:
-    """Observer: operators and weights of the model before the first pass, and nodes after every pass."""
+    """Observer: operators, weights and weight files of the model before the first pass, and nodes after every pass."""
 
     operators: dict[str, int] | None = None
     weights: int = 0
+    files: list[Path] = field(default_factory=list)
     nodes: list[int] = field(default_factory=list)
 
     def before(self, step: Pass, model: ir.Model) -> None:
@@ -40,6 +41,7 @@ class Census:
 
         self.operators = histogram(model)
         self.weights = weights_nbytes(model)
+        self.files = weight_files(model)
 
     def after(self, step: Pass, model: ir.Model, report: PassReport) -> None:
         from graphwright.passes.graph import count_nodes
@@ -83,7 +85,7 @@ def summarize(source: str, result: Result, census: Census, target: str | None, s
         "nodes": {"before": total, "after": sum(after.values())},
         "operators": {"before": before, "after": after},
         "weights_bytes": {"before": census.weights, "after": weights_nbytes(result.model)},
-        "file_bytes": {"before": disk_bytes(Path(source)), "after": _written(result)},
+        "file_bytes": {"before": _size([Path(source), *census.files]), "after": _written(result)},
         "passes": passes,
         "native": _native(result.artifact),
         "verdict": result.verdict.to_json() if result.verdict else None,
@@ -91,25 +93,36 @@ def summarize(source: str, result: Result, census: Census, target: str | None, s
     }
 
 
-def disk_bytes(path: Path) -> int:
-    """Bytes of an ONNX file with its external data, or of all files of a folder."""
-    if path.is_dir():
-        return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-    return path.stat().st_size + sum(file.stat().st_size for file in external_files(path))
+def weight_files(model: ir.Model) -> list[Path]:
+    """The files that a model's large weights are in: its own file, or those beside it."""
+    from graphwright.passes.io import external_source
+
+    sources = {external_source(value.const_value) for value in model.graph.initializers.values()}
+    paths = {source[0] for source in sources if source is not None}
+    return sorted({path.resolve() for path in paths})
 
 
-def external_files(path: Path) -> list[Path]:
-    """The files beside an ONNX file that hold its weights."""
-    from graphwright.passes import io
+def disk_bytes(path: Path, model: ir.Model) -> int:
+    """Bytes of the ONNX file that `model` was loaded from, with its external data."""
+    return _size([path, *weight_files(model)])
 
-    model = io.load(path)
-    sources = {io.external_source(value.const_value) for value in model.graph.initializers.values()}
-    files = {source[0].resolve() for source in sources if source is not None}
-    return sorted(files - {path.resolve()})
+
+def _size(files: Sequence[Path]) -> int:
+    return sum(file.stat().st_size for file in {file.resolve() for file in files})
 
 
 def _written(result: Result) -> int | None:
-    return disk_bytes(result.path) if result.path else None
+    """Bytes of the ONNX file with its data, or of all files of the artifact."""
+    from graphwright.passes.io import weights_nbytes
+
+    if result.path is None:
+        return None
+    if result.path.is_dir():
+        return _size([file for file in result.path.rglob("*") if file.is_file()])
+    data = result.path.with_name(result.path.name + ".data")
+    # A file of that name from before would be another model's; weights beyond the limit are never inside.
+    separate = data.is_file() and result.path.stat().st_size < weights_nbytes(result.model)
+    return _size([result.path, *([data] if separate else [])])
 
 
 def _native(artifact: Artifact | None) -> dict[str, Any] | None:

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -194,24 +195,26 @@ def test_bench_times_an_artifact_against_onnxruntime(cli: Cli, artifact: Path, i
     check_bench(json.loads(result.stdout), 3, 1)
 
 
-def test_bench_alternates_and_the_ratio_is_reference_over_candidate() -> None:
-    """With runners of known length: 2 ms against 6 ms must come out near 3."""
-    import time
+def test_bench_alternates_and_the_ratio_is_reference_over_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a clock that the runners move: 2 ms against 6 ms is a ratio of 3."""
+    from graphwright.runtime import measure
 
-    from graphwright.runtime.measure import alternate
-
+    now = 0.0
     order: list[str] = []
 
     def runner(name: str, seconds: float) -> Callable[[], None]:
         def run() -> None:
+            nonlocal now
+            now += seconds
             order.append(name)
-            time.sleep(seconds)
 
         return run
 
-    timing = alternate(runner("a", 0.002), runner("b", 0.006), runs=5)
-    assert order == ["a", "b"] * (len(order) // 2)
-    assert timing.ratio is not None and 1.5 < timing.ratio.median < 3.5
+    monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: now))
+    timing = measure.alternate(runner("a", 0.002), runner("b", 0.006), runs=5)
+    assert order == ["a", "b"] * (5 + measure.WARMUP)
+    assert timing.ratio is not None and timing.ratio.median == pytest.approx(3, rel=1e-9)
+    assert timing.candidate.median == pytest.approx(2, rel=1e-9)
 
 
 def test_bench_refuses_feeds_of_another_model(cli: Cli, model: Path, write: Callable[..., Path]) -> None:

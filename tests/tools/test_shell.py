@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -33,12 +33,13 @@ START = "import sys; from graphwright.tools.cli import {name}; {name}(sys.argv[1
 
 @pytest.mark.parametrize("name", ["optimize", "main"])
 def test_help_answers_in_under_three_tenths_of_a_second(name: str) -> None:
-    """The best of a few, since the machine may be busy with other tests."""
+    """Processor time, start of the interpreter included: the wall clock also counts the tests running beside."""
     seconds = []
-    for _ in range(5):
-        start = time.perf_counter()
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = python(START.format(name=name), "--help")
-        seconds.append(time.perf_counter() - start)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime)
         assert done.returncode == 0 and "Usage:" in done.stdout
     assert min(seconds) < 0.3, seconds
 
