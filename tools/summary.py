@@ -198,7 +198,7 @@ def print_sites(report: Mapping[str, Any]) -> None:
 
 def print_native(native: Mapping[str, Any]) -> None:
     fallback = native["fallback"]
-    click.echo(f"TVM runs {native['tvm']} of {count_of(native['all'], 'node')}")
+    click.echo(f"TVM runs {native['tvm']} of {count_of(native['all'], 'node')} of the main graph")
     if not fallback:
         return
     shown = fallback if verbosity() > 0 else fallback[:REASONS_SHOWN]
