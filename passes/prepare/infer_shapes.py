@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
     import onnx
 
 
+MOST_ENTRIES = 4 << 20  # numbers in vectors followed as shapes: half a gigabyte, half a second
+
+
 @dataclass(frozen=True)
 class InferShapes(Pass):
     """Find the type and shape of every value that onnx's shape inference can find, computed shapes included.
@@ -27,7 +31,8 @@ class InferShapes(Pass):
     Nothing but annotations changes. A dimension that is a number is never replaced by a symbol. Bodies of If,
     Loop and Scan are annotated too; function bodies are not, since their shapes differ from call to call.
     A declared number that contradicts the inferred one is replaced inside the graph and kept, with a note, on
-    inputs and outputs. Weights are not read.
+    inputs and outputs. Weights are not read. Computed shapes are not followed in models that compute with
+    vectors of millions of numbers, which would be taken for shapes.
     """
 
     name: ClassVar[str] = "infer-shapes"
@@ -39,13 +44,48 @@ class InferShapes(Pass):
         report = self.report()
         proto = light_proto(model)
         try:
-            inferred = onnx.shape_inference.infer_shapes(proto, strict_mode=False, data_prop=True)
+            inferred = onnx.shape_inference.infer_shapes(proto, strict_mode=False)
+            entries = _vector_entries(inferred.graph, model.graph.opset_imports.get("", 1))
+            if entries <= MOST_ENTRIES:
+                inferred = onnx.shape_inference.infer_shapes(proto, strict_mode=False, data_prop=True)
+            else:
+                reason = f"computed shapes are not followed: vectors of {entries} numbers would count as shapes"
+                report.skipped("infer", model.graph.name, reason)
         except (onnx.shape_inference.InferenceError, RuntimeError) as error:
             report.skipped("infer", model.graph.name, " ".join(str(error).split())[:200])
             return report
         for body, result in _pairs(model.graph, inferred.graph):
             _merge(body, result, report)
         return report
+
+
+def _vector_entries(body: onnx.GraphProto, opset: int) -> int:
+    """How many entries onnx would follow: it takes every vector that certain operators read for a shape, and
+    keeps a message of 140 bytes for each of its numbers."""
+    lengths = {
+        info.name: info.type.tensor_type.shape.dim[0].dim_value
+        for info in (*body.value_info, *body.input, *body.output)
+        if len(info.type.tensor_type.shape.dim) == 1
+    }
+    lengths.update((tensor.name, tensor.dims[0]) for tensor in body.initializer if len(tensor.dims) == 1)
+    follows = _following_operators(opset)
+    total = 0
+    for node in body.node:
+        if node.op_type in follows:
+            total += sum(lengths.get(name, 0) for name in node.input)
+        for attribute in node.attribute:
+            for inner in [attribute.g] if attribute.HasField("g") else attribute.graphs:
+                total += _vector_entries(inner, opset)
+    return total
+
+
+@functools.cache
+def _following_operators(opset: int) -> frozenset[str]:
+    """Operators through which onnx follows the values of shapes."""
+    import onnx.defs
+
+    schemas = (s for s in onnx.defs.get_all_schemas_with_history() if s.domain == "" and s.since_version <= opset)
+    return frozenset(schema.name for schema in schemas if schema.has_data_propagation_function)
 
 
 def _pairs(body: ir.Graph, result: onnx.GraphProto) -> Iterator[tuple[ir.Graph, onnx.GraphProto]]:

@@ -110,7 +110,7 @@ def model_and_feeds(r: Recurrence) -> tuple[onnx.ModelProto, dict[str, np.ndarra
         attributes["activations"] = list(r.activations)
         attributes["activation_alpha"] = [
             0.5 for a in r.activations if a not in ("Tanh", "Sigmoid", "Relu", "Softsign", "Softplus")
-        ]  # noqa: E501
+        ]
         attributes["activation_beta"] = [0.25 for a in r.activations if a in ("Affine", "ScaledTanh", "HardSigmoid")]
     wanted = r.outputs[: 3 if lstm else 2]
     results = [name if w else "" for name, w in zip(["Y", "Y_h", "Y_c"], wanted, strict=False)]

@@ -1,0 +1,118 @@
+"""Behaviour of prepare passes that a text case cannot state: errors, reports, properties."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from graphwright.passes.base import PassContext
+from graphwright.passes.errors import InputError, ModelError
+from graphwright.passes.pipeline import Pipeline
+from graphwright.passes.prepare.simplify import holds
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+
+def parse(text: str, opset: int = 21) -> ir.Model:
+    return ir.from_proto(onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["" : {opset}, "l" : 1]> {text}'))
+
+
+PINNED = "g (float[N,3] pixels, float[N,L] mask) => (float[N,3] y) { y = Relu (pixels) }"
+
+
+@pytest.mark.parametrize(
+    ("pins", "message"),
+    [
+        ({"pixel": (1, 3)}, "no input is called 'pixel'; did you mean pixels?"),
+        ({"pixels": (1, 3, 3)}, "pin pixels=1x3x3 has 3 dimensions, the input has 2: [N,3]; give all of them"),
+        ({"pixels": (1, 4)}, "pin pixels=1x4: dimension 1 is 3 in the model, not 4; only dynamic dimensions"),
+        ({"pixels": (-1, 3)}, "pin pixels=-1x3: a dimension cannot be negative; write its size"),
+        (
+            {"pixels": (1, 3), "mask": (2, 5)},
+            "pin mask=2x5: mask[0] and pixels[0] are both 'N', pinned to 2 and 1; give them the same size",
+        ),
+    ],
+)
+def test_a_pin_that_does_not_fit_says_why(pins: dict, message: str) -> None:
+    with pytest.raises(InputError, match="^pin-shapes: " + re.escape(message)):
+        Pipeline.parse("pin-shapes").run(parse(PINNED), PassContext(pins=pins))
+
+
+def test_a_symbol_in_an_expression_is_worked_out() -> None:
+    model = parse("g (float[N,3] x) => (float[M,3] y) { d = Concat <axis = 0> (x, x) y = Relu (d) }")
+    d = model.graph[0].outputs[0]
+    d.shape = ir.Shape([ir.SymbolicDim("2*N"), 3])
+    after, _ = Pipeline.parse("pin-shapes").run(model, PassContext(pins={"x": (4, 3)}))
+    assert str(after.graph[0].outputs[0].shape) == "[8,3]"
+    assert str(d.shape) == "[2*N,3]"
+
+
+def test_functions_that_call_each_other_are_refused() -> None:
+    text = """g (float[2] x) => (float[2] y) { y = l.a (x) }
+    <domain: "l", opset_import: ["" : 21, "l" : 1]> a (x) => (y) { y = l.b (x) }
+    <domain: "l", opset_import: ["" : 21, "l" : 1]> b (x) => (y) { y = l.a (x) }"""
+    with pytest.raises(ModelError, match=r"functions call each other in a circle: .*; break the circle"):
+        Pipeline.parse("inline-functions").run(parse(text))
+
+
+def test_a_function_of_another_opset_is_inlined_only_where_its_operators_mean_the_same() -> None:
+    text = """g (float[2,3] x) => (float[2,1] y) { t = l.same (x) y = l.other (t) }
+    <domain: "l", opset_import: ["" : 17]> same (x) => (y) { y = Tanh (x) }
+    <domain: "l", opset_import: ["" : 17]> other (x) => (y) { y = ReduceMax <axes = [1]> (x) }"""
+    after, (report,) = Pipeline.parse("inline-functions").run(parse(text))
+    assert [c.value for c in report.changes] == ["t"]
+    assert [s.reason for s in report.skips] == [
+        "l.other: ReduceMax of ai.onnx 17 is not that of 21; run convert-opset first"
+    ]
+    assert [f.name for f in after.functions.values()] == ["other"]
+
+
+def test_a_passed_through_input_keeps_its_name() -> None:
+    """A function that hands its input out must not rename the caller's value."""
+    text = """g (float[2] x) => (float[2] y) { t = l.same (x) y = Relu (t) }
+    <domain: "l", opset_import: ["" : 21]> same (x) => (y) { y = Identity (x) }"""
+    after, _ = Pipeline.parse("inline-functions,simplify").run(parse(text))
+    assert [v.name for v in after.graph.inputs] == ["x"]
+    assert [node.op_type for node in after.graph] == ["Relu"]
+
+
+def test_folding_limits_say_how_to_lift_them() -> None:
+    model = parse("g (float x) => (float[1000] y) <int64[1] n = {1000}> { c = ConstantOfShape (n) y = Add (x, c) }")
+    _, (report,) = Pipeline.parse("fold-constants:max_growth=100").run(model)
+    (skip,) = report.skips
+    allowed = re.search(r"max_growth=(\d+) allows it", skip.reason)
+    assert allowed
+    after, _ = Pipeline.parse(f"fold-constants:max_growth={allowed[1]}").run(model)
+    assert [node.op_type for node in after.graph] == ["Add"]
+
+
+def test_reports_name_every_site_and_running_again_changes_nothing() -> None:
+    text = """g (float[N,6] x) => (float[N,6] y) <int64[1] zero = {0}, int64[1] six = {6}> {
+      s = Shape (x) n = Gather (s, zero) t = Concat <axis = 0> (n, six)
+      r = Reshape (x, t) i = Identity (r) a = Exp (i) b = Exp (i) y = Add (a, b) }"""
+    steps = "infer-shapes,fold-constants,simplify,common-subexpressions,dead-code"
+    once, reports = Pipeline.parse(steps).run(parse(text))
+    assert [node.op_type for node in once.graph] == ["Exp", "Add"]
+    assert {c.value for r in reports[1:] for c in r.changes} >= {"r", "i", "b"}
+    again, second = Pipeline.parse(steps).run(once)
+    assert [c for r in second for c in r.changes] == []
+    assert ir.to_proto(again) == ir.to_proto(once)
+
+
+WHOLE = [ir.DataType[name] for name in ("BOOL", "INT8", "UINT8", "INT16", "UINT16", "INT32", "UINT32", "INT64")]
+FLOATS = [ir.DataType[name] for name in ("FLOAT16", "BFLOAT16", "FLOAT", "DOUBLE")]
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(st.sampled_from(WHOLE + FLOATS), st.sampled_from(WHOLE + FLOATS), st.integers(0, 10_000))
+def test_a_cast_called_exact_is_undone_by_the_cast_back(wide: ir.DataType, narrow: ir.DataType, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    bits = random.integers(0, 256, 8 * 64, dtype=np.uint8)
+    values = (bits % 2).astype(bool) if narrow == ir.DataType.BOOL else bits.view(narrow.numpy())
+    if holds(wide, narrow):
+        with np.errstate(all="ignore"):
+            values = values[np.isfinite(values.astype(np.float64))]
+            np.testing.assert_array_equal(values.astype(wide.numpy()).astype(narrow.numpy()), values)
