@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
+import onnx.reference
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto
 
 from ..passes.errors import CompileError
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from .importing.site import Declared, Value
 
 STANDARD = ("", "ai.onnx")
+FOLD_LIMIT = 1024  # elements of a constant that the import computes with
 INFERENCE_LIMIT = 1 << 20  # bytes of one initializer that shape inference may look at
 
 # Operators of the standard domain that stay in onnxruntime whatever their inputs are.
@@ -49,6 +51,17 @@ UNSUPPORTED: dict[str, str] = {
         "random numbers are not compiled"),
     "ImageDecoder": "image files are not compiled",
 }  # fmt: skip
+
+
+# TVM looks operators up without their domain; its converters of these names are of another domain's operators.
+NOT_STANDARD = frozenset({"Attention", "FastGelu", "BiasGelu", "SkipLayerNormalization", "EmbedLayerNormalization"})
+
+NOT_FOLDED = frozenset({"If", "Constant", "ConstantOfShape", "Expand", "Tile", "Dropout", "DequantizeLinear"})
+# Operators whose first output has the shape of their first input.
+KEEPS_SHAPE = frozenset({
+    "Abs", "Cast", "CastLike", "Ceil", "Clip", "Erf", "Exp", "Floor", "Identity", "Log", "LogSoftmax", "Neg", "Not",
+    "Reciprocal", "Relu", "Round", "Sigmoid", "Sign", "Softmax", "Sqrt", "Tanh",
+})  # fmt: skip
 
 
 class ImportRefused(CompileError):
@@ -136,7 +149,6 @@ class _Scope:
 class _Importer:
     def __init__(self, model: ModelProto, target: Target) -> None:
         from tvm import relax
-
 
         self.model = model
         self.target = target
@@ -283,6 +295,7 @@ class _Importer:
         """The node's outputs, from the first source that knows the operator."""
         from .importing import CONVERTERS
         from .importing.site import Refuse, Site
+        from .importing.unify import unified
 
         attrs = {a.name: a for a in _bound(node.attribute, scope.attrs)}
         local = self.functions.get((node.domain, node.op_type, node.overload))
@@ -297,10 +310,22 @@ class _Importer:
             raise Refuse(f"the domain {node.domain!r} has no lowering and the model has no body for it")
         if node.op_type in UNSUPPORTED:
             raise Refuse(UNSUPPORTED[node.op_type])
+        inputs = unified(self.bb, node.op_type, attrs, inputs)
+        folded = _folded(node, list(attrs.values()), inputs, scope.opset)
+        if folded is not None:
+            return folded
         if node.op_type in CONVERTERS:
             declared = [scope.declared.get(name) or _unknown() for name in node.output]
-            site = Site(node.op_type, self.bb, self.target, scope.opset, inputs, _python(attrs.values()), declared,
-                        len(node.output))
+            site = Site(
+                node.op_type,
+                self.bb,
+                self.target,
+                scope.opset,
+                inputs,
+                _python(attrs.values()),
+                declared,
+                len(node.output),
+            )
             return self.flat(CONVERTERS[node.op_type](site))
         converter = _tvm_converter(node.op_type, scope.opset)
         if converter is not None:
@@ -360,7 +385,9 @@ class _Importer:
                 raise Refuse(f"the converter gave size {have} on axis {index}, ONNX promises {want}")
             fixed = have if isinstance(have, int) or not isinstance(want, int) else want
             dims.append(tirx.Var(f"d{index}", "int64") if fixed is None else fixed)
-        if known is None or any(isinstance(d, int) and not isinstance(k, int) for d, k in zip(dims, known, strict=True)):
+        if known is None or any(
+            isinstance(d, int) and not isinstance(k, int) for d, k in zip(dims, known, strict=True)
+        ):
             expr = self.bb.match_cast(expr, relax.TensorType([int64(d) for d in dims], dtype_of(expr)))
         if _is_constant(expr) and value.content is None:
             return _constant_value(expr)
@@ -369,8 +396,12 @@ class _Importer:
     # Functions and branches.
 
     def body(
-        self, function: onnx.FunctionProto | None, inputs: list[Value | None],
-        attrs: Mapping[str, AttributeProto], outer: _Scope, node: NodeProto,
+        self,
+        function: onnx.FunctionProto | None,
+        inputs: list[Value | None],
+        attrs: Mapping[str, AttributeProto],
+        outer: _Scope,
+        node: NodeProto,
     ) -> list[Any]:
         """A node through its function's body, in place."""
         from .importing.site import Refuse
@@ -407,8 +438,9 @@ class _Importer:
             fixed = bool(flag.value.numpy())
         if isinstance(fixed, (bool, int)):
             return self.branch_in_place(then_branch if fixed else else_branch, scope, node)
-        calls = [self.branch(graph, name, scope, node) for name, graph in
-                 (("then", then_branch), ("else", else_branch))]
+        calls = [
+            self.branch(graph, name, scope, node) for name, graph in (("then", then_branch), ("else", else_branch))
+        ]
         result = self.bb.emit(relax.If(flag, *(relax.SeqExpr([], self.bb.normalize(call)) for call in calls)))
         if len(node.output) == 1:
             return [result]
@@ -416,8 +448,13 @@ class _Importer:
 
     def branch_in_place(self, graph: GraphProto, outer: _Scope, node: NodeProto) -> list[Any]:
         """A branch that is always taken."""
-        scope = _Scope(outer.opsets, dict(outer.values), _graph_types(graph, outer.declared), outer.attrs,
-                       f"{outer.path}{_site(node)}/")
+        scope = _Scope(
+            outer.opsets,
+            dict(outer.values),
+            _graph_types(graph, outer.declared),
+            outer.attrs,
+            f"{outer.path}{_site(node)}/",
+        )
         self.initializers(graph, scope)
         for inner in graph.node:
             self.node(inner, scope)
@@ -432,8 +469,9 @@ class _Importer:
 
         self.branches += 1
         label = f"{name}_{self.branches}"
-        scope = _Scope(outer.opsets, {}, _graph_types(graph, outer.declared), outer.attrs,
-                       f"{outer.path}{_site(node)}/{name}/")
+        scope = _Scope(
+            outer.opsets, {}, _graph_types(graph, outer.declared), outer.attrs, f"{outer.path}{_site(node)}/{name}/"
+        )
         captured = [n for n in _captures(graph) if n in outer.values]
         variables: dict[tirx.Var, tirx.Var] = {}
         params: list[tvm.ir.Expr] = []
@@ -486,7 +524,7 @@ def _tvm_converter(op_type: str, opset: int) -> Any:
     from tvm.relax.frontend.onnx import onnx_frontend as frontend
 
     table = frontend._get_convert_map()
-    if op_type not in table:
+    if op_type not in table or op_type in NOT_STANDARD:
         return None
 
     def convert(importer: _Importer, node: NodeProto, inputs: list[Value | None], attrs: list[AttributeProto]) -> Any:
@@ -497,6 +535,52 @@ def _tvm_converter(op_type: str, opset: int) -> Any:
         return table[op_type].get_converter(opset)(importer.bb, items, parsed, [{}, {}])
 
     return convert
+
+
+def _folded(
+    node: NodeProto, attrs: list[AttributeProto], inputs: Sequence[Value | None], opset: int
+) -> list[Value] | None:
+    """The node's outputs where all its inputs are small constants, by ONNX's reference implementation.
+
+    The main graph is folded before it comes here; this is for what becomes constant inside function bodies and from
+    shapes.
+    """
+    from tvm import relax
+
+    from .importing.site import np_dtype
+
+    given = {f"x{i}": value for i, value in enumerate(inputs) if value is not None}
+    if not given or node.op_type in NOT_FOLDED or not all(_is_constant(v.expr) for v in given.values()):
+        return None
+    arrays = {name: np.asarray(value.expr.value.numpy()) for name, value in given.items()}
+    if sum(a.size for a in arrays.values()) > FOLD_LIMIT:
+        return None
+    outputs = [f"y{i}" if name else "" for i, name in enumerate(node.output)]
+    plain = onnx.helper.make_node(
+        node.op_type, [f"x{i}" if value is not None else "" for i, value in enumerate(inputs)], outputs
+    )
+    plain.attribute.extend(attrs)
+    try:
+        types = [
+            onnx.helper.make_tensor_value_info(n, onnx.helper.np_dtype_to_tensor_dtype(a.dtype), a.shape)
+            for n, a in arrays.items()
+        ]
+        wanted = [onnx.ValueInfoProto(name=name) for name in outputs if name]
+        graph = onnx.helper.make_graph([plain], "fold", types, wanted)
+        model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", opset)])
+        session = onnx.reference.ReferenceEvaluator(model)
+        with np.errstate(all="ignore"):
+            results = iter(session.run(None, arrays))
+        values = []
+        for name in outputs:
+            array = np.asarray(next(results)) if name else np.zeros(0, np.float32)
+            if array.size > FOLD_LIMIT:
+                return None
+            np_dtype(str(array.dtype))
+            values.append(_constant_value(relax.const(array, str(array.dtype))))
+    except Exception:  # the reference raises errors of many classes; the converters go on
+        return None
+    return values
 
 
 def _standard_body(
@@ -633,7 +717,18 @@ def _declared(model: ModelProto) -> dict[str, Declared]:
         old = types.get(name)
         if old is None or old.dtype is None or old.shape is None:
             types[name] = declared
+    _spread_backwards(model.graph, types)
     return types
+
+
+def _spread_backwards(graph: GraphProto, types: dict[str, Declared]) -> None:
+    """Shapes of inputs that inference left open, from the outputs of operators that keep the shape."""
+    for node in reversed(graph.node):
+        if node.domain in STANDARD and node.op_type in KEEPS_SHAPE and node.output[0] in types:
+            known, name = types[node.output[0]], node.input[0]
+            old = types.get(name) or _unknown()
+            if known.shape is not None and old.shape is None:
+                types[name] = dataclasses.replace(old, shape=known.shape)
 
 
 def _without_weights(model: ModelProto) -> ModelProto:
@@ -652,9 +747,7 @@ def _without_weights(model: ModelProto) -> ModelProto:
         if tensor.ByteSize() <= INFERENCE_LIMIT:
             graph.initializer.append(tensor)
         elif tensor.name not in known:
-            graph.input.append(
-                onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims))
-            )
+            graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims)))
     return light
 
 
@@ -705,7 +798,15 @@ def _unlowered_calls(module: tvm.IRModule) -> list[str]:
     from tvm import relax
 
     left: dict[str, None] = {}
-    fine = ("relax.call", "relax.shape", "relax.tensor_to", "relax.reshape", "relax.builtin", "relax.memory", "relax.vm")
+    fine = (
+        "relax.call",
+        "relax.shape",
+        "relax.tensor_to",
+        "relax.reshape",
+        "relax.builtin",
+        "relax.memory",
+        "relax.vm",
+    )
 
     def visit(expr: Any) -> None:
         if isinstance(expr, tvm.ir.Call) and isinstance(expr.op, tvm.ir.Op) and not expr.op.name.startswith(fine):

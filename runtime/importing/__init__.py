@@ -1,6 +1,16 @@
 """Converters from ONNX operators to Relax, one file per family; `runtime.importer` calls them."""
 
-from . import elementwise, shapes
+from . import elementwise, indexing, normalization, quantization, reductions, resize, shapes, special
 from .site import CONVERTERS
 
-__all__ = ["CONVERTERS", "elementwise", "shapes"]
+__all__ = [
+    "CONVERTERS",
+    "elementwise",
+    "indexing",
+    "normalization",
+    "quantization",
+    "reductions",
+    "resize",
+    "shapes",
+    "special",
+]

@@ -40,10 +40,12 @@ def binary(site: Site, function: Callable[[Any, Any], Any], name: str, dtype: st
     def compute(x: te.Tensor, y: te.Tensor) -> te.Tensor:
         def pick(tensor: te.Tensor, index: tuple[tirx.Var, ...]) -> tirx.Expr:
             offset = len(out) - len(tensor.shape)
-            return tensor(*(
-                0 if isinstance(s, tirx.IntImm) and s.value == 1 else i
-                for i, s in zip(index[offset:], tensor.shape, strict=True)
-            ))
+            return tensor(
+                *(
+                    0 if isinstance(s, tirx.IntImm) and s.value == 1 else i
+                    for i, s in zip(index[offset:], tensor.shape, strict=True)
+                )
+            )
 
         def element(*index: tirx.Var) -> tirx.Expr:
             return function(pick(x, index), pick(y, index))
@@ -121,8 +123,9 @@ def div(site: Site) -> Result:
     if pairs is not None and all(not isinstance(b, int) or b > 0 for _, b in pairs):
         small = _content_result(
             site,
-            lambda a, b: _truncated(a, b) if isinstance(a, int) and isinstance(b, int) else
-            tirx.truncdiv(int64(a), int64(b)),
+            lambda a, b: (
+                _truncated(a, b) if isinstance(a, int) and isinstance(b, int) else tirx.truncdiv(int64(a), int64(b))
+            ),
         )
         if small is not None:
             return small
@@ -147,14 +150,28 @@ def _safe_division(a: Any, b: Any, dtype: str, function: Callable[[Any, Any], An
 def mod(site: Site) -> Result:
     dtype = site.dtype()
     if is_float(dtype):
-        if not site.attr("fmod", 0):
-            raise Refuse("Mod of floating point needs fmod=1")
-        if dtype == "float64":
-            return binary(site, lambda a, b: tirx.call_pure_extern(dtype, "fmod", a, b), "fmod")
-        wide = lambda v: v.astype("float32")
-        return binary(
-            site, lambda a, b: tirx.call_pure_extern("float32", "fmodf", wide(a), wide(b)).astype(dtype), "fmod"
+        wide = "float64" if dtype == "float64" else "float32"
+        name = "fmod" if wide == "float64" else "fmodf"
+        floored = not site.attr("fmod", 0)
+
+        def remainder(a: Any, b: Any) -> Any:
+            a, b = a.astype(wide), b.astype(wide)
+            rest = tirx.call_pure_extern(wide, name, a, b)
+            if floored:  # the sign of the divisor, as numpy.mod
+                zero = tirx.const(0, wide)
+                apart = tirx.any(tirx.all(rest < zero, b > zero), tirx.all(rest > zero, b < zero))
+                rest = tirx.Select(apart, rest + b, rest)
+            return rest.astype(dtype)
+
+        return binary(site, remainder, "mod")
+    pairs = _content_pair(site)
+    if pairs is not None and not site.attr("fmod", 0) and all(not isinstance(b, int) or b > 0 for _, b in pairs):
+        small = _content_result(
+            site,
+            lambda a, b: a % b if isinstance(a, int) and isinstance(b, int) else tirx.floormod(int64(a), int64(b)),
         )
+        if small is not None:
+            return small
     function = tirx.truncmod if site.attr("fmod", 0) else tirx.floormod
     return binary(site, lambda a, b: _safe_division(a, b, dtype, function), "mod")
 
@@ -267,15 +284,16 @@ def bitwise(site: Site) -> Result:
 
 @converts("BitShift")
 def bit_shift(site: Site) -> Result:
-    """A shift by at least the width gives 0."""
+    """A shift by at least the width gives 0, or -1 for a negative number shifted right."""
     dtype = site.dtype()
-    bits = int(dtype.removeprefix("uint"))
+    bits = int(dtype.lstrip("uint"))
     left = site.attr("direction") == "LEFT"
 
     def shift(a: Any, b: Any) -> Any:
         safe = tirx.min(b, tirx.const(bits - 1, dtype))
         shifted = (a << safe) if left else (a >> safe)
-        return tirx.Select(b > tirx.const(bits - 1, dtype), tirx.const(0, dtype), shifted.astype(dtype))
+        past = tirx.const(0, dtype) if left or is_unsigned(dtype) else (a >> tirx.const(bits - 1, dtype))
+        return tirx.Select(b > tirx.const(bits - 1, dtype), past, shifted.astype(dtype))
 
     return binary(site, shift, "bit_shift")
 
@@ -315,3 +333,77 @@ _NARROW = frozenset({
     "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu", "float4_e2m1fn",
     "int4", "uint4", "int2", "uint2",
 })  # fmt: skip
+
+
+# Activations. Constants have the element type of the input.
+
+
+@converts("Elu", "Selu", "Celu")
+def exponential_units(site: Site) -> Result:
+    x = site.x()
+    alpha = float(site.attr("alpha", 1.67326319217681884765625 if site.op == "Selu" else 1.0))
+    gamma = float(site.attr("gamma", 1.05070102214813232421875)) if site.op == "Selu" else 1.0
+    inner = relax.op.divide(x, site.like(alpha)) if site.op == "Celu" else x
+    below = relax.op.multiply(relax.op.subtract(relax.op.exp(inner), site.like(1)), site.like(alpha * gamma))
+    above = relax.op.multiply(x, site.like(gamma)) if gamma != 1.0 else x
+    return relax.op.where(relax.op.less(x, site.like(0)), below, above)
+
+
+@converts("ThresholdedRelu", "Shrink")
+def thresholds(site: Site) -> Result:
+    x, none = site.x(), site.like(0)
+    if site.op == "ThresholdedRelu":
+        return relax.op.where(relax.op.greater(x, site.like(float(site.attr("alpha", 1.0)))), x, none)
+    edge, bias = float(site.attr("lambd", 0.5)), float(site.attr("bias", 0.0))
+    inner = relax.op.where(relax.op.greater(x, site.like(edge)), relax.op.subtract(x, site.like(bias)), none)
+    return relax.op.where(relax.op.less(x, site.like(-edge)), relax.op.add(x, site.like(bias)), inner)
+
+
+@converts("Softplus", "Softsign", "Mish")
+def soft(site: Site) -> Result:
+    """softplus as max(x, 0) + log(1 + exp(-|x|)), which does not overflow."""
+    x = site.x()
+    if site.op == "Softsign":
+        return relax.op.divide(x, relax.op.add(relax.op.abs(x), site.like(1)))
+    small = relax.op.log(relax.op.add(relax.op.exp(relax.op.negative(relax.op.abs(x))), site.like(1)))
+    plus = site.emit(relax.op.add(relax.op.maximum(x, site.like(0)), small))
+    return plus if site.op == "Softplus" else relax.op.multiply(x, relax.op.tanh(plus))
+
+
+@converts("PRelu")
+def prelu(site: Site) -> Result:
+    x = site.x()
+    return relax.op.where(relax.op.less(x, site.like(0)), relax.op.multiply(x, site.x(1)), x)
+
+
+@converts("LeakyRelu")
+def leaky_relu(site: Site) -> Result:
+    x = site.x()
+    below = relax.op.multiply(x, site.like(float(site.attr("alpha", 0.01))))
+    return relax.op.where(relax.op.less(x, site.like(0)), below, x)
+
+
+@converts("HardSigmoid", "HardSwish")
+def hard(site: Site) -> Result:
+    x = site.x()
+    swish = site.op == "HardSwish"
+    alpha, beta = (1 / 6, 0.5) if swish else (float(site.attr("alpha", 0.2)), float(site.attr("beta", 0.5)))
+    line = relax.op.add(relax.op.multiply(x, site.like(alpha)), site.like(beta))
+    bounded = relax.op.minimum(relax.op.maximum(line, site.like(0)), site.like(1))
+    return relax.op.multiply(x, bounded) if swish else bounded
+
+
+@converts("BitCast")
+def bit_cast(site: Site) -> Result:
+    from .site import onnx_dtype
+
+    target, source = onnx_dtype(int(site.attr("to"))), site.dtype()
+    if target == source:
+        return site.value(0)
+    if "bool" in (target, source):
+        raise Refuse("the bits of a bool are not compiled")
+    return site.te(
+        lambda data: te.compute(data.shape, lambda *i: tirx.reinterpret(target, data(*i)), name="bit_cast"),
+        site.x(),
+        name="bit_cast",
+    )

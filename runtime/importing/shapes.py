@@ -6,6 +6,8 @@ the tensor against it; otherwise new symbolic dimensions take the tensor's value
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -32,7 +34,9 @@ from .site import (
 )
 
 
-def content_value(site: Site, content: Sequence[Dim], dtype: str = "int64", shape: Sequence[int] | None = None) -> Value:
+def content_value(
+    site: Site, content: Sequence[Dim], dtype: str = "int64", shape: Sequence[int] | None = None
+) -> Value:
     """A small integer tensor from its elements; a constant when all are numbers."""
     shape = [len(content)] if shape is None else list(shape)
     if all(isinstance(c, int) for c in content):
@@ -55,7 +59,10 @@ def shape(site: Site) -> Result:
     dims = site.shape()
     rank = len(dims)
     start, end = int(site.attr("start", 0)), int(site.attr("end", rank))
-    clamp = lambda i: min(max(i + rank if i < 0 else i, 0), rank)
+
+    def clamp(i: int) -> int:
+        return min(max(i + rank if i < 0 else i, 0), rank)
+
     return content_value(site, dims[clamp(start) : clamp(end)])
 
 
@@ -66,8 +73,12 @@ def size(site: Site) -> Result:
 
 @converts("Constant")
 def constant(site: Site) -> Result:
-    for name, dtype in (("value_int", "int64"), ("value_ints", "int64"), ("value_float", "float32"),
-                        ("value_floats", "float32")):
+    for name, dtype in (
+        ("value_int", "int64"),
+        ("value_ints", "int64"),
+        ("value_float", "float32"),
+        ("value_floats", "float32"),
+    ):
         if name in site.attrs:
             return const(site.attrs[name], dtype)
     if "value" not in site.attrs:
@@ -199,19 +210,7 @@ def squeeze(site: Site) -> Result:
     if site.opset >= 13 and site.has(1):
         axes = site.ints(1)
         if axes is None:
-            promised = site.promised().static
-            if promised is None:
-                raise Refuse("its axes are computed at run time")
-            sources = [i for i, d in enumerate(dims) if d == 1]
-            if len(sources) != len(dims) - len(promised):
-                raise Refuse("its axes are computed at run time and several would fit")
-            actual = site.cast(site.x(1), "int64")
-            positive = relax.op.where(
-                relax.op.less(actual, const(0, "int64")), relax.op.add(actual, const(len(dims), "int64")), actual
-            )
-            ordered = site.emit(relax.op.sort(site.emit(positive)))
-            site.require(site.emit(relax.op.equal(ordered, const(sources, "int64"))))
-            axes = sources
+            return _shape_by_axes(site, site.x(), dims, site.promised().static or ())
     if axes is None:
         if not all(isinstance(d, int) for d in dims):
             raise Refuse("which of its dimensions are 1 is only known at run time")
@@ -233,24 +232,37 @@ def unsqueeze(site: Site) -> Result:
     axes = site.attr("axes") if site.opset < 13 else site.ints(1)
     if axes is None:
         promised = site.promised().static
-        (count,) = site.static(1)
-        if promised is None or len(promised) != len(dims) + count:
-            raise Refuse("its axes are computed at run time")
-        sources = [i for i, d in enumerate(promised) if d == 1]
-        if len(sources) != count:
-            raise Refuse("its axes are computed at run time and several would fit")
-        actual = site.cast(site.x(1), "int64")
-        positive = relax.op.where(
-            relax.op.less(actual, const(0, "int64")), relax.op.add(actual, const(len(promised), "int64")), actual
-        )
-        site.require(site.emit(relax.op.equal(relax.op.sort(site.emit(positive)), const(sources, "int64"))))
-        axes = sources
+        return _shape_by_axes(site, site.x(), promised or (), dims)
     rank = len(dims) + len(axes)
     new = {normal_axis(int(a), rank) for a in axes}
     if len(new) != len(axes):
         raise Refuse("its axes repeat")
     rest = iter(dims)
     return _with_content(site, [1 if i in new else next(rest) for i in range(rank)])
+
+
+def _shape_by_axes(site: Site, x: tvm.ir.Expr, wide: Sequence[Dim], narrow: Sequence[Dim]) -> Result:
+    """Squeeze or Unsqueeze with axes that arrive at run time: between the promised shape and the input's.
+
+    The result is the same reshape whichever axes of size 1 they are; the program checks that they fit.
+    """
+    from .reductions import axis_mask, is_mask
+
+    promised = site.promised().static
+    (count,) = site.static(1)
+    if promised is None or len(wide) - len(narrow) != count:
+        raise Refuse("its axes are computed at run time")
+    mask = axis_mask(site, site.x(1), len(wide))
+    fits: tvm.ir.Expr | None = None
+    for axes in itertools.combinations([i for i, d in enumerate(wide) if isinstance(d, int) and d == 1], count):
+        left = [d for i, d in enumerate(wide) if i not in axes]
+        if all(same(a, b) for a, b in zip(left, narrow if site.op == "Unsqueeze" else promised, strict=True)):
+            this = is_mask(site, mask, axes)
+            fits = this if fits is None else site.emit(relax.op.logical_or(fits, this))
+    if fits is None:
+        raise Refuse("no axes give the promised shape")
+    site.require(fits)
+    return reshaped(site, x, promised)
 
 
 @converts("Concat")
@@ -308,11 +320,16 @@ def expand(site: Site) -> Result:
     if length < rank:
         wanted = site.emit(relax.op.concat([const([1] * (rank - length), "int64"), wanted], 0))
     one = const(1, "int64")
-    fits = relax.op.logical_or(relax.op.equal(own, one), relax.op.logical_or(
-        relax.op.equal(wanted, one), relax.op.equal(own, wanted)))
+    fits = relax.op.logical_or(
+        relax.op.equal(own, one), relax.op.logical_or(relax.op.equal(wanted, one), relax.op.equal(own, wanted))
+    )
     site.require(site.emit(fits))
     target = site.emit(relax.op.where(relax.op.equal(own, one), wanted, own))
-    return broadcast(site, site.x(), site.runtime_dims(target, "expand"))
+    dims = site.runtime_dims(target, "expand")
+    known = [1] * (rank - len(source)) + list(source)
+    return broadcast(
+        site, site.x(), [k if isinstance(k, int) and k != 1 else d for k, d in zip(known, dims, strict=True)]
+    )
 
 
 def _broadcast(a: Sequence[Dim], b: Sequence[Dim]) -> list[Dim]:
@@ -370,8 +387,10 @@ def range_(site: Site) -> Result:
             return const(np.arange(start, limit, delta), dtype)
         if isinstance(delta, int) and delta == 1:
             length = number(tvm.sym.Analyzer().simplify(int64(limit) - int64(start)))
-            step = lambda i: (int64(start) + i).astype(dtype)
-            return site.te(lambda: te.compute((int64(length),), step, name="range"), name="range")
+            return site.te(
+                lambda: te.compute((int64(length),), lambda i: (int64(start) + i).astype(dtype), name="range"),
+                name="range",
+            )
     arrays = [site.array(i) for i in range(3)]
     if all(a is not None for a in arrays):
         start_a, limit_a, delta_a = (a.reshape(()) for a in arrays if a is not None)
@@ -407,7 +426,7 @@ def slice_(site: Site) -> Result:
     else:
         found_axes = site.ints(3) if site.has(3) else None
         if site.has(3) and found_axes is None:
-            raise Refuse("its axes are computed at run time")
+            return _runtime_slice(site, None)
         found_steps = site.ints(4) if site.has(4) else None
         start_content, end_content = site.content(1), site.content(2)
         if start_content is None or end_content is None or (site.has(4) and found_steps is None):
@@ -432,18 +451,21 @@ def slice_(site: Site) -> Result:
     out: list[Dim] = list(dims)
     for axis, length in zip(axes, lengths, strict=True):
         out[axis] = length
-    if all(s == 1 for s in steps) and all(isinstance(b, int) and isinstance(n, int) for b, n in
-                                          zip(begins, lengths, strict=True)):
+    if all(s == 1 for s in steps) and all(
+        isinstance(b, int) and isinstance(n, int) for b, n in zip(begins, lengths, strict=True)
+    ):
         last = [int(b) + int(n) for b, n in zip(begins, lengths, strict=True)]
         return relax.op.strided_slice(site.x(), axes, [int(b) for b in begins], last)
     place = {axis: (begin, step) for axis, begin, step in zip(axes, begins, steps, strict=True)}
 
     def compute(data: te.Tensor) -> te.Tensor:
         def element(*index: tirx.Var) -> tirx.Expr:
-            return data(*(
-                int64(place[a][0]) + i * tirx.IntImm("int64", place[a][1]) if a in place else i
-                for a, i in enumerate(index)
-            ))
+            return data(
+                *(
+                    int64(place[a][0]) + i * tirx.IntImm("int64", place[a][1]) if a in place else i
+                    for a, i in enumerate(index)
+                )
+            )
 
         return te.compute(tuple(int64(d) for d in out), element, name="slice")
 
@@ -455,6 +477,10 @@ def _python_slice(start: int, end: int, step: int) -> slice:
     if step < 0 and end <= -(1 << 31):
         return slice(start, None, step)
     return slice(start, end, step)
+
+
+# Exporters write the end of an axis as a number beyond any size: 2^31 - 1, 2^63 - 1, or 10^9.
+BEYOND = 10**9
 
 
 def _bounds(start: Dim, end: Dim, step: int, size: Dim) -> tuple[Dim, Dim]:
@@ -470,7 +496,7 @@ def _bounds(start: Dim, end: Dim, step: int, size: Dim) -> tuple[Dim, Dim]:
     wide = int64(size)
 
     def clamped(bound: Dim) -> tirx.Expr:
-        if isinstance(bound, int) and bound >= (1 << 31) - 1:
+        if isinstance(bound, int) and bound >= BEYOND:
             return wide
         if isinstance(bound, int) and bound < 0:
             return tirx.max(wide + bound, tirx.IntImm("int64", 0))
@@ -488,10 +514,18 @@ def _runtime_slice(site: Site, axes: list[int] | None) -> Result:
     """A slice whose bounds arrive at run time: the output's length is known from the promise or computed."""
     dims = site.shape()
     (count,) = site.static(1)
+    starts, ends = site.cast(site.x(1), "int64"), site.cast(site.x(2), "int64")
+    step = site.cast(site.x(4), "int64") if site.has(4) else const([1] * count, "int64")
+    zero, one = const(0, "int64"), const(1, "int64")
+    if axes is None and site.has(3):
+        given = site.cast(site.x(3), "int64")
+        starts, ends, step = (
+            _spread(site, given, t, len(dims), default)
+            for t, default in ((starts, 0), (ends, (1 << 63) - 1), (step, 1))
+        )
+        axes = list(range(len(dims)))
     axes = [normal_axis(a, len(dims)) for a in (axes if axes is not None else range(count))]
     sizes = site.shape_tensor([dims[a] for a in axes])
-    zero, one = const(0, "int64"), const(1, "int64")
-    step = site.cast(site.x(4), "int64") if site.has(4) else const([1] * count, "int64")
     forward = site.emit(relax.op.greater(step, zero))
 
     def clamp(bound: tvm.ir.Expr) -> tvm.ir.Expr:
@@ -501,7 +535,7 @@ def _runtime_slice(site: Site, axes: list[int] | None) -> Result:
         high = relax.op.where(forward, sizes, relax.op.subtract(sizes, one))
         return site.emit(relax.op.minimum(relax.op.maximum(wide, low), high))
 
-    first, last = clamp(site.x(1)), clamp(site.x(2))
+    first, last = clamp(starts), clamp(ends)
     up = relax.op.subtract(relax.op.subtract(last, first), relax.op.where(forward, one, const(-1, "int64")))
     length = site.emit(relax.op.maximum(relax.op.add(relax.op.floor_divide(up, step), one), zero))
     promised = site.promised().static
@@ -526,6 +560,24 @@ def _runtime_slice(site: Site, axes: list[int] | None) -> Result:
     return site.te(compute, site.x(), first, step, name="slice")
 
 
+def _spread(site: Site, axes: tvm.ir.Expr, values: tvm.ir.Expr, rank: int, default: int) -> tvm.ir.Expr:
+    """One value for each axis of a tensor: `values` at the axes that a runtime tensor names, else `default`."""
+    (count,) = shape_of(axes)
+    if not isinstance(count, int):
+        raise Refuse("the number of its axes is not known")
+
+    def compute(named: te.Tensor, given: te.Tensor) -> te.Tensor:
+        def element(i: tirx.Var) -> tirx.Expr:
+            value = tirx.const(default, "int64")
+            for j in range(count):
+                value = tirx.Select(tirx.any(named[j] == i, named[j] + rank == i), given[j], value)
+            return value
+
+        return te.compute((tirx.IntImm("int64", rank),), lambda i: element(i), name="spread")
+
+    return site.te(compute, axes, values, name="spread_axes")
+
+
 @converts("Split")
 def split(site: Site) -> Result:
     axis = site.axis()
@@ -540,9 +592,12 @@ def split(site: Site) -> Result:
                 raise Refuse("its sizes are computed at run time")
             sizes = [p[axis] for p in promised if p is not None]
             site.require_content(1, sizes)
-    if sizes is None:
-        if not isinstance(size, int):
+    if sizes is None and not isinstance(size, int):
+        promised_size = site.promised(0).static
+        if promised_size is None or (count != 1 and "num_outputs" in site.attrs):
             raise Refuse("a dynamic axis is split evenly")
+        sizes = [promised_size[axis]] * count
+    if sizes is None:
         part = -(-size // count)
         sizes = [max(0, min(part, size - i * part)) for i in range(count)]
     if isinstance(size, int) and sum(sizes) != size:
@@ -598,12 +653,15 @@ def pad(site: Site) -> Result:
     else:
         axes = list(range(rank))
         if site.has(3):
-            axes = [normal_axis(a, rank) for a in site.need_ints(3, "its axes")]
+            known = site.ints(3)
+            if known is None:
+                return _pad_runtime_axes(site)
+            axes = [normal_axis(a, rank) for a in known]
         if site.has(2):
             fill = site.x(2)
         pads = site.content(1)
         if pads is None:
-            pads = _promised_pads(site, axes)
+            pads = _runtime_pads(site, site.x(1), 2 * len(axes))
     half = len(axes)
     before: list[Dim] = [0] * rank
     after: list[Dim] = [0] * rank
@@ -654,13 +712,24 @@ def pad(site: Site) -> Result:
     return site.te(compute, site.x(), fill, name="pad")
 
 
-def _promised_pads(site: Site, axes: list[int]) -> Sequence[Dim]:
+def _runtime_pads(site: Site, tensor: tvm.ir.Expr, length: int) -> list[Dim]:
     """Pads that arrive at run time as symbolic numbers."""
-    length = 2 * len(axes)
-    tensor = site.cast(site.x(1), "int64")
+    tensor = site.cast(tensor, "int64")
     if shape_of(tensor) != (length,):
         tensor = site.bb.match_cast(tensor, relax.TensorType([length], "int64"))
     return site.runtime_dims(tensor, "pads")
+
+
+def _pad_runtime_axes(site: Site) -> Result:
+    """Pad with axes that arrive at run time, as a Pad of all axes."""
+    rank = site.rank()
+    (count,) = site.static(3)
+    axes, pads = site.cast(site.x(3), "int64"), site.cast(site.x(1), "int64")
+    halves = [site.emit(relax.op.strided_slice(pads, [0], [i * count], [(i + 1) * count])) for i in range(2)]
+    spread = [_spread(site, axes, half, rank, 0) for half in halves]
+    whole = _runtime_pads(site, site.emit(relax.op.concat(spread, 0)), 2 * rank)
+    inputs = [site.inputs[0], Value(spread[0], tuple(whole)), site.inputs[2] if len(site.inputs) > 2 else None]
+    return pad(dataclasses.replace(site, inputs=inputs))
 
 
 @converts("Cast", "CastLike")
@@ -706,5 +775,3 @@ def _gather(data: te.Tensor, indices: te.Tensor, axis: int) -> te.Tensor:
         return data(*index[:axis], at, *index[axis + rank :])
 
     return te.compute(tuple(out), element, name="gather")
-
-

@@ -1,0 +1,353 @@
+"""Reductions, cumulative operators, arg max and min, softmax and its relatives, top k."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import tvm
+from tvm import relax, te, tirx
+
+from .shapes import reshaped
+from .site import (
+    Dim,
+    Refuse,
+    Result,
+    Site,
+    const,
+    converts,
+    dtype_of,
+    int64,
+    is_float,
+    is_unsigned,
+    normal_axis,
+    np_dtype,
+    product,
+    shape_of,
+)
+
+CHOICES = 24  # forms of an operator that may be computed side by side when an axis arrives at run time
+
+
+def chosen(site: Site, options: Sequence[tuple[tvm.ir.Expr, Callable[[], tvm.ir.Expr]]]) -> tvm.ir.Expr:
+    """The result of the option whose condition, a boolean scalar, holds at run time; an error when none does."""
+    if not options or len(options) > CHOICES:
+        raise Refuse("its axes are computed at run time")
+    any_of = options[0][0]
+    for condition, _ in options[1:]:
+        any_of = site.emit(relax.op.logical_or(any_of, condition))
+    site.require(any_of)
+    result = site.emit(options[0][1]())
+    for condition, make in options[1:]:
+        result = site.emit(relax.op.where(condition, site.emit(make()), result))
+    return result
+
+
+def axis_mask(site: Site, axes: tvm.ir.Expr, rank: int) -> tvm.ir.Expr:
+    """A boolean vector: which axes a runtime tensor of axes names, negative ones counted from the end."""
+    axes = site.cast(axes, "int64")
+    (count,) = shape_of(axes) if shape_of(axes) else (None,)
+    if count is None:
+        axes, count = site.emit(relax.op.reshape(axes, [1])), 1
+    if not isinstance(count, int):
+        raise Refuse("the number of its axes is not known")
+
+    def compute(given: te.Tensor) -> te.Tensor:
+        def named(i: tirx.Var) -> tirx.Expr:
+            hits = [tirx.any(given[j] == i, given[j] + rank == i) for j in range(count)]
+            return tirx.any(*hits) if hits else tirx.const(False, "bool")
+
+        return te.compute((tirx.IntImm("int64", rank),), lambda i: named(i), name="axis_mask")
+
+    return site.te(compute, axes, name="axis_mask")
+
+
+def is_mask(site: Site, mask: tvm.ir.Expr, axes: Sequence[int]) -> tvm.ir.Expr:
+    """Whether a mask names exactly these axes."""
+    (rank,) = shape_of(mask)
+    wanted = np.array([i in axes for i in range(int(rank))])
+    equal = relax.op.equal(site.cast(mask, "int8"), const(wanted, "int8"))
+    return site.cast(site.emit(relax.op.min(site.cast(equal, "int8"))), "bool")
+
+
+def reduced(site: Site, x: tvm.ir.Expr, axes: Sequence[int], kind: str) -> tvm.ir.Expr:
+    """sum, prod, max or min over axes, which stay as size 1. Small floats are added up in float32."""
+    dtype = dtype_of(x)
+    if not axes:
+        return x
+    if kind in ("sum", "prod"):
+        wide = site.cast(x, "float32") if dtype in ("float16", "bfloat16") else x
+        op = relax.op.sum if kind == "sum" else relax.op.prod
+        return site.cast(site.emit(op(wide, list(axes), keepdims=True)), dtype)
+    if dtype == "bool":
+        return site.cast(reduced(site, site.cast(x, "int8"), axes, kind), "bool")
+    if not is_float(dtype):
+        return site.emit((relax.op.max if kind == "max" else relax.op.min)(x, list(axes), keepdims=True))
+    # TIR's own maximum starts from the least finite number, which is wrong for a row of infinities.
+    start = float("-inf") if kind == "max" else float("inf")
+    dims = shape_of(x)
+    if any(isinstance(dims[a], int) and dims[a] == 0 for a in axes):
+        out = [1 if i in axes else d for i, d in enumerate(dims)]
+        return site.emit(relax.op.full(relax.ShapeExpr([int64(d) for d in out]), const(start, dtype), dtype))
+    pick = tirx.max if kind == "max" else tirx.min
+    reducer = te.comm_reducer(lambda a, b: pick(a, b), lambda t: tirx.const(start, t), name=kind)
+
+    def compute(data: te.Tensor) -> te.Tensor:
+        over = {a: te.reduce_axis((0, data.shape[a]), name=f"k{a}") for a in axes}
+        out = tuple(tirx.IntImm("int64", 1) if i in over else d for i, d in enumerate(data.shape))
+
+        def element(*index: tirx.Var) -> tirx.Expr:
+            at = [over.get(i, v) for i, v in enumerate(index)]
+            return reducer(data(*at), axis=list(over.values()))
+
+        return te.compute(out, element, name=f"reduce_{kind}")
+
+    return site.te(compute, x, name=f"reduce_{kind}")
+
+
+def mean(site: Site, x: tvm.ir.Expr, axes: Sequence[int]) -> tvm.ir.Expr:
+    """The mean over axes, which stay as size 1; integers round towards 0."""
+    dtype = dtype_of(x)
+    if is_float(dtype):
+        wide = site.cast(x, "float32") if dtype in ("float16", "bfloat16") else x
+        return site.cast(site.emit(relax.op.mean(wide, list(axes), keepdims=True)), dtype)
+    total = reduced(site, x, axes, "sum")
+    count = product([shape_of(x)[a] for a in axes])
+
+    def compute(data: te.Tensor) -> te.Tensor:
+        size = int64(count).astype(dtype)
+        return te.compute(data.shape, lambda *i: tirx.truncdiv(data(*i), size), name="mean")
+
+    return site.te(compute, total, name="mean")
+
+
+def _sum_exp(site: Site, x: tvm.ir.Expr, axes: Sequence[int]) -> tvm.ir.Expr:
+    """log(sum(exp(x))), shifted by the maximum where that is finite."""
+    dtype = dtype_of(x)
+    top = reduced(site, x, axes, "max")
+    top = site.emit(relax.op.where(relax.op.isfinite(top), top, const(0, dtype)))
+    total = reduced(site, site.emit(relax.op.exp(relax.op.subtract(x, top))), axes, "sum")
+    return site.emit(relax.op.add(relax.op.log(total), top))
+
+
+def reduction(site: Site, x: tvm.ir.Expr, axes: Sequence[int]) -> tvm.ir.Expr:
+    """What one of ONNX's Reduce operators computes, the axes kept as size 1."""
+    dtype = dtype_of(x)
+    kind = site.op.removeprefix("Reduce")
+    if kind in ("Sum", "Prod", "Max", "Min"):
+        return reduced(site, x, axes, kind.lower())
+    if kind == "Mean":
+        return mean(site, x, axes) if axes else x
+    wide = x if is_float(dtype) and dtype != "float16" else site.cast(x, "float32" if dtype == "float16" else "float64")
+    if kind == "L1":
+        absolute = x if is_unsigned(dtype) else site.emit(relax.op.abs(x))
+        return reduced(site, absolute, axes, "sum")
+    if kind == "SumSquare":
+        return reduced(site, site.emit(relax.op.multiply(x, x)), axes, "sum")
+    if kind == "L2":
+        return site.cast(relax.op.sqrt(reduced(site, site.emit(relax.op.multiply(wide, wide)), axes, "sum")), dtype)
+    if kind == "LogSum":
+        return site.cast(relax.op.log(reduced(site, wide, axes, "sum")), dtype)
+    if kind == "LogSumExp":
+        return site.cast(_sum_exp(site, wide, axes), dtype)
+    raise Refuse(f"{site.op} is unknown")
+
+
+@converts(
+    "ReduceSum", "ReduceMean", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceL1", "ReduceL2", "ReduceLogSum",
+    "ReduceLogSumExp", "ReduceSumSquare",
+)  # fmt: skip
+def reduce(site: Site) -> Result:
+    dims = site.shape()
+    rank = len(dims)
+    keep = bool(site.attr("keepdims", 1))
+    by_input = site.opset >= (13 if site.op == "ReduceSum" else 18)
+    axes: Sequence[int] | None = site.attr("axes")
+    if by_input:
+        axes = None
+        if site.has(1):
+            if site.shape(1) == (0,):
+                axes = []
+            else:
+                axes = site.ints(1)
+                if axes is None:
+                    return _runtime_axes(site, keep)
+        if not axes and site.attr("noop_with_empty_axes", 0):
+            # Nothing is reduced, but what happens to each element does.
+            return reduction(site, site.x(), [])
+    over = sorted({normal_axis(int(a), rank) for a in axes}) if axes else list(range(rank))
+    return squeezed(site, reduction(site, site.x(), over), over, keep)
+
+
+def squeezed(site: Site, expr: tvm.ir.Expr, axes: Sequence[int], keep: bool) -> tvm.ir.Expr:
+    """Without the axes of size 1 that a reduction left, unless they are kept."""
+    expr = site.emit(expr)
+    return expr if keep else reshaped(site, expr, [d for i, d in enumerate(shape_of(expr)) if i not in axes])
+
+
+def _runtime_axes(site: Site, keep: bool) -> Result:
+    """Axes that arrive at run time: every set of axes that gives the promised shape is an option."""
+    dims, promised = site.shape(), site.promised().shape
+    (count,) = site.static(1)
+    if promised is None:
+        raise Refuse("its axes are computed at run time")
+    mask = axis_mask(site, site.x(1), len(dims))
+    options = []
+    for axes in itertools.combinations(range(len(dims)), count):
+        left = [1 if i in axes else d for i, d in enumerate(dims) if keep or i not in axes]
+        if len(left) != len(promised):
+            continue
+        if any(isinstance(a, int) and isinstance(b, int) and a != b for a, b in zip(left, promised, strict=True)):
+            continue
+        condition = is_mask(site, mask, axes)
+        options.append((condition, lambda axes=axes: squeezed(site, reduction(site, site.x(), axes), axes, keep)))
+    return chosen(site, options)
+
+
+# Arg max and min, sorting.
+
+
+@converts("ArgMax", "ArgMin")
+def arg(site: Site) -> Result:
+    axis = site.axis()
+    x = site.x()
+    if site.dtype() == "bool":
+        x = site.cast(x, "int8")
+    last = bool(site.attr("select_last_index", 0))
+    largest = site.op == "ArgMax"
+    keep = bool(site.attr("keepdims", 1))
+    dtype = dtype_of(x)
+    low = float("-inf") if is_float(dtype) else np.iinfo(np_dtype(dtype)).min
+    high = float("inf") if is_float(dtype) else np.iinfo(np_dtype(dtype)).max
+    start = tirx.const(low if largest else high, dtype)
+
+    def better(a: Any, b: Any) -> tuple[tirx.Expr, tirx.Expr]:
+        wins = a[1] > b[1] if largest else a[1] < b[1]
+        tie = a[1] == b[1]
+        first = tirx.any(wins, tirx.all(tie, a[0] > b[0] if last else a[0] < b[0]))
+        # The neutral index -1 always loses a tie.
+        first = tirx.any(b[0] < 0, tirx.all(first, a[0] >= 0))
+        return tirx.Select(first, a[0], b[0]), tirx.Select(first, a[1], b[1])
+
+    reducer = te.comm_reducer(better, lambda t0, t1: (tirx.const(-1, t0), start), name="arg")
+
+    def compute(data: te.Tensor) -> te.Tensor:
+        k = te.reduce_axis((0, data.shape[axis]), name="k")
+        out = tuple(d for i, d in enumerate(data.shape) if i != axis)
+
+        def element(*index: tirx.Var) -> Any:
+            at = [*index[:axis], k, *index[axis:]]
+            return reducer((k.var.astype("int64"), data(*at)), axis=k)
+
+        return te.compute(
+            out or (tirx.IntImm("int64", 1),), (lambda *i: element(*i)) if out else (lambda i: element()), name="arg"
+        )[0]
+
+    if site.rank() == 0:
+        return const(0, "int64")
+    found = site.te(compute, x, name=site.op.lower())
+    dims = [1 if i == axis else d for i, d in enumerate(site.shape()) if keep or i != axis]
+    return reshaped(site, found, dims)
+
+
+@converts("TopK")
+def top_k(site: Site) -> Result:
+    axis = site.axis(-1)
+    size = site.shape()[axis]
+    if site.opset < 10:
+        count: int | None = int(site.attr("k"))
+    else:
+        found = site.ints(1)
+        count = found[0] if found else None
+    if count is None:
+        promised = site.promised().static
+        if promised is None:
+            raise Refuse("k is computed at run time")
+        count = promised[axis]
+        site.require_content(1, [count])
+    if isinstance(size, int) and count > size:
+        raise Refuse(f"k is {count}, the axis has {size}")
+    dtype = site.dtype()
+    if dtype in ("float16", "bfloat16", "int8", "uint8", "int16", "uint16"):
+        wide = "float32" if is_float(dtype) else "int32"
+        values, indices = _top_k(site, site.cast(site.x(), wide), count, axis)
+        return [site.cast(values, dtype), indices]
+    if dtype in ("uint32", "uint64"):
+        raise Refuse(f"TVM sorts no {dtype}")
+    return list(_top_k(site, site.x(), count, axis))
+
+
+def _top_k(site: Site, x: tvm.ir.Expr, count: int, axis: int) -> tuple[tvm.ir.Expr, tvm.ir.Expr]:
+    largest = bool(site.attr("largest", 1))
+    both = site.emit(relax.op.topk(x, count, axis, "both", largest, "int64"))
+    return site.emit(relax.TupleGetItem(both, 0)), site.emit(relax.TupleGetItem(both, 1))
+
+
+# Cumulative operators.
+
+
+@converts("CumSum", "CumProd")
+def cumulative(site: Site) -> Result:
+    rank = site.rank()
+    axes = site.ints(1)
+    if axes is not None:
+        return _cumulative(site, normal_axis(axes[0], rank))
+    mask = axis_mask(site, site.x(1), rank)
+    return chosen(site, [(is_mask(site, mask, [a]), lambda a=a: _cumulative(site, a)) for a in range(rank)])
+
+
+def _cumulative(site: Site, axis: int) -> tvm.ir.Expr:
+    """A running sum or product along an axis, by te.scan's plain form: one pass over each row."""
+    exclusive, reverse = bool(site.attr("exclusive", 0)), bool(site.attr("reverse", 0))
+    dtype = site.dtype()
+    x = site.x()
+    if reverse:
+        x = site.emit(relax.op.flip(x, axis))
+    op = relax.op.cumsum if site.op == "CumSum" else relax.op.cumprod
+    result = site.emit(op(x, axis, dtype=dtype, exclusive=exclusive))
+    return site.emit(relax.op.flip(result, axis)) if reverse else result
+
+
+# Softmax and its relatives.
+
+
+def _coerced(site: Site) -> tuple[tvm.ir.Expr, int, Sequence[Dim]]:
+    """Input, axis and shape to return to: before version 13 the input was flattened to a matrix at the axis."""
+    if site.opset >= 13:
+        return site.x(), site.axis(-1), site.shape()
+    axis, dims = site.axis(1), site.shape()
+    return reshaped(site, site.x(), [product(dims[:axis]), product(dims[axis:])]), 1, dims
+
+
+@converts("Softmax", "LogSoftmax")
+def softmax(site: Site) -> Result:
+    if site.rank() == 0:
+        return const(1.0 if site.op == "Softmax" else 0.0, site.dtype())
+    x, axis, dims = _coerced(site)
+    op = relax.op.nn.softmax if site.op == "Softmax" else relax.op.nn.log_softmax
+    dtype = dtype_of(x)
+    if dtype in ("float16", "bfloat16"):
+        return reshaped(site, site.cast(site.emit(op(site.cast(x, "float32"), axis)), dtype), dims)
+    return reshaped(site, site.emit(op(x, axis)), dims)
+
+
+@converts("Hardmax")
+def hardmax(site: Site) -> Result:
+    x, axis, dims = _coerced(site)
+    inner = Site("ArgMax", site.bb, site.target, 13, [type(site.value(0))(x)], {"axis": axis, "keepdims": 1})
+    place = site.emit(arg(inner))
+    dtype = dtype_of(x)
+
+    def compute(index: te.Tensor) -> te.Tensor:
+        out = tuple(int64(d) for d in shape_of(x))
+        one, zero = tirx.const(1, dtype), tirx.const(0, dtype)
+
+        def element(*i: tirx.Var) -> tirx.Expr:
+            at = [tirx.IntImm("int64", 0) if a == axis else v for a, v in enumerate(i)]
+            return tirx.Select(index(*at) == i[axis].astype("int64"), one, zero)
+
+        return te.compute(out, element, name="hardmax")
+
+    return reshaped(site, site.te(compute, place, name="hardmax"), dims)

@@ -1,0 +1,335 @@
+"""Resize and Upsample in every mode of the standard, one axis after the other."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import tvm
+from tvm import relax, te, tirx
+
+from .site import Dim, Refuse, Result, Site, const, converts, dtype_of, int64, is_float, normal_axis, shape_of
+
+F32 = "float32"
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """How an output coordinate becomes an input coordinate and what is read there."""
+
+    mode: str
+    transform: str
+    nearest: str
+    cubic: float
+    exclude_outside: bool
+    antialias: bool
+    extrapolation: float
+
+
+def _f(value: float) -> tirx.Expr:
+    return tirx.const(value, F32)
+
+
+def _coordinate(rule: _Rule, at: tirx.Expr, size: Dim, out: Dim, scale: tirx.Expr, roi: tuple[Any, Any]) -> tirx.Expr:
+    """The input coordinate of output position `at` along an axis."""
+    x, length, new = at.astype(F32), int64(size).astype(F32), int64(out).astype(F32)
+    single = tirx.all(int64(out) == 1)
+    if rule.transform == "half_pixel":
+        return (x + _f(0.5)) / scale - _f(0.5)
+    if rule.transform == "half_pixel_symmetric":
+        exact = scale * length
+        offset = length / _f(2) * (_f(1) - new / exact)
+        return offset + (x + _f(0.5)) / scale - _f(0.5)
+    if rule.transform == "pytorch_half_pixel":
+        return tirx.Select(single, _f(-0.5), (x + _f(0.5)) / scale - _f(0.5))
+    if rule.transform == "align_corners":
+        return tirx.Select(single, _f(0), x * (length - _f(1)) / tirx.max(new - _f(1), _f(1)))
+    if rule.transform == "asymmetric":
+        return x / scale
+    if rule.transform == "tf_crop_and_resize":
+        start, end = roi
+        many = start * (length - _f(1)) + x * (end - start) * (length - _f(1)) / tirx.max(new - _f(1), _f(1))
+        return tirx.Select(single, _f(0.5) * (start + end) * (length - _f(1)), many)
+    raise Refuse(f"coordinate_transformation_mode {rule.transform!r} is unknown")
+
+
+def _taps(rule: _Rule) -> int:
+    return {"nearest": 1, "linear": 2, "cubic": 4}[rule.mode]
+
+
+def _weights(rule: _Rule, x: tirx.Expr, size: Dim) -> list[tuple[tirx.Expr, tirx.Expr]]:
+    """(index, weight) of every input element that contributes at input coordinate x."""
+    last = int64(size) - 1
+    if rule.mode == "nearest":
+        rounded = {
+            "round_prefer_floor": lambda: tirx.ceil(x - _f(0.5)), "round_prefer_ceil": lambda: tirx.floor(x + _f(0.5)),
+            "floor": lambda: tirx.floor(x), "ceil": lambda: tirx.ceil(x),
+        }.get(rule.nearest)  # fmt: skip
+        if rounded is None:
+            raise Refuse(f"nearest_mode {rule.nearest!r} is unknown")
+        return [(_inside(rounded().astype("int64"), last), _f(1))]
+    base = tirx.floor(x)
+    part = x - base
+    first = base.astype("int64")
+    if rule.mode == "linear":
+        pairs = [(first, _f(1) - part), (first + 1, part)]
+    else:
+        pairs = [(first + k - 1, w) for k, w in enumerate(_cubic(part, rule.cubic))]
+    if rule.exclude_outside:
+        kept = [(i, tirx.Select(tirx.all(i >= 0, i <= last), w, _f(0))) for i, w in pairs]
+        total = kept[0][1]
+        for _, weight in kept[1:]:
+            total = total + weight
+        pairs = [(i, w / total) for i, w in kept]
+    return [(_inside(i, last), w) for i, w in pairs]
+
+
+def _inside(index: tirx.Expr, last: tirx.Expr) -> tirx.Expr:
+    return tirx.max(tirx.min(index, last), tirx.IntImm("int64", 0))
+
+
+def _cubic(part: tirx.Expr, a: float) -> list[tirx.Expr]:
+    """Keys' cubic convolution at distances 1+t, t, 1-t, 2-t."""
+
+    def near(t: tirx.Expr) -> tirx.Expr:
+        return ((_f(a + 2) * t - _f(a + 3)) * t) * t + _f(1)
+
+    def far(t: tirx.Expr) -> tirx.Expr:
+        return ((_f(a) * t - _f(5 * a)) * t + _f(8 * a)) * t - _f(4 * a)
+
+    return [far(part + _f(1)), near(part), near(_f(1) - part), far(_f(2) - part)]
+
+
+def _along(
+    site: Site,
+    x: tvm.ir.Expr,
+    axis: int,
+    out: Dim,
+    scale: Callable[[list[te.Tensor]], tirx.Expr],
+    roi: tuple[Any, Any],
+    rule: _Rule,
+    extra: Sequence[tvm.ir.Expr],
+) -> tvm.ir.Expr:
+    """One axis resized. `extra`: runtime tensors that `scale` and `roi` read."""
+    size = shape_of(x)[axis]
+
+    def compute(data: te.Tensor, *tensors: te.Tensor) -> te.Tensor:
+        dims = tuple(int64(out) if i == axis else d for i, d in enumerate(data.shape))
+
+        def element(*index: tirx.Var) -> tirx.Expr:
+            window = tuple(r(list(tensors)) if callable(r) else r for r in roi)
+            at = _coordinate(rule, index[axis], size, out, scale(list(tensors)), window)
+            terms = [
+                (data(*index[:axis], place, *index[axis + 1 :]), weight) for place, weight in _weights(rule, at, size)
+            ]
+            if rule.mode == "nearest":
+                value = terms[0][0]
+            else:
+                value = terms[0][0] * terms[0][1].astype(data.dtype)
+                for source, weight in terms[1:]:
+                    value = value + source * weight.astype(data.dtype)
+            if rule.transform == "tf_crop_and_resize":
+                outside = tirx.any(at < _f(0), at > int64(size).astype(F32) - _f(1))
+                value = tirx.Select(outside, tirx.const(rule.extrapolation, data.dtype), value)
+            return value
+
+        return te.compute(dims, element, name=f"resize_{rule.mode}")
+
+    return site.te(compute, x, *extra, name=f"resize_{rule.mode}")
+
+
+def _antialiased(site: Site, x: tvm.ir.Expr, axis: int, out: int, scale: float, rule: _Rule) -> tvm.ir.Expr:
+    """One axis resized with a filter that widens as the image shrinks: the weights are a constant matrix."""
+    size = shape_of(x)[axis]
+    if not isinstance(size, int):
+        raise Refuse("antialiasing needs a known size")
+    narrow = min(scale, 1.0)
+    a = rule.cubic
+
+    def kernel(t: float) -> float:
+        t = abs(t)
+        if rule.mode == "linear":
+            return max(0.0, 1 - t)
+        if t <= 1:
+            return ((a + 2) * t - (a + 3)) * t * t + 1
+        return ((a * t - 5 * a) * t + 8 * a) * t - 4 * a if t < 2 else 0.0
+
+    reach = (1 if rule.mode == "linear" else 2) / narrow
+    matrix = np.zeros((out, size), np.float64)
+    for position in range(out):
+        if rule.transform == "align_corners":
+            centre = position * (size - 1) / max(out - 1, 1)
+        elif rule.transform == "asymmetric":
+            centre = position / scale
+        elif rule.transform == "half_pixel_symmetric":
+            centre = size / 2 * (1 - out / (scale * size)) + (position + 0.5) / scale - 0.5
+        elif rule.transform == "pytorch_half_pixel" and out == 1:
+            centre = -0.5
+        elif rule.transform in ("half_pixel", "pytorch_half_pixel"):
+            centre = (position + 0.5) / scale - 0.5
+        else:
+            raise Refuse(f"antialiasing with {rule.transform} is not compiled")
+        low, high = math.floor(centre - reach) + 1, math.ceil(centre + reach) - 1
+        weights = {i: kernel((i - centre) * narrow) for i in range(low, high + 1)}
+        if rule.exclude_outside:
+            weights = {i: w for i, w in weights.items() if 0 <= i < size}
+        total = sum(weights.values()) or 1.0
+        for i, weight in weights.items():
+            matrix[position, min(max(i, 0), size - 1)] += weight / total
+    table = const(matrix, dtype_of(x))
+
+    def compute(data: te.Tensor, weight: te.Tensor) -> te.Tensor:
+        k = te.reduce_axis((0, size), name="k")
+        dims = tuple(int64(out) if i == axis else d for i, d in enumerate(data.shape))
+        return te.compute(
+            dims, lambda *i: te.sum(data(*i[:axis], k, *i[axis + 1 :]) * weight[i[axis], k], axis=k), name="resize"
+        )
+
+    return site.te(compute, x, table, name="resize_antialiased")
+
+
+@converts("Resize", "Upsample")
+def resize(site: Site) -> Result:
+    dims = site.shape()
+    rank = len(dims)
+    upsample = site.op == "Upsample"
+    mode = site.attr("mode", "nearest")
+    mode = "linear" if mode in ("bilinear", "trilinear") else mode
+    old = upsample or site.opset < 11
+    rule = _Rule(
+        mode=mode,
+        transform="asymmetric" if old else site.attr("coordinate_transformation_mode", "half_pixel"),
+        nearest="floor" if old else site.attr("nearest_mode", "round_prefer_floor"),
+        cubic=float(site.attr("cubic_coeff_a", -0.75)),
+        exclude_outside=bool(site.attr("exclude_outside", 0)),
+        antialias=bool(site.attr("antialias", 0)),
+        extrapolation=float(site.attr("extrapolation_value", 0.0)),
+    )
+    if mode not in ("nearest", "linear", "cubic"):
+        raise Refuse(f"mode {mode!r} is unknown")
+    axes = [normal_axis(int(a), rank) for a in site.attr("axes", range(rank))]
+    scales_at, sizes_at, roi_at = (1, None, None) if old else (2, 3, 1)
+    if upsample and site.opset < 9:
+        fixed_scales: list[float] | None = [float(s) for s in site.attr("scales", ())]
+        if site.opset < 7 or not fixed_scales:
+            fixed_scales = [1.0, 1.0, float(site.attr("height_scale", 1)), float(site.attr("width_scale", 1))]
+        has_scales = True
+    else:
+        has_scales = site.has(scales_at) and site.shape(scales_at) != (0,)
+        array = site.array(scales_at) if has_scales else None
+        fixed_scales = None if array is None else [float(s) for s in array.reshape(-1)]
+    out, scale_of, extra = _extents(site, axes, has_scales, fixed_scales, scales_at, sizes_at)
+    roi: list[tuple[Any, Any]] = [(_f(0), _f(1))] * len(axes)
+    if rule.transform == "tf_crop_and_resize":
+        window = site.array(roi_at) if roi_at is not None and site.has(roi_at) else None
+        if window is not None:
+            flat = [float(v) for v in window.reshape(-1)]
+            roi = [(_f(flat[i]), _f(flat[len(axes) + i])) for i in range(len(axes))]
+        else:
+            window_at = len(extra)
+            extra = [*extra, site.cast(site.x(1), F32)]
+            roi = [
+                (lambda t, i=i: t[window_at][i], lambda t, i=i: t[window_at][len(axes) + i]) for i in range(len(axes))
+            ]
+    x, dtype = site.x(), site.dtype()
+    work = dtype if mode == "nearest" or dtype in (F32, "float64") else F32
+    x = site.cast(x, work)
+    for place, axis in enumerate(axes):
+        known = None if fixed_scales is None else fixed_scales[place]
+        unchanged = isinstance(out[axis], int) and out[axis] == dims[axis] and (known is None or known == 1.0)
+        if unchanged and rule.transform != "tf_crop_and_resize" and (known == 1.0 or not has_scales):
+            continue
+        if rule.antialias and mode != "nearest":
+            if not isinstance(out[axis], int) or not isinstance(dims[axis], int):
+                raise Refuse("antialiasing needs known sizes")
+            if known is None and has_scales:
+                raise Refuse("antialiasing with scales computed at run time")
+            ratio = known if known is not None else int(out[axis]) / int(dims[axis])  # type: ignore[arg-type]
+            if ratio < 1:
+                x = _antialiased(site, x, axis, int(out[axis]), ratio, rule)  # type: ignore[arg-type]
+                continue
+        x = _along(site, x, axis, out[axis], scale_of[place], roi[place], rule, extra)
+    if dtype != work and not is_float(dtype):
+        info = np.iinfo(np.dtype(dtype))
+        x = site.emit(relax.op.clip(relax.op.round(x), float(info.min), float(info.max)))
+    return site.cast(x, dtype)
+
+
+def _extents(
+    site: Site, axes: list[int], has_scales: bool, fixed: list[float] | None, scales_at: int, sizes_at: int | None
+) -> tuple[list[Dim], list[Callable[[list[te.Tensor]], tirx.Expr]], list[tvm.ir.Expr]]:
+    """Output dimensions, the scale of each resized axis, and the runtime tensors the scales read."""
+    dims = site.shape()
+    out: list[Dim] = list(dims)
+    promised = site.promised().static
+    scale_of: list[Callable[[list[te.Tensor]], tirx.Expr]] = []
+    if has_scales:
+        if fixed is not None:
+            for axis, scale in zip(axes, fixed, strict=True):
+                size = dims[axis]
+                if isinstance(size, int):
+                    out[axis] = math.floor(size * np.float32(scale))
+                elif float(scale).is_integer():
+                    out[axis] = size * int(scale)
+                elif promised is not None:
+                    out[axis] = promised[axis]
+                else:
+                    raise Refuse("a dynamic axis is scaled by a fraction")
+                scale_of.append(lambda t, s=scale: _f(s))
+            return out, scale_of, []
+        if promised is None or not all(isinstance(d, int) for d in dims):
+            raise Refuse("its scales are computed at run time")
+        given = site.cast(site.x(scales_at), F32)
+        sizes = const(np.array([dims[a] for a in axes]), F32)
+        expected = const(np.array([promised[a] for a in axes]), "int64")
+        actual = site.cast(site.emit(relax.op.floor(relax.op.multiply(given, sizes))), "int64")
+        site.require(site.emit(relax.op.equal(actual, expected)))
+        for place, axis in enumerate(axes):
+            out[axis] = promised[axis]
+            scale_of.append(lambda t, i=place: t[0][i])
+        return out, scale_of, [given]
+    if sizes_at is None or not site.has(sizes_at):
+        raise Refuse("it has neither scales nor sizes")
+    policy = site.attr("keep_aspect_ratio_policy", "stretch")
+    wanted = site.content(sizes_at)
+    if policy != "stretch":
+        if promised is None or not all(isinstance(dims[a], int) for a in axes):
+            raise Refuse("keeping the aspect ratio needs known sizes")
+        return _keeping_ratio(site, axes, policy, wanted, sizes_at)
+    if wanted is None:
+        if promised is None:
+            wanted = tuple(site.runtime_dims(site.x(sizes_at), "size"))
+        else:
+            wanted = tuple(promised[a] for a in axes)
+            site.require_content(sizes_at, wanted)
+    for axis, size in zip(axes, wanted, strict=True):
+        out[axis] = size
+        scale_of.append(lambda t, n=size, d=dims[axis]: int64(n).astype(F32) / int64(d).astype(F32))
+    return out, scale_of, []
+
+
+def _keeping_ratio(
+    site: Site, axes: list[int], policy: str, wanted: tuple[Dim, ...] | None, sizes_at: int
+) -> tuple[list[Dim], list[Callable[[list[te.Tensor]], tirx.Expr]], list[tvm.ir.Expr]]:
+    """All axes by one scale: the largest (not_smaller) or least (not_larger) of what the sizes ask for."""
+    dims = [int(d) for d in site.static()]
+    promised = site.promised().static
+    assert promised is not None
+    out: list[Dim] = list(promised)
+    pick = max if policy == "not_smaller" else min
+    if wanted is not None and all(isinstance(w, int) for w in wanted):
+        scale = pick(int(w) / dims[a] for w, a in zip(wanted, axes, strict=True))
+        for axis in axes:
+            out[axis] = math.floor(scale * dims[axis] + 0.5)
+        return out, [lambda t, s=scale: _f(s)] * len(axes), []
+    given = site.cast(site.x(sizes_at), F32)
+    sizes = const(np.array([dims[a] for a in axes]), F32)
+    ratio = site.emit(relax.op.divide(given, sizes))
+    one = site.emit((relax.op.max if policy == "not_smaller" else relax.op.min)(ratio, keepdims=True))
+    actual = relax.op.floor(relax.op.add(relax.op.multiply(one, sizes), const(0.5, F32)))
+    expected = const(np.array([promised[a] for a in axes]), "int64")
+    site.require(site.emit(relax.op.equal(site.cast(actual, "int64"), expected)))
+    return out, [lambda t: t[0][0]] * len(axes), [one]
