@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from graphwright.models import assets, registry
 from graphwright.passes.errors import AssetError
 from graphwright.tools import demo
