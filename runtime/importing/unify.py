@@ -8,6 +8,7 @@ is 1 and meant to broadcast included, is an error there and never a wrong answer
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -63,7 +64,11 @@ def _from_the_right(shapes: Sequence[Sequence[Dim]], places: range) -> list[list
 
 
 def _settle(shapes: list[list[Dim]], group: Sequence[tuple[int, int]]) -> None:
-    """Give the dimensions of a group that are not 1 one value: a number, else a plain symbol, else the first."""
+    """Give the dimensions of a group that are not 1 one value: a number, else an expression.
+
+    Never a plain symbol: TVM takes a cast to `n` as a definition of `n`. Two symbols get their maximum, which both
+    equal exactly when they are equal.
+    """
     wide = [(i, axis) for i, axis in group if not (isinstance(shapes[i][axis], int) and shapes[i][axis] == 1)]
     dims = [shapes[i][axis] for i, axis in wide]
     if len(dims) < 2 or all(same(dims[0], dim) for dim in dims[1:]):
@@ -71,7 +76,10 @@ def _settle(shapes: list[list[Dim]], group: Sequence[tuple[int, int]]) -> None:
     numbers = [dim for dim in dims if isinstance(dim, int)]
     if len(set(numbers)) > 1:
         return  # not broadcastable: the converter refuses it
-    chosen: Any = next(iter(numbers), None) or next((dim for dim in dims if isinstance(dim, tirx.Var)), dims[0])
+    chosen: Any = next(iter(numbers), None)
+    if chosen is None:
+        expressions = [dim for dim in dims if not isinstance(dim, tirx.Var)]
+        chosen = expressions[0] if expressions else functools.reduce(tirx.max, dims)
     for i, axis in wide:
         shapes[i][axis] = chosen
 
