@@ -150,7 +150,7 @@ def optimize(
         try:
             session = Session(artifact, threads=threads, verify=False)
         except GraphwrightError as error:
-            unverified = f"the artifact cannot run here: {error}"
+            unverified = f"the artifact cannot run here: {str(error).removeprefix(f'{artifact.root}: ')}"
             return None
         names = [value.name for value in session.get_outputs()]
         found = compare(
