@@ -67,7 +67,7 @@ def _bind(value: ir.Value, pinned: tuple[int, ...], bindings: dict[str, int], or
         )
     for axis, (declared, size) in enumerate(zip(value.shape, pinned, strict=True)):
         if isinstance(declared, int):
-            if declared != size:
+            if declared not in (size, -1):  # some exporters write -1 for a free dimension
                 raise InputError(
                     f"pin {value.name}={written}: dimension {axis} is {declared} in the model, not {size}; "
                     "only dynamic dimensions can be pinned"

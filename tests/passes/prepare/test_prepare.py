@@ -116,3 +116,10 @@ def test_a_cast_called_exact_is_undone_by_the_cast_back(wide: ir.DataType, narro
         with np.errstate(all="ignore"):
             values = values[np.isfinite(values.astype(np.float64))]
             np.testing.assert_array_equal(values.astype(wide.numpy()).astype(narrow.numpy()), values)
+
+
+def test_minus_one_is_a_free_dimension() -> None:
+    model = parse(PINNED)
+    model.graph.inputs[0].shape = ir.Shape([-1, 3])
+    after, _ = Pipeline.parse("pin-shapes").run(model, PassContext(pins={"pixels": (4, 3)}))
+    assert str(after.graph.inputs[0].shape) == "[4,3]"
