@@ -17,7 +17,7 @@ import onnx_ir as ir
 from ..passes import io, wire
 from ..passes.base import PassReport
 from ..passes.errors import CompileError
-from ..passes.graph import site
+from ..passes.graph import Names, site
 from .artifact import (
     MODEL,
     WEIGHTS,
@@ -89,11 +89,25 @@ def build(
 
 
 def fix_outputs(model: ir.Model) -> None:
-    """Make every graph output the output of a node of its own, and every initializer a constant."""
+    """Make every initializer a constant, and every output that is one the result of a node.
+
+    An output that is an input needs no node: `Session` hands it over. One that is named twice is made once.
+    """
     from onnx_ir.passes import common
 
     common.RemoveInitializersFromInputsPass()(model)
-    common.OutputFixPass()(model)
+    names = Names(model)
+    graph = model.graph
+    made: dict[ir.Value, ir.Value] = {}
+    for index, value in enumerate(graph.outputs):
+        if not value.is_initializer():
+            continue
+        if value not in made:
+            name = value.name or ""
+            value.name = names.fresh(f"{name}_constant")
+            made[value] = ir.Value(name=name, type=value.type, shape=value.shape)
+            graph.append(ir.Node("", "Identity", [value], outputs=[made[value]]))
+        graph.outputs[index] = made[value]
 
 
 def _compile_regions(
@@ -294,8 +308,18 @@ def _tensor_spec(value: ir.Value) -> TensorSpec:
         shape = [dim if isinstance(dim, int) else dim.value for dim in value.shape]
     kind = value.dtype.name.lower() if value.dtype is not None else "undefined"
     if value.type is not None and not isinstance(value.type, ir.TensorType):
-        kind = str(value.type)
+        kind = _onnx_type(value.type)
     return TensorSpec(name=value.name or "", dtype=kind, shape=shape)
+
+
+def _onnx_type(kind: ir.TypeProtocol) -> str:
+    """A type as onnxruntime spells it: seq(tensor(float))."""
+    if isinstance(kind, ir.SequenceType):
+        return f"seq({_onnx_type(kind.elem_type)})"
+    if isinstance(kind, ir.OptionalType):
+        return f"optional({_onnx_type(kind.elem_type)})"
+    word = "sparse_tensor" if isinstance(kind, ir.SparseTensorType) else "tensor"
+    return f"{word}({kind.dtype.name.lower()})"
 
 
 # --- the child --------------------------------------------------------------------------------------------------

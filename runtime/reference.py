@@ -6,6 +6,8 @@ a segment at a time, so that checking a model never needs more memory than its l
 
 from __future__ import annotations
 
+import ctypes
+import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -19,8 +21,8 @@ from ..passes.errors import InputError, ModelError
 if TYPE_CHECKING:
     import onnxruntime
 
-WHOLE_LIMIT = 512 << 20  # bytes of weights up to which one session holds the model
-SEGMENT_LIMIT = 256 << 20
+WHOLE_LIMIT = 128 << 20  # bytes of weights up to which one session holds the model
+SEGMENT_LIMIT = 64 << 20
 
 ORT_TYPES = {
     "tensor(float)": np.float32, "tensor(double)": np.float64, "tensor(float16)": np.float16,
@@ -50,7 +52,7 @@ def ort_session(
     on_disk = {
         name: value.const_value
         for name, value in model.graph.initializers.items()
-        if io.external_source(value.const_value) is not None
+        if io.external_source(value.const_value) is not None and _numpy_has(value.const_value)
     }
     proto = io._proto_without(model, {name: t for name, t in on_disk.items() if t is not None})
     values = [ort.OrtValue.ortvalue_from_numpy(mapped(tensor)) for tensor in on_disk.values() if tensor is not None]
@@ -60,6 +62,46 @@ def ort_session(
         return ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime raises a family of its own for every kind of refusal
         raise ModelError(f"onnxruntime cannot load the model: {io.first_line(error)}") from error
+
+
+def _numpy_has(tensor: ir.TensorProtocol | None) -> bool:
+    """Whether the element type is one of NumPy's own, which onnxruntime takes as arrays."""
+    return tensor is not None and tensor.dtype.numpy().isbuiltin == 1
+
+
+def run_session(
+    session: onnxruntime.InferenceSession, names: Sequence[str], feeds: Mapping[str, Any]
+) -> list[Any]:
+    """`session.run`, with element types that NumPy does not have (bfloat16, float8) as those of ml_dtypes."""
+    foreign = {o.name for o in session.get_outputs() if _foreign(o.type)} & set(names)
+    if not foreign and not any(_foreign(i.type) for i in session.get_inputs()):
+        return session.run(names, feeds)
+    import onnxruntime as ort
+
+    values = {}
+    for name, array in feeds.items():
+        if isinstance(array, np.ndarray) and array.dtype.isbuiltin != 1:
+            kind = int(ir.DataType.from_numpy(array.dtype))
+            bits = np.ascontiguousarray(array).view(f"u{array.itemsize}").reshape(array.shape)
+            values[name] = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, kind)
+        else:
+            values[name] = ort.OrtValue.ortvalue_from_numpy(array)
+    results = session.run_with_ort_values(list(names), values)
+    return [_array(value) if n in foreign else value.numpy() for n, value in zip(names, results, strict=True)]
+
+
+def _foreign(kind: str) -> bool:
+    """Whether an onnxruntime type is a tensor of elements that NumPy does not have."""
+    return kind.startswith(("tensor(bfloat16", "tensor(float8"))
+
+
+def _array(value: onnxruntime.OrtValue) -> np.ndarray:
+    """The tensor of a type of ml_dtypes, copied."""
+    dtype = ir.DataType[value.data_type().removeprefix("tensor(").removesuffix(")").upper()].numpy()
+    shape = value.shape()
+    size = math.prod(shape) * dtype.itemsize
+    raw = ctypes.string_at(value.data_ptr(), size) if size else b""
+    return np.frombuffer(bytearray(raw), dtype).reshape(shape)
 
 
 def mapped(tensor: ir.TensorProtocol) -> np.ndarray:
@@ -87,7 +129,8 @@ class Reference:
         try:
             if self._session is not None:
                 known = {i.name for i in self._session.get_inputs()}
-                outputs = self._session.run(None, {k: v for k, v in feeds.items() if k in known})
+                present = {k: v for k, v in feeds.items() if k in known}
+                outputs = run_session(self._session, self.output_names, present)
                 return dict(zip(self.output_names, outputs, strict=True))
             return self._run_segments(feeds)
         except ModelError:
@@ -100,11 +143,22 @@ class Reference:
 
         values: dict[str, Any] = dict(feeds)
         for part in cut(self.model, segments(self.model)):
+            for value in part.graph.inputs:
+                if value.type is None:  # a model need not say what flows inside it; what flows says it
+                    value.type = _type_of(values[value.name or ""])
             session = ort_session(part, threads=self.threads)
             names = [value.name or "" for value in part.graph.outputs]
             inputs = {i.name: values[i.name] for i in session.get_inputs()}
-            values.update(zip(names, session.run(names, inputs), strict=True))
+            values.update(zip(names, run_session(session, names, inputs), strict=True))
         return {name: values[name] for name in self.output_names}
+
+
+def _type_of(value: Any) -> ir.TensorType | ir.SequenceType:
+    if isinstance(value, list):
+        return ir.SequenceType(_type_of(value[0]) if value else ir.TensorType(ir.DataType.FLOAT))
+    if value.dtype.kind in "OUS":
+        return ir.TensorType(ir.DataType.STRING)
+    return ir.TensorType(ir.DataType.from_numpy(value.dtype))
 
 
 def segments(model: ir.Model, limit: int = SEGMENT_LIMIT) -> list[Sequence[ir.Node]]:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import bisect
+import copy
+import functools
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,13 +18,15 @@ from ..passes.errors import ArtifactError, InputError, TargetError, did_you_mean
 from ..passes.io import first_line
 from .artifact import WEIGHTS, Artifact, Parameter, RegionSpec, TensorSpec
 from .partition import TVM
-from .reference import default_threads
+from .reference import default_threads, run_session
 from .target import host_flags
 
 if TYPE_CHECKING:
     import tvm
 
 ALIGNMENT = 64  # bytes; what TVM's vector code expects of a tensor's address
+SMALL = 64  # bytes; constants up to this size are in the library
+POOLED_SIZES = 8  # sets of input shapes after which the pool is emptied
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,7 @@ def node_arg(spec: TensorSpec) -> NodeArg:
     return NodeArg(spec.name, kind, list(spec.shape or []))
 
 
+@functools.cache
 def numpy_type(dtype: str) -> np.dtype[Any]:
     """The NumPy type of an ONNX or TVM element type's name."""
     import ml_dtypes
@@ -92,16 +99,26 @@ class Session:
         input_feed: input name -> array of the declared type and shape; aligned contiguous arrays are not copied.
         run_options is accepted for compatibility and has no effect. Raises InputError when feeds do not fit.
         """
+        if isinstance(output_names, str):
+            raise InputError(f"output_names is the text {output_names!r}; expected a list of names")
         names = list(output_names or self._outputs)
         for name in names:
             if name not in self._outputs:
                 raise InputError(f"unknown output {name!r}; {did_you_mean(name, self._outputs)}")
-        values: dict[str, Any] = self._check(input_feed)
+        feeds = self._check(input_feed)
+        values = dict(feeds)
         for step in self._steps:
             values.update(step(values))
-        return [values[name] for name in names]
+        results = []
+        for index, name in enumerate(names):
+            # What is an input too, or is asked for twice, must not share its memory.
+            shared = name in feeds or name in names[:index]
+            results.append(copy.deepcopy(values[name]) if shared else values[name])
+        return results
 
     def _check(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
+        if not isinstance(feeds, Mapping):
+            raise InputError(f"input_feed is a {type(feeds).__name__}; expected a dict of arrays by input name")
         for name in feeds:
             if name not in self._inputs:
                 raise InputError(f"unknown input {name!r}; {did_you_mean(name, self._inputs)}")
@@ -116,10 +133,7 @@ def _fit(value: Any, spec: TensorSpec, symbols: dict[str, tuple[int, str]]) -> A
     """The feed as an array of the declared type. `symbols`: dimension name -> (size, input that set it)."""
     if spec.dtype not in ("string",) and "(" in spec.dtype:
         return value  # a sequence or optional: onnxruntime's to check
-    expected = numpy_type(spec.dtype)
-    array = np.asarray(value)
-    if array.dtype != expected and not (expected.kind == "O" and array.dtype.kind in "US"):
-        raise InputError(f"input {spec.name!r} has type {array.dtype}; expected {expected}")
+    array = _typed(value, spec, numpy_type(spec.dtype))
     if spec.shape is None:
         return array
     if array.ndim != len(spec.shape):
@@ -136,6 +150,24 @@ def _fit(value: Any, spec: TensorSpec, symbols: dict[str, tuple[int, str]]) -> A
                     "expected one size"
                 )
     return array
+
+
+def _typed(value: Any, spec: TensorSpec, expected: np.dtype[Any]) -> np.ndarray:
+    """The feed as an array of type `expected`. Python numbers and lists take it on; arrays must have it already."""
+    try:
+        array = np.asarray(value)
+    except ValueError as error:
+        raise InputError(f"input {spec.name!r} is not an array ({first_line(error)})") from error
+    if array.dtype == expected or (expected.kind == "O" and array.dtype.kind in "US"):
+        return array
+    if hasattr(value, "dtype"):
+        if array.dtype.newbyteorder("=") == expected:
+            return array.astype(expected)
+    elif value is not None and array.dtype.kind in "biuf" and np.can_cast(array.dtype, expected, "same_kind"):
+        return array.astype(expected)
+    elif not array.size and array.dtype == np.float64:  # an empty list has no type
+        return array.astype(expected)
+    raise InputError(f"input {spec.name!r} has type {array.dtype}; expected {expected}")
 
 
 def _steps(artifact: Artifact, threads: int) -> list[Step]:
@@ -175,9 +207,32 @@ def load_tvm() -> Any:
     """
     os.environ.setdefault("TVM_THREAD_POOL_SPIN_COUNT", "0")
     os.environ.setdefault("TVM_BIND_THREADS", "0")
+    # TVM takes every second processor for a hyperthread and makes its pool half as large as the machine.
+    os.environ.setdefault("TVM_NUM_THREADS", str(max(os.cpu_count() or 1, default_threads())))
     import tvm
 
     return tvm
+
+
+def use_threads(count: int) -> None:
+    """Let TVM's kernels use `count` threads in calls from this Python thread, which has a pool of its own."""
+    wanted = min(count, pool_size())
+    configure, used = _pool_functions()
+    if used() != wanted:
+        configure(1, wanted)
+
+
+@functools.cache
+def _pool_functions() -> tuple[Any, Any]:
+    tvm = load_tvm()
+    return tvm.get_global_func("runtime.config_threadpool"), tvm.get_global_func("runtime.NumThreads")
+
+
+@functools.cache
+def pool_size() -> int:
+    """The most threads that TVM can use in this process."""
+    load_tvm()
+    return max(1, int(os.environ["TVM_NUM_THREADS"]))
 
 
 def mapped_weights(path: Path, parameters: Sequence[Parameter]) -> list[np.ndarray]:
@@ -190,6 +245,35 @@ def mapped_weights(path: Path, parameters: Sequence[Parameter]) -> list[np.ndarr
     ]
 
 
+class _Staging:
+    """A TVM tensor over aligned memory of our own, which an input that is not aligned is copied into."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+        tvm = load_tvm()
+        nbytes = math.prod(shape) * dtype.itemsize
+        raw = np.empty(nbytes + ALIGNMENT, np.uint8)
+        start = -raw.ctypes.data % ALIGNMENT
+        self.array = raw[start : start + nbytes].view(dtype).reshape(shape)
+        self.tensor = tvm.runtime.from_dlpack(self.array)
+
+
+class _Machine:
+    """A virtual machine, which runs one call at a time, and the staging memory of its inputs."""
+
+    def __init__(self, library: Any, device: Any, count: int) -> None:
+        tvm = load_tvm()
+        machine = tvm.relax.VirtualMachine(library, device)
+        self.main = machine["main"]
+        self._staging: list[_Staging | None] = [None] * count
+
+    def staged(self, index: int, array: np.ndarray) -> Any:
+        staging = self._staging[index]
+        if staging is None or staging.array.shape != array.shape:
+            staging = self._staging[index] = _Staging(array.shape, array.dtype)
+        np.copyto(staging.array, array)
+        return staging.tensor
+
+
 class _TvmStep:
     def __init__(self, artifact: Artifact, region: RegionSpec, threads: int, device: Any = None) -> None:
         tvm = load_tvm()
@@ -198,54 +282,100 @@ class _TvmStep:
         self.on_cpu = device is None
         path = artifact.root / region.file
         try:
-            library = tvm.runtime.load_module(str(path.absolute()))
-            self.machine = tvm.relax.VirtualMachine(library, self.device)
-            self.main = self.machine["main"]
+            self._library = tvm.runtime.load_module(str(path.absolute()))
+            # A call takes a machine out of the list and puts it back: as many as there are calls at the same time.
+            self._idle = [self._machine()]
         except Exception as error:  # the loader raises what the dynamic linker says
             raise ArtifactError(f"{path}: cannot be loaded ({first_line(error)}); compile the model again") from error
         self._arrays = mapped_weights(artifact.root / WEIGHTS, region.parameters)
-        self.weights = tuple(self._tensor(array) for array in self._arrays)
-        self._configure = tvm.get_global_func("runtime.config_threadpool")
-        self._count = tvm.get_global_func("runtime.NumThreads")
+        weights = [self._tensor(array) for array in self._arrays]
+        self._weights = tvm.runtime.convert(weights)
+        self._constant = sorted(span for span in map(_span, weights) if span)
+        self._sizes: set[tuple[Any, ...]] = set()
+        self._clear = tvm.get_global_func("vm.builtin.memory_manager.clear")
+        self._clear()  # what sessions that are gone have left in the pool
 
-    def _tensor(self, value: Any) -> tvm.runtime.Tensor:
+    def _machine(self) -> _Machine:
+        return _Machine(self._library, self.device, len(self.region.inputs))
+
+    def _tensor(self, array: np.ndarray) -> tvm.runtime.Tensor:
         tvm = load_tvm()
-        array = np.ascontiguousarray(value)
-        if array.shape != np.shape(value):  # ascontiguousarray gives a scalar one dimension
-            array = array.reshape(np.shape(value))
-        plain = array.dtype.isbuiltin == 1
-        if self.on_cpu and plain and array.size and array.flags.writeable and array.ctypes.data % ALIGNMENT == 0:
+        if self.on_cpu and _shareable(array):
             return tvm.runtime.from_dlpack(array)
-        tensor = tvm.runtime.empty(array.shape, str(array.dtype), self.device)
-        return tensor.copyfrom(array)
+        return tvm.runtime.empty(array.shape, str(array.dtype), self.device).copyfrom(array)
+
+    def _input(self, machine: _Machine, index: int, value: Any) -> tvm.runtime.Tensor:
+        array = np.asarray(value)
+        if self.on_cpu and array.size and array.dtype.isbuiltin == 1 and not _shareable(array):
+            return machine.staged(index, array)
+        return self._tensor(array)
 
     def __call__(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        if self._count() != self.threads:
-            self._configure(1, self.threads)
-        inputs = [self._tensor(values[name]) for name in self.region.inputs]
+        use_threads(self.threads)
         try:
-            result = self.main(*inputs, self.weights)
+            machine = self._idle.pop()
+        except IndexError:
+            machine = self._machine()
+        inputs = [self._input(machine, index, values[name]) for index, name in enumerate(self.region.inputs)]
+        self._bound_pool(inputs)
+        try:
+            result = machine.main(*inputs, self._weights)
         except Exception as error:  # a run-time check of the compiled code: shapes that the model cannot take
             raise InputError(f"the compiled model refused these inputs: {first_line(error)}") from error
         results = [result] if len(self.region.outputs) == 1 and hasattr(result, "numpy") else list(result)
-        return dict(zip(self.region.outputs, self._arrays_of(results, inputs), strict=True))
+        outputs = dict(zip(self.region.outputs, self._arrays_of(results, inputs), strict=True))
+        self._idle.append(machine)  # not after an error, which leaves its frames behind
+        return outputs
+
+    def _bound_pool(self, inputs: Sequence[Any]) -> None:
+        """TVM's pool keeps every buffer by its size: with other sizes every run it would grow without end."""
+        sizes = tuple(tensor.shape for tensor in inputs)
+        if sizes not in self._sizes:
+            if len(self._sizes) == POOLED_SIZES:
+                self._clear()
+                self._sizes.clear()
+            self._sizes.add(sizes)
 
     def _arrays_of(self, results: Sequence[Any], inputs: Sequence[Any]) -> list[np.ndarray]:
-        taken = {_address(t) for t in (*inputs, *self.weights)}
+        """The results as arrays that share memory with nothing: not with inputs, weights or each other."""
+        taken = [span for span in map(_span, inputs) if span]
         arrays = []
         for tensor in results:
-            address = _address(tensor)
-            own = self.on_cpu and address not in taken
             try:
-                arrays.append(np.from_dlpack(tensor) if own else tensor.numpy())
-            except (BufferError, RuntimeError, TypeError):  # types that DLPack or NumPy do not share
+                array = np.from_dlpack(tensor)
+            except (BufferError, RuntimeError, TypeError):  # memory or types that DLPack or NumPy do not share
                 arrays.append(tensor.numpy())
-            taken.add(address)
+                continue
+            address = array.ctypes.data
+            # Up to SMALL bytes it may be a constant of the library's own.
+            if array.nbytes <= SMALL or any(a <= address < b for a, b in taken) or self._is_weight(address):
+                array = array.copy()
+            else:
+                taken.append((address, address + array.nbytes))
+            arrays.append(array)
         return arrays
 
+    def _is_weight(self, address: int) -> bool:
+        at = bisect.bisect_right(self._constant, (address, 1 << 64)) - 1
+        return at >= 0 and address < self._constant[at][1]
 
-def _address(tensor: Any) -> int:
-    return int(tensor.data_ptr())
+
+def _shareable(array: np.ndarray) -> bool:
+    """Whether TVM can use the array's own memory."""
+    return bool(
+        array.dtype.isbuiltin == 1
+        and array.size
+        and array.flags.c_contiguous
+        and array.flags.writeable  # DLPack has no word for memory that may not be written
+        and array.ctypes.data % ALIGNMENT == 0
+    )
+
+
+def _span(tensor: Any) -> tuple[int, int] | None:
+    """First and last address of a tensor's memory; None when it has none."""
+    start = int(tensor.data_ptr())
+    size = math.prod(tensor.shape) * (tensor.dtype.itemsize or 1)
+    return (start, start + size) if size else None
 
 
 class _OrtStep:
@@ -268,7 +398,7 @@ class _OrtStep:
 
     def __call__(self, values: Mapping[str, Any]) -> dict[str, Any]:
         try:
-            results = self.session.run(self.outputs, {name: values[name] for name in self.inputs})
+            results = run_session(self.session, self.outputs, {name: values[name] for name in self.inputs})
         except Exception as error:
             raise InputError(f"the model refused these inputs: {first_line(error)}") from error
         return dict(zip(self.outputs, results, strict=True))
