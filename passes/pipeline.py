@@ -68,15 +68,18 @@ class Pipeline:
                     raise PassError(f"pass {step.name} needs {NEEDS[need]}")
 
     def run(
-        self, model: ir.Model, ctx: PassContext | None = None, observers: Sequence[Observer] = ()
-    ) -> tuple[ir.Model, list[PassReport]]:
+        self, model: ir.Model, ctx: PassContext | None = None, observers: Sequence[Observer] = (), *,
+        in_place: bool = False,
+    ) -> tuple[ir.Model, list[PassReport]]:  # fmt: skip
         """Rewrite a copy of `model`. Returns the copy and one report a pass, in order.
 
-        A GraphwrightError of a pass is raised on with the pass's name in front.
+        in_place: rewrite `model` itself, for a caller that has no other use for it. A GraphwrightError of a pass is
+        raised on with the pass's name in front.
         """
         ctx = ctx or PassContext()
         self.check_needs(ctx)
-        model = model.clone()
+        if not in_place:
+            model = model.clone()
         reports: list[PassReport] = []
         for step in self.passes:
             for observer in observers:

@@ -8,7 +8,6 @@ tensors into their place. Field numbers are those of onnx.proto3.
 
 from __future__ import annotations
 
-import mmap
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,20 +21,52 @@ VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
 MODEL_GRAPH, GRAPH_INITIALIZER, TENSOR_RAW_DATA = 7, 5, 9
 LARGE = 4096  # bytes; smaller tensors stay in the parsed graph
 CHUNK = 4 << 20
+WINDOW = 64 << 10
 
-Buffer = mmap.mmap | bytes
+
+
+class _File:
+    """A file read through a window that moves along: what is skipped costs no memory, not even a mapped page."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._size = os.fstat(descriptor).st_size
+        self._start, self._window = 0, b""
+
+    def __len__(self) -> int:
+        return self._size
+
+    def byte(self, at: int) -> int:
+        offset = at - self._start
+        if not 0 <= offset < len(self._window):
+            self._start, self._window, offset = at, os.pread(self._descriptor, WINDOW, at), 0
+        return self._window[offset]
+
+    def read(self, start: int, end: int) -> bytes:
+        """The bytes from `start` to `end`, from the window if it holds them."""
+        offset = start - self._start
+        if offset >= 0 and end - self._start <= len(self._window):
+            return self._window[offset : offset + end - start]
+        parts = []
+        while start < end:
+            part = os.pread(self._descriptor, min(end - start, CHUNK), start)
+            if not part:
+                raise _Damaged(f"it ends at byte {start}")
+            parts.append(part)
+            start += len(part)
+        return b"".join(parts)
 
 
 class _Damaged(Exception):
     pass
 
 
-def _varint(data: Buffer, at: int, end: int) -> tuple[int, int]:
+def _varint(data: _File, at: int, end: int) -> tuple[int, int]:
     value = shift = 0
     while True:
         if at >= end or shift > 63:
             raise _Damaged(f"a number at byte {at} does not end")
-        byte = data[at]
+        byte = data.byte(at)
         at += 1
         value |= (byte & 0x7F) << shift
         if byte < 0x80:
@@ -43,7 +74,7 @@ def _varint(data: Buffer, at: int, end: int) -> tuple[int, int]:
         shift += 7
 
 
-def _fields(data: Buffer, start: int, end: int) -> Iterator[tuple[int, int, int, int, int]]:
+def _fields(data: _File, start: int, end: int) -> Iterator[tuple[int, int, int, int, int]]:
     """(number, kind, first byte of the tag, first byte of the value, end) of each field of a message."""
     at = start
     while at < end:
@@ -81,14 +112,14 @@ def encode_bytes_header(number: int, length: int) -> bytes:
     return encode_varint(number << 3 | BYTES) + encode_varint(length)
 
 
-def _external(data: Buffer, start: int, end: int, location: str) -> bytes | None:
+def _external(data: _File, start: int, end: int, location: str) -> bytes | None:
     """The TensorProto between start and end with its large raw bytes replaced by a reference; None: keep it."""
     rest, raw = bytearray(), None
     for number, kind, tag_at, value_at, field_end in _fields(data, start, end):
         if number == TENSOR_RAW_DATA and kind == BYTES:
             raw = (value_at, field_end)
         else:
-            rest += data[tag_at:field_end]
+            rest += data.read(tag_at, field_end)
     if raw is None or raw[1] - raw[0] < LARGE:
         return None
     tensor = onnx.TensorProto.FromString(bytes(rest))
@@ -98,11 +129,11 @@ def _external(data: Buffer, start: int, end: int, location: str) -> bytes | None
     return tensor.SerializeToString()
 
 
-def _without_weights(data: Buffer, location: str) -> bytes:
+def _without_weights(data: _File, location: str) -> bytes:
     model, size = bytearray(), len(data)
     for number, kind, tag_at, value_at, end in _fields(data, 0, size):
         if number != MODEL_GRAPH or kind != BYTES:
-            model += data[tag_at:end]
+            model += data.read(tag_at, end)
             continue
         graph, kept_from = bytearray(), value_at
         for inner, inner_kind, inner_tag_at, inner_at, inner_end in _fields(data, value_at, end):
@@ -110,10 +141,10 @@ def _without_weights(data: Buffer, location: str) -> bytes:
                 continue
             tensor = _external(data, inner_at, inner_end, location)
             if tensor is not None:
-                graph += data[kept_from:inner_tag_at]
+                graph += data.read(kept_from, inner_tag_at)
                 graph += encode_bytes_header(GRAPH_INITIALIZER, len(tensor)) + tensor
                 kept_from = inner_end
-        graph += data[kept_from:end]
+        graph += data.read(kept_from, end)
         model += encode_bytes_header(MODEL_GRAPH, len(graph)) + graph
     return bytes(model)
 
@@ -129,8 +160,7 @@ def read_model(path: Path) -> onnx.ModelProto:
         with open(path, "rb") as file:
             if os.fstat(file.fileno()).st_size == 0:
                 raise ModelError(f"{path}: the file is empty; expected an ONNX model")
-            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                proto = onnx.ModelProto.FromString(_without_weights(data, location))
+            proto = onnx.ModelProto.FromString(_without_weights(_File(file.fileno()), location))
     except OSError as error:
         raise ModelError(f"{path}: cannot be read ({error.strerror}); expected an ONNX model") from error
     except _Damaged as error:

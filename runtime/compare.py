@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -103,10 +103,18 @@ def compare(
     inputs: str = "",
 ) -> Verdict:  # fmt: skip
     """Run both on every set of feeds. limit: relative error allowed; None: by the output's type."""
+    return judge(feeds, map(reference, feeds), candidate, limit, inputs)
+
+
+def judge(
+    feeds: Sequence[Mapping[str, np.ndarray]], expectations: Iterable[Mapping[str, Any]], candidate: Runner,
+    limit: float | None = None, inputs: str = "",
+) -> Verdict:  # fmt: skip
+    """Run `candidate` on every set of feeds and compare with what is expected of it."""
     outputs: list[Difference] = []
     shapes = []
-    for one in feeds:
-        expected, found = reference(one), candidate(one)
+    for one, expected in zip(feeds, expectations, strict=True):
+        found = candidate(one)
         shapes.append(" ".join(f"{name}{list(np.shape(value))}" for name, value in one.items()))
         for name, value in expected.items():
             if name not in found:

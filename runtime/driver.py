@@ -19,8 +19,7 @@ from ..passes.base import PassContext, PassReport
 from ..passes.errors import GraphwrightError
 from ..passes.pipeline import Observer, Pipeline
 from . import verify as checks
-from .compare import Verdict, compare
-from .reference import Reference
+from .compare import Verdict
 from .target import Target
 
 if TYPE_CHECKING:
@@ -112,27 +111,27 @@ def optimize(
         io.check_output(path, overwrite)
     progress("load")
     original = model if isinstance(model, ir.Model) else io.load(model)
+    name = where.name if where else original.graph.name or "model"
     ctx = PassContext(
         pins=pins or {}, calibration=calibration, target=goal.name if goal else None, seed=seed, max_drop=max_drop,
         progress=progress, **({"caches": goal.caches} if goal else {}),
     )  # fmt: skip
-    rewritten, reports = pipeline.run(original, ctx, observers)
-    result = Result(rewritten, tuple(reports), pipeline)
-    if dry_run:
-        return result
-    unverified, verdict = "--no-verify", None
-    node = checks.random_node(original)
-    if node is not None:
+    pipeline.check_needs(ctx)
+    unverified = "" if verify and not dry_run else "--no-verify"
+    if (node := checks.random_node(original)) is not None:
         unverified = f"{node.op_type} gives other numbers every run"
-    elif verify:
-        unverified = ""
+    tried, verdict = None, None
+    if not unverified:
+        progress("reference")
+        tried = checks.trial(original, ctx, threads or 0)
+    # A model that was loaded here has no other use: rewriting it in place saves a copy of the graph.
+    rewritten, reports = pipeline.run(original, ctx, observers, in_place=where is not None)
+    if dry_run:
+        return Result(rewritten, tuple(reports), pipeline)
+    if tried is not None:
         progress("verify")
-        reference = Reference(original, threads=threads or 0)
-        feeds, source = checks.choose_feeds(rewritten, reference, calibration, seed)
-        verdict = checks.verify(
-            original, rewritten, pipeline, reports, ctx, reference, feeds, source, threads or 0
-        )
-    name = where.name if where else original.graph.name or "model"
+        again = (lambda: io.load(where)) if where is not None else (lambda: original)
+        verdict = checks.verify(tried, rewritten, again, pipeline, reports, ctx, threads or 0)
     if goal is None:
         if writes:
             progress("save")
@@ -144,7 +143,7 @@ def optimize(
 
     def check(artifact: Artifact) -> dict[str, object] | None:
         nonlocal verdict, unverified
-        if unverified:
+        if tried is None:
             return None
         progress("compare")
         try:
@@ -153,9 +152,7 @@ def optimize(
             unverified = f"the artifact cannot run here: {str(error).removeprefix(f'{artifact.root}: ')}"
             return None
         names = [value.name for value in session.get_outputs()]
-        found = compare(
-            reference.run, lambda one: dict(zip(names, session.run(None, one), strict=True)), feeds, None, source
-        )
+        found = tried.judge(lambda one: dict(zip(names, session.run(None, one), strict=True)))
         found.check(f"artifact for {artifact.target.name}")
         verdict = found
         return found.to_json()

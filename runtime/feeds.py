@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import onnx_ir as ir
 
 from ..passes.errors import GraphwrightError, InputError, did_you_mean
+from ..passes.prepare.pin_shapes import bound_symbols
 
 Feeds = dict[str, np.ndarray]
+Result = TypeVar("Result")
 
 # Sizes tried for a symbolic dimension, in order. Sequences stay short; images must be large enough for every
 # downsampling, and often a multiple of 32.
@@ -56,41 +60,49 @@ def required_inputs(model: ir.Model) -> list[ir.Value]:
 
 
 def made_up(
-    model: ir.Model, runs: Callable[[Feeds], object], *, seed: int = 0, sets: int = 2
-) -> list[Feeds]:
-    """Up to `sets` feeds that the model accepts, each with another size of every symbolic dimension.
+    model: ir.Model, run: Callable[[Feeds], Result], *, pins: Mapping[str, Sequence[int]] | None = None,
+    seed: int = 0, sets: int = 2,
+) -> list[tuple[Feeds, Result]]:  # fmt: skip
+    """Up to `sets` feeds that the model accepts, each with another size of every symbolic dimension, and their results.
 
-    runs: raises GraphwrightError on feeds the model does not accept. Raises the last such error when none was found.
+    run: the model; raises GraphwrightError on feeds it does not accept. pins: input name -> shape, where one is
+    given. Raises the last error of `run` when no feeds were found, InputError when the pins do not fit.
     """
     rng = np.random.default_rng(seed)
-    found: list[Feeds] = []
+    pins = pins or {}
+    bound = bound_symbols(model, pins)
+    found: list[tuple[Feeds, Result]] = []
     used: dict[str, set[int]] = {}
     last: GraphwrightError | None = None
-    for sizes in _size_choices(model):
-        if any(size in used.get(name, ()) for name, size in sizes.items()):
+    inputs = required_inputs(model)
+    for chosen in _size_choices(model, pins, bound):
+        sizes = {**chosen, **bound}
+        if any(size in used.get(name, ()) for name, size in chosen.items()):
             continue
-        if _elements(model, sizes) > LARGEST_FEED:
+        shapes = {value: tuple(pins.get(value.name or "", ())) or _shape(value, sizes) for value in inputs}
+        if sum(math.prod(shape) for shape in shapes.values()) > LARGEST_FEED:
             continue
-        feeds = {value.name or "": _random(value, sizes, model, rng) for value in required_inputs(model)}
+        feeds = {value.name or "": _random(value, shape, rng) for value, shape in shapes.items()}
         try:
-            runs(feeds)
+            found.append((feeds, run(feeds)))
         except GraphwrightError as error:
             last = error
             continue
-        found.append(feeds)
-        for name, size in sizes.items():
+        for name, size in chosen.items():
             used.setdefault(name, set()).add(size)
-        if len(found) == sets or not sizes:
+        if len(found) == sets or not chosen:
             break
     if not found:
         raise last or InputError("no inputs were found that the model accepts; give real ones with --input")
     return found
 
 
-def _symbols(model: ir.Model) -> dict[str, list[tuple[int, int]]]:
-    """Symbolic dimension -> (axis, rank) of its places in the inputs. An unnamed one is `input@axis`."""
+def _symbols(model: ir.Model, pins: Mapping[str, Sequence[int]]) -> dict[str, list[tuple[int, int]]]:
+    """Symbolic dimension -> (axis, rank) of its places in the inputs not pinned. An unnamed one is `input@axis`."""
     places: dict[str, list[tuple[int, int]]] = {}
     for value in required_inputs(model):
+        if value.name in pins:
+            continue
         for axis, dim in enumerate(value.shape or ()):
             if not isinstance(dim, int):
                 name = dim.value or f"{value.name}@{axis}"
@@ -98,8 +110,10 @@ def _symbols(model: ir.Model) -> dict[str, list[tuple[int, int]]]:
     return places
 
 
-def _size_choices(model: ir.Model) -> Iterator[dict[str, int]]:
-    places = _symbols(model)
+def _size_choices(
+    model: ir.Model, pins: Mapping[str, Sequence[int]], bound: Mapping[str, int]
+) -> Iterator[dict[str, int]]:
+    places = {name: at for name, at in _symbols(model, pins).items() if name not in bound}
     if not places:
         yield {}
         return
@@ -124,35 +138,24 @@ def _shape(value: ir.Value, sizes: Mapping[str, int]) -> tuple[int, ...]:
     return tuple(d if isinstance(d, int) else sizes[d.value or f"{value.name}@{axis}"] for axis, d in dims)
 
 
-def _elements(model: ir.Model, sizes: Mapping[str, int]) -> int:
-    total = 0
-    for value in required_inputs(model):
-        count = 1
-        for dim in _shape(value, sizes):
-            count *= dim
-        total += count
-    return total
-
-
-def _random(value: ir.Value, sizes: Mapping[str, int], model: ir.Model, rng: np.random.Generator) -> np.ndarray:
+def _random(value: ir.Value, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
     if value.dtype is None or isinstance(value.type, ir.SequenceType | ir.OptionalType):
         raise InputError(f"input {value.name!r} is no tensor; give real inputs with --input")
-    shape = _shape(value, sizes)
     if value.dtype == ir.DataType.STRING:
         return np.full(shape, "text", object)
     dtype = value.dtype.numpy()
     name = (value.name or "").lower()
     if value.dtype == ir.DataType.BOOL:
-        return rng.random(shape) < 0.5
+        return np.asarray(rng.random(shape) < 0.5)
     if value.dtype.is_floating_point():
-        return rng.standard_normal(shape).astype(dtype)
+        return np.asarray(rng.standard_normal(shape)).astype(dtype)
     if "mask" in name:
         return np.ones(shape, dtype)
     if "token_type" in name or "segment" in name:
         return np.zeros(shape, dtype)
     bound = index_bound(value)
     top = min(bound or FIRST_TOKENS, int(np.iinfo(dtype).max) if dtype.kind in "iu" else FIRST_TOKENS)
-    return rng.integers(0, max(1, top), shape).astype(dtype)
+    return np.asarray(rng.integers(0, max(1, top), shape)).astype(dtype)
 
 
 THROUGH = frozenset({"Cast", "Reshape", "Unsqueeze", "Squeeze", "Transpose", "Identity", "Flatten", "Expand"})

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 
 from ..passes.base import Contract, Pass, PassContext, PassReport
 from ..passes.graph import all_nodes
 from ..passes.pipeline import Pipeline
-from .compare import Verdict, compare
+from .compare import Runner, Verdict, compare, judge
 from .feeds import Feeds, check_names, made_up
 from .reference import Reference
 
@@ -27,20 +28,30 @@ def random_node(model: ir.Model) -> ir.Node | None:
     return next((node for node in all_nodes(model) if node.domain == "" and node.op_type in RANDOM_OPS), None)
 
 
-def choose_feeds(
-    model: ir.Model, reference: Reference, calibration: Mapping[str, Sequence[np.ndarray]] | None, seed: int
-) -> tuple[list[Feeds], str]:
-    """Inputs to check `model` with and a word on where they come from.
+@dataclass(frozen=True)
+class Trial:
+    """Inputs and what the original model makes of them: everything that is checked is checked against this."""
 
-    model: the rewritten one, whose shapes may be pinned. reference: the original, which must accept them.
-    """
-    if calibration:
-        count = min(2, min(len(values) for values in calibration.values()))
-        feeds = [{name: values[i] for name, values in calibration.items()} for i in range(count)]
+    feeds: Sequence[Feeds]
+    expected: Sequence[Mapping[str, Any]]
+    source: str
+
+    def judge(self, candidate: Runner, limit: float | None = None) -> Verdict:
+        """limit: relative error allowed; None: by the output's type."""
+        return judge(self.feeds, self.expected, candidate, limit, self.source)
+
+
+def trial(model: ir.Model, ctx: PassContext, threads: int = 0) -> Trial:
+    """Run the original on calibration inputs, or on made-up ones of two sizes for every dimension not pinned."""
+    reference = Reference(model, threads=threads)
+    if ctx.calibration:
+        count = min(2, min(len(values) for values in ctx.calibration.values()))
+        feeds = [{name: values[i] for name, values in ctx.calibration.items()} for i in range(count)]
         for one in feeds:
             check_names(one, model, "calibration")
-        return feeds, "calibration"
-    return made_up(model, reference.run, seed=seed), f"random, seed {seed}"
+        return Trial(feeds, [reference.run(one) for one in feeds], "calibration")
+    found = made_up(model, reference.run, pins=ctx.pins, seed=ctx.seed)
+    return Trial([feeds for feeds, _ in found], [outputs for _, outputs in found], f"random, seed {ctx.seed}")
 
 
 def limit_of(pipeline: Pipeline, reports: Sequence[PassReport], max_drop: float | None) -> float | None:
@@ -83,18 +94,17 @@ class Verifier:
 
 
 def verify(
-    original: ir.Model, model: ir.Model, pipeline: Pipeline, reports: Sequence[PassReport], ctx: PassContext,
-    reference: Reference, feeds: Sequence[Feeds], where: str, threads: int = 0,
+    tried: Trial, model: ir.Model, original: Callable[[], ir.Model], pipeline: Pipeline,
+    reports: Sequence[PassReport], ctx: PassContext, threads: int = 0,
 ) -> Verdict:  # fmt: skip
-    """Compare the pipeline's result with the original. When they differ, run it again pass by pass to name the culprit.
+    """Check the pipeline's result. When it differs, run the pipeline again pass by pass to name the culprit.
 
-    Raises VerificationError.
+    original: gives the model as it was before the passes. Raises VerificationError.
     """
     limit = limit_of(pipeline, reports, ctx.max_drop)
-    result = Reference(model, threads=threads)
-    verdict = compare(reference.run, result.run, feeds, float("inf") if limit is None else limit, where)
+    verdict = tried.judge(Reference(model, threads=threads).run, math.inf if limit is None else limit)
     if not verdict.ok:
         log.info("the result differs from the original; looking for the pass")
-        pipeline.run(original, ctx, [Verifier(feeds, ctx.max_drop, threads)])
+        pipeline.run(original(), ctx, [Verifier(tried.feeds, ctx.max_drop, threads)])
         verdict.check(f"passes {pipeline}")
     return verdict

@@ -138,4 +138,5 @@ def choose_feeds(
     names = {value.name or "": np.empty(0) for value in required_inputs(narrow.graph)}
     check_names(names, wide.graph, f"inputs of {narrow.name} for {wide.name}")
     # The wider graph says whether an input is valid; what the narrower one makes of it is to be found out.
-    return made_up(narrow.graph, wide.run, seed=seed, sets=sets), f"random, seed {seed}"
+    found = made_up(narrow.graph, wide.run, seed=seed, sets=sets)
+    return [feeds for feeds, _ in found], f"random, seed {seed}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -30,13 +31,8 @@ class PinShapes(Pass):
 
     def run(self, model: ir.Model, ctx: PassContext) -> PassReport:
         report = self.report()
-        inputs = {value.name or "": value for value in model.graph.inputs if not value.is_initializer()}
-        bindings: dict[str, int] = {}
-        origin: dict[str, str] = {}
-        for name, pinned in ctx.pins.items():
-            if name not in inputs:
-                raise InputError(f"no input is called {name!r}; {did_you_mean(name, inputs)}")
-            _bind(inputs[name], tuple(pinned), bindings, origin)
+        inputs = _inputs(model)
+        bindings = bound_symbols(model, ctx.pins)
         if not ctx.pins:
             return report
         before = {name: str(value.shape) for name, value in inputs.items()}
@@ -51,6 +47,22 @@ class PinShapes(Pass):
             elif name not in ctx.pins and value.shape is not None and graph.static_shape(value) is None:
                 report.skipped("pin", name, f"still dynamic: {value.shape}; pin it with --pin {name}=SHAPE")
         return report
+
+
+def _inputs(model: ir.Model) -> dict[str, ir.Value]:
+    return {value.name or "": value for value in model.graph.inputs if not value.is_initializer()}
+
+
+def bound_symbols(model: ir.Model, pins: Mapping[str, Sequence[int]]) -> dict[str, int]:
+    """Symbol -> size of every dimension that `pins` (input name -> shape) fix. Raises InputError if they do not fit."""
+    inputs = _inputs(model)
+    bindings: dict[str, int] = {}
+    origin: dict[str, str] = {}
+    for name, pinned in pins.items():
+        if name not in inputs:
+            raise InputError(f"no input is called {name!r}; {did_you_mean(name, inputs)}")
+        _bind(inputs[name], tuple(pinned), bindings, origin)
+    return bindings
 
 
 def _bind(value: ir.Value, pinned: tuple[int, ...], bindings: dict[str, int], origin: dict[str, str]) -> None:

@@ -27,9 +27,11 @@ def location(tensor: TensorProto) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("number", [0, 1, 127, 128, 300, 1 << 31, (1 << 63) - 1])
-def test_numbers(number: int) -> None:
-    data = wire.encode_varint(number)
-    assert wire._varint(data, 0, len(data)) == (number, len(data))
+def test_numbers(number: int, tmp_path: Path) -> None:
+    path = tmp_path / "number"
+    size = path.write_bytes(wire.encode_varint(number))
+    with open(path, "rb") as file:
+        assert wire._varint(wire._File(file.fileno()), 0, size) == (number, size)
 
 
 def test_large_tensors_are_referred_to_where_they_are(tmp_path: Path) -> None:
