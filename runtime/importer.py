@@ -415,7 +415,8 @@ class _Importer:
             scope.values[name] = inputs[index] if index < len(inputs) else None
         for inner in function.node:
             self.node(inner, scope)
-        return [self.read(scope, name) for name in function.output[: len(node.output)]]
+        wanted = zip(function.output, node.output, strict=False)  # the node may leave out optional outputs
+        return [self.read(scope, name) if asked else None for name, asked in wanted]
 
     def if_node(self, node: NodeProto, inputs: list[Value | None], scope: _Scope) -> list[Any]:
         """Each branch as a private function that is called from a Relax If: one that is not taken costs nothing."""

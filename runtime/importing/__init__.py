@@ -1,6 +1,6 @@
 """Converters from ONNX operators to Relax, one file per family; `runtime.importer` calls them."""
 
-from . import elementwise, indexing, normalization, quantization, reductions, resize, shapes, special
+from . import elementwise, indexing, normalization, products, quantization, reductions, resize, shapes, special
 from .site import CONVERTERS
 
 __all__ = [
@@ -8,6 +8,7 @@ __all__ = [
     "elementwise",
     "indexing",
     "normalization",
+    "products",
     "quantization",
     "reductions",
     "resize",

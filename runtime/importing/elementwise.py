@@ -290,10 +290,13 @@ def bit_shift(site: Site) -> Result:
     left = site.attr("direction") == "LEFT"
 
     def shift(a: Any, b: Any) -> Any:
-        safe = tirx.min(b, tirx.const(bits - 1, dtype))
+        safe = tirx.max(tirx.min(b, tirx.const(bits - 1, dtype)), tirx.const(0, dtype))
         shifted = (a << safe) if left else (a >> safe)
         past = tirx.const(0, dtype) if left or is_unsigned(dtype) else (a >> tirx.const(bits - 1, dtype))
-        return tirx.Select(b > tirx.const(bits - 1, dtype), past, shifted.astype(dtype))
+        outside = b > tirx.const(bits - 1, dtype)
+        if not is_unsigned(dtype):
+            outside = tirx.any(outside, b < tirx.const(0, dtype))
+        return tirx.Select(outside, past, shifted.astype(dtype))
 
     return binary(site, shift, "bit_shift")
 
@@ -361,11 +364,19 @@ def thresholds(site: Site) -> Result:
 
 @converts("Softplus", "Softsign", "Mish")
 def soft(site: Site) -> Result:
-    """softplus as max(x, 0) + log(1 + exp(-|x|)), which does not overflow."""
+    """softplus as max(x, 0) + log1p(exp(-|x|)), which does not overflow.
+
+    log1p(t) is t * log(u) / (u - 1) with u = 1 + t, exact to rounding; Kahan, in Higham, "Accuracy and Stability of
+    Numerical Algorithms", section 1.14.1.
+    """
     x = site.x()
     if site.op == "Softsign":
         return relax.op.divide(x, relax.op.add(relax.op.abs(x), site.like(1)))
-    small = relax.op.log(relax.op.add(relax.op.exp(relax.op.negative(relax.op.abs(x))), site.like(1)))
+    t = site.emit(relax.op.exp(relax.op.negative(relax.op.abs(x))))
+    u = site.emit(relax.op.add(t, site.like(1)))
+    rest = site.emit(relax.op.subtract(u, site.like(1)))
+    quotient = relax.op.divide(relax.op.multiply(t, relax.op.log(u)), rest)
+    small = relax.op.where(relax.op.equal(rest, site.like(0)), t, quotient)
     plus = site.emit(relax.op.add(relax.op.maximum(x, site.like(0)), small))
     return plus if site.op == "Softplus" else relax.op.multiply(x, relax.op.tanh(plus))
 
@@ -407,3 +418,16 @@ def bit_cast(site: Site) -> Result:
         site.x(),
         name="bit_cast",
     )
+
+
+@converts("IsInf")
+def is_inf(site: Site) -> Result:
+    x = site.x()
+    high, low = bool(site.attr("detect_positive", 1)), bool(site.attr("detect_negative", 1))
+    up = relax.op.equal(x, site.like(float("inf")))
+    down = relax.op.equal(x, site.like(float("-inf")))
+    if high and low:
+        return relax.op.logical_or(up, down)
+    if not high and not low:
+        return relax.op.logical_and(up, down)
+    return up if high else down

@@ -240,10 +240,13 @@ def conv_pads(
         return [0] * rank, [0] * rank
     before, after = [], []
     for size, k, stride, dilation in zip(sizes, kernel, strides, dilations, strict=True):
-        if not isinstance(size, int):
+        if stride == 1:
+            total = dilation * (k - 1)
+        elif isinstance(size, int):
+            out = -(-size // stride)
+            total = max(0, (out - 1) * stride + dilation * (k - 1) + 1 - size)
+        else:
             raise Refuse("automatic padding of a dynamic axis")
-        out = -(-size // stride)
-        total = max(0, (out - 1) * stride + dilation * (k - 1) + 1 - size)
         less = total // 2
         before.append(less if auto == "SAME_UPPER" else total - less)
         after.append(total - before[-1])

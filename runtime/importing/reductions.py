@@ -10,7 +10,7 @@ import numpy as np
 import tvm
 from tvm import relax, te, tirx
 
-from .shapes import reshaped
+from .shapes import filled, reshaped
 from .site import (
     Dim,
     Refuse,
@@ -89,8 +89,7 @@ def reduced(site: Site, x: tvm.ir.Expr, axes: Sequence[int], kind: str) -> tvm.i
     start = float("-inf") if kind == "max" else float("inf")
     dims = shape_of(x)
     if any(isinstance(dims[a], int) and dims[a] == 0 for a in axes):
-        out = [1 if i in axes else d for i, d in enumerate(dims)]
-        return site.emit(relax.op.full(relax.ShapeExpr([int64(d) for d in out]), const(start, dtype), dtype))
+        return filled(site, [1 if i in axes else d for i, d in enumerate(dims)], start, dtype)
     pick = tirx.max if kind == "max" else tirx.min
     reducer = te.comm_reducer(lambda a, b: pick(a, b), lambda t: tirx.const(start, t), name=kind)
 

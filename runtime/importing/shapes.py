@@ -24,6 +24,7 @@ from .site import (
     const,
     constant_of,
     converts,
+    dtype_of,
     int64,
     normal_axis,
     np_dtype,
@@ -51,7 +52,17 @@ def reshaped(site: Site, expr: tvm.ir.Expr, dims: Sequence[Dim]) -> tvm.ir.Expr:
     """`expr` in another shape of as many elements."""
     if len(shape_of(expr)) == len(dims) and all(same(a, b) for a, b in zip(shape_of(expr), dims, strict=True)):
         return expr
+    if any(isinstance(d, int) and d == 0 for d in dims):  # Relax reads 0 as "the input's size"
+        return filled(site, dims, 0, dtype_of(expr))
     return site.emit(relax.op.reshape(expr, relax.ShapeExpr([int64(d) for d in dims])))
+
+
+def filled(site: Site, dims: Sequence[Dim], value: float | int | bool, dtype: str) -> tvm.ir.Expr:
+    """A tensor of one value, infinities included."""
+    out = tuple(int64(d) for d in dims)
+    if all(isinstance(d, int) for d in dims) and product(dims) <= CONTENT_LIMIT:  # type: ignore[operator]
+        return const(np.full([int(d) for d in dims], value), dtype)
+    return site.te(lambda: te.compute(out, lambda *_: tirx.const(value, dtype), name="fill"), name="fill")
 
 
 @converts("Shape")
@@ -98,7 +109,10 @@ def dropout(site: Site) -> Result:
     if site.opset >= 12 and site.has(2):
         training = site.array(2)
         if training is None:
-            site.require(site.emit(relax.op.logical_not(site.x(2))))
+            fits = site.emit(relax.op.logical_not(site.x(2)))
+            if site.has(1):
+                fits = site.emit(relax.op.logical_or(fits, relax.op.equal(site.x(1), site.like(0, 1))))
+            site.require(fits)
         elif bool(training):
             ratio = site.array(1) if site.has(1) else np.array(0.5)
             if ratio is None or float(ratio) != 0.0:
@@ -108,8 +122,7 @@ def dropout(site: Site) -> Result:
     if site.outputs < 2:
         return site.value(0)
     dtype = "bool" if site.opset >= 10 else site.dtype()
-    mask = relax.op.full(relax.ShapeExpr([int64(d) for d in site.shape()]), const(1, dtype), dtype)
-    return [site.value(0), mask]
+    return [site.value(0), filled(site, site.shape(), 1, dtype)]
 
 
 @converts("Reshape")
@@ -274,9 +287,9 @@ def concat(site: Site) -> Result:
         joined = [d for c in contents if c is not None for d in c]
         if len(joined) <= CONTENT_LIMIT:
             return content_value(site, joined, site.dtype())
-    if count == 1:
-        return site.value(0)
-    return relax.op.concat([site.x(i) for i in range(count)], axis)
+    # Empty operands change nothing, and TVM cannot store an empty constant in a library.
+    parts = [site.x(i) for i in range(count) if site.shape(i)[axis] != 0] or [site.x(0)]
+    return relax.op.concat(parts, axis) if len(parts) > 1 else parts[0]
 
 
 @converts("Transpose")
@@ -371,10 +384,7 @@ def constant_of_shape(site: Site) -> Result:
             dims = promised
         else:
             dims = site.runtime_dims(site.x(), "filled")
-    static = [d for d in dims if isinstance(d, int)]
-    if len(static) == len(dims) <= 1 and int(np.prod(static)) <= CONTENT_LIMIT:
-        return relax.const(np.full(static, value[0]), dtype)
-    return relax.op.full(relax.ShapeExpr([int64(d) for d in dims]), relax.const(value[0], dtype), dtype)
+    return filled(site, dims, value[0].item(), dtype)
 
 
 @converts("Range")
@@ -627,8 +637,7 @@ def tile(site: Site) -> Result:
             site.require_content(1, found)
         repeats = found if found is not None else site.runtime_dims(site.x(1), "repeats")
     if any(isinstance(d, int) and d == 0 for d in (*dims, *repeats)):
-        out = [int64(d) * int64(r) for d, r in zip(dims, repeats, strict=True)]
-        return relax.op.zeros(relax.ShapeExpr(out), site.dtype())
+        return filled(site, [_times(r, s) for r, s in zip(repeats, dims, strict=True)], 0, site.dtype())
     # Spread and reshape rather than index modulo the size, which LLVM's vectorizer gets wrong with AVX-512.
     spread = [d for r, s in zip(repeats, dims, strict=True) for d in (r, s)]
     apart = reshaped(site, site.x(), [d for s in dims for d in (1, s)])
@@ -775,3 +784,30 @@ def _gather(data: te.Tensor, indices: te.Tensor, axis: int) -> te.Tensor:
         return data(*index[:axis], at, *index[axis + rank :])
 
     return te.compute(tuple(out), element, name="gather")
+
+
+@converts("DepthToSpace", "SpaceToDepth")
+def depth_space(site: Site) -> Result:
+    batch, channels, height, width = site.shape()
+    block = int(site.attr("blocksize"))
+    columns_first = site.attr("mode", "DCR") == "CRD"
+    if site.op == "DepthToSpace":
+        depth = _over(channels, block * block)
+        inner = [depth, block, block] if columns_first else [block, block, depth]
+        apart = reshaped(site, site.x(), [batch, *inner, height, width])
+        order = [0, 1, 4, 2, 5, 3] if columns_first else [0, 3, 4, 1, 5, 2]
+        joined = [batch, depth, _times(block, height), _times(block, width)]
+    else:
+        rows, columns = _over(height, block), _over(width, block)
+        apart = reshaped(site, site.x(), [batch, channels, rows, block, columns, block])
+        order = [0, 1, 3, 5, 2, 4] if columns_first else [0, 3, 5, 1, 2, 4]
+        joined = [batch, _times(block * block, channels), rows, columns]
+    return reshaped(site, site.emit(relax.op.permute_dims(apart, order)), joined)
+
+
+def _over(size: Dim, parts: int) -> Dim:
+    if isinstance(size, int):
+        if size % parts:
+            raise Refuse(f"size {size} does not divide by {parts}")
+        return size // parts
+    return tirx.floordiv(int64(size), parts)

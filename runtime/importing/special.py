@@ -416,3 +416,40 @@ def mel_weight_matrix(site: Site) -> Result:
         if right != middle:
             table[middle:right, i] = (right - np.arange(middle, right)) / (right - middle)
     return const(table.astype(np.float32), dtype)
+
+
+@converts("AffineGrid")
+def affine_grid(site: Site) -> Result:
+    """Points of a regular grid over [-1, 1], moved by an affine matrix for each batch entry; x first."""
+    size = site.ints(1)
+    if size is None:
+        promised = site.promised().static
+        count = site.static(1)[0]
+        batch, channels = site.shape(0)[0], tirx.Var("channels", "int64")
+        if promised is None or len(promised) != count or not isinstance(batch, int):
+            raise Refuse("its size is computed at run time")
+        size = [batch, 0, *promised[1:-1]]
+        site.require_content(1, [batch, channels, *promised[1:-1]])
+    extents = size[2:]
+    rank = len(extents)
+    corners = bool(site.attr("align_corners", 0))
+    dtype = site.dtype()
+
+    def coordinate(at: Any, extent: int) -> tirx.Expr:
+        place = at.astype(dtype)
+        if corners:
+            step = 2 / (extent - 1) if extent > 1 else 0.0
+            return place * tirx.const(step, dtype) - tirx.const(1.0, dtype)
+        return (place * tirx.const(2.0, dtype) + tirx.const(1.0 - extent, dtype)) / tirx.const(extent, dtype)
+
+    def compute(theta: te.Tensor) -> te.Tensor:
+        def element(n: Any, *rest: Any) -> tirx.Expr:
+            at, row = rest[:rank], rest[rank]
+            total = theta[n, row, rank]
+            for axis in range(rank):  # the last spatial axis is x, the first column
+                total = total + theta[n, row, rank - 1 - axis] * coordinate(at[axis], extents[axis])
+            return total
+
+        return te.compute((size[0], *extents, rank), lambda *i: element(*i), name="affine_grid")
+
+    return site.te(compute, site.x(0), name="affine_grid")

@@ -1,0 +1,130 @@
+"""Matrix products and convolutions in floating point. float16 accumulates in float32."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tvm
+from tvm import relax
+
+from .quantization import conv_pads
+from .shapes import reshaped
+from .site import Dim, Refuse, Result, Site, const, converts, is_float
+
+NARROW = ("float16", "bfloat16")
+CONVOLUTIONS = {1: relax.op.nn.conv1d, 2: relax.op.nn.conv2d, 3: relax.op.nn.conv3d}
+TRANSPOSED = {1: relax.op.nn.conv1d_transpose, 2: relax.op.nn.conv2d_transpose, 3: relax.op.nn.conv3d_transpose}
+SPATIAL = {1: "W", 2: "HW", 3: "DHW"}
+
+
+def _matmul(site: Site, a: tvm.ir.Expr, b: tvm.ir.Expr, dtype: str) -> tvm.ir.Expr:
+    if dtype in NARROW:
+        return site.cast(relax.op.matmul(a, b, out_dtype="float32"), dtype)
+    return site.emit(relax.op.matmul(a, b))
+
+
+@converts("MatMul")
+def matmul(site: Site) -> Result:
+    return _matmul(site, site.x(0), site.x(1), site.dtype())
+
+
+@converts("Gemm")
+def gemm(site: Site) -> Result:
+    """alpha * A' B' + beta * C, C broadcast."""
+    dtype = site.dtype()
+    alpha, beta = float(site.attr("alpha", 1.0)), float(site.attr("beta", 1.0))
+    if not is_float(dtype) and not (alpha.is_integer() and beta.is_integer()):
+        raise Refuse("integers are scaled by a fraction")
+    a, b = site.x(0), site.x(1)
+    if site.attr("transA", 0):
+        a = site.emit(relax.op.permute_dims(a, [1, 0]))
+    if site.attr("transB", 0):
+        b = site.emit(relax.op.permute_dims(b, [1, 0]))
+    y = _matmul(site, a, b, dtype)
+    if alpha != 1.0:
+        y = site.emit(relax.op.multiply(y, const(alpha, dtype)))
+    if not site.has(2) or beta == 0.0:
+        return y
+    c = site.x(2)
+    if beta != 1.0:
+        c = site.emit(relax.op.multiply(c, const(beta, dtype)))
+    return relax.op.add(y, c)
+
+
+def _with_bias(site: Site, y: tvm.ir.Expr, rank: int, dtype: str) -> tvm.ir.Expr:
+    y = site.cast(y, dtype)
+    if not site.has(2):
+        return y
+    (channels,) = site.shape(2)
+    dims: list[Dim] = [1, channels, *([1] * rank)]
+    return site.emit(relax.op.add(y, reshaped(site, site.x(2), dims)))
+
+
+def _attributes(site: Site) -> tuple[int, list[int], list[int], list[int]]:
+    """Spatial rank, kernel shape, strides and dilations."""
+    rank = site.rank() - 2
+    if rank not in CONVOLUTIONS:
+        raise Refuse(f"a convolution over {rank} axes is not compiled")
+    kernel = [k for k in site.shape(1)[2:] if isinstance(k, int)]
+    if len(kernel) != rank:
+        raise Refuse("the size of its kernel is not known")
+    strides = [int(s) for s in site.attr("strides", [1] * rank)]
+    return rank, kernel, strides, [int(d) for d in site.attr("dilations", [1] * rank)]
+
+
+@converts("Conv")
+def conv(site: Site) -> Result:
+    dtype = site.dtype()
+    rank, kernel, strides, dilations = _attributes(site)
+    before, after = conv_pads(site, site.shape()[2:], kernel, strides, dilations)
+    x, weight = site.x(0), site.x(1)
+    options: dict[str, Any] = {"out_dtype": "float32"} if dtype in NARROW else {}
+    y = CONVOLUTIONS[rank](
+        x, weight, strides=strides, padding=[*before, *after], dilation=dilations,
+        groups=int(site.attr("group", 1)), data_layout="NC" + SPATIAL[rank], kernel_layout="OI" + SPATIAL[rank],
+        **options,
+    )  # fmt: skip
+    return _with_bias(site, site.emit(y), rank, dtype)
+
+
+@converts("ConvTranspose")
+def conv_transpose(site: Site) -> Result:
+    """Padding follows from output_shape or auto_pad as the standard has it."""
+    dtype = site.dtype()
+    rank, kernel, strides, dilations = _attributes(site)
+    extra = [int(p) for p in site.attr("output_padding", [0] * rank)]
+    sizes = site.shape()[2:]
+    pads = [int(p) for p in site.attr("pads", [0] * (2 * rank))]
+    before, after = pads[:rank], pads[rank:]
+    auto = site.attr("auto_pad", "NOTSET") or "NOTSET"
+    wanted = site.attr("output_shape")
+    if auto == "VALID":
+        before, after = [0] * rank, [0] * rank
+    elif wanted is not None or auto in ("SAME_UPPER", "SAME_LOWER"):
+        before, after = [], []
+        for axis in range(rank):
+            reach = dilations[axis] * (kernel[axis] - 1) + 1
+            if wanted is not None:
+                size = sizes[axis]
+                if not isinstance(size, int):
+                    raise Refuse("an output shape for a dynamic input")
+                total = strides[axis] * (size - 1) + extra[axis] + reach - int(list(wanted)[-rank:][axis])
+            else:
+                total = reach + extra[axis] - strides[axis]
+            if total < 0:
+                # More is wanted than the operator gives: the rest is padding at the end.
+                extra[axis] -= total
+                total = 0
+            less = total // 2
+            before.append(less if auto == "SAME_UPPER" else total - less)
+            after.append(total - before[-1])
+    if any(e >= max(s, d) for e, s, d in zip(extra, strides, dilations, strict=True) if e):
+        raise Refuse(f"output padding {extra} is not below the strides {strides}")
+    x, weight = site.x(0), site.x(1)
+    if dtype in NARROW:
+        x, weight = site.cast(x, "float32"), site.cast(weight, "float32")
+    y = TRANSPOSED[rank](
+        x, weight, strides=strides, padding=[*before, *after], output_padding=extra, dilation=dilations,
+        groups=int(site.attr("group", 1)), data_layout="NC" + SPATIAL[rank], kernel_layout="IO" + SPATIAL[rank],
+    )  # fmt: skip
+    return _with_bias(site, site.emit(y), rank, dtype)
