@@ -12,6 +12,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
@@ -21,6 +23,8 @@ from typing import Any
 from ..passes.errors import CompileError
 
 TIMEOUT = 3600.0  # seconds for one region
+
+_sharing = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -46,13 +50,17 @@ class Compiler:
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
+        self._lock = threading.Lock()  # one request at a time: the answers come in order
+        self._owner = os.getpid()
 
     @classmethod
     def shared(cls) -> Compiler:
-        if cls._shared is None:
-            cls._shared = cls()
-            atexit.register(cls._shared.close)
-        return cls._shared
+        """This process's compiler; a forked process gets its own."""
+        with _sharing:
+            if cls._shared is None or cls._shared._owner != os.getpid():
+                cls._shared = cls()
+                atexit.register(cls._shared.close)
+            return cls._shared
 
     def compile(self, model: Path, target: dict[str, Any], folder: Path, timeout: float = TIMEOUT) -> Compiled:
         """Compile the ONNX file `model` into `folder`. Raises CompileError (refused) or Crashed."""
@@ -71,22 +79,28 @@ class Compiler:
         return None
 
     def _ask(self, request: tuple[Any, ...], timeout: float) -> Any:
+        with self._lock:
+            try:
+                ok, value = self._exchange(request, timeout)
+            except BaseException:  # Ctrl-C too: an answer that comes later must not be taken for the next one
+                self.close()
+                raise
+        if not ok:
+            raise CompileError(value)
+        return value
+
+    def _exchange(self, request: tuple[Any, ...], timeout: float) -> tuple[bool, Any]:
         if self._process is None or self._process.poll() is not None:
             self._start()
         assert self._connection is not None and self._process is not None
         try:
             self._connection.send(request)
             if not self._connection.poll(timeout):
-                self.close()
                 raise Crashed(f"the compiler did not answer within {timeout:.0f} s")
-            ok, value = self._connection.recv()
+            return self._connection.recv()
         except (EOFError, BrokenPipeError, ConnectionResetError):
             code = self._process.wait()
-            self.close()
             raise Crashed(f"the compiler crashed ({_cause(code)})") from None
-        if not ok:
-            raise CompileError(value)
-        return value
 
     def _start(self) -> None:
         self.close()
@@ -96,6 +110,7 @@ class Compiler:
         self._process = subprocess.Popen(
             command, pass_fds=(request_read, reply_write), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
             stderr=None if os.environ.get("GRAPHWRIGHT_DEBUG") else subprocess.DEVNULL,
+            start_new_session=True,  # its linker ends with it; Ctrl-C reaches only the parent, which decides
         )  # fmt: skip
         os.close(request_read)
         os.close(reply_write)
@@ -105,10 +120,11 @@ class Compiler:
         if self._connection is not None:
             self._connection.close()
             self._connection = None
-        if self._process is not None:
-            self._process.kill()
+        if self._process is not None and self._owner == os.getpid():
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
-            self._process = None
+        self._process = None
 
 
 class _Pipe(Connection):
@@ -155,8 +171,15 @@ def _refusals(path: str, target_json: dict[str, Any]) -> dict[int, str]:
 REQUESTS: dict[str, Callable[..., Any]] = {"compile": _compile, "refusals": _refusals}
 
 
+def _end_with(parent: int) -> None:
+    """End this process and its linker when the parent is gone, in the middle of a compilation too."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os.killpg(0, signal.SIGKILL)
+
+
 def main() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides; Ctrl-C reaches the whole group
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     pipe = _Pipe(int(sys.argv[1]), os.dup(int(sys.argv[2])))
     while True:
         try:
