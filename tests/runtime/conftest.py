@@ -1,4 +1,4 @@
-"""Small artifacts made of Relax modules: devices and the linker are tested without the importer."""
+"""Small artifacts, made of ONNX text, and of Relax modules: devices and the linker are tested without the importer."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
+from graphwright.runtime.artifact import Artifact
 from graphwright.runtime.target import Target
+from onnx import numpy_helper, parser
 
 DTYPES = (
     "float16", "float32", "float64", "int8", "int16", "int32", "int64",
@@ -177,3 +180,45 @@ def _narrow(expected: Sequence[np.ndarray], feeds: Mapping[str, np.ndarray]) -> 
     """The reference results, which may be computed in double precision, as a float32 model gives them."""
     wide = all(array.dtype == np.float32 for array in feeds.values())
     return [array.astype(np.float32) if wide else array for array in expected]
+
+
+HEADER = '<ir_version: 10, opset_import: ["" : 20]>'
+
+
+@dataclass(frozen=True)
+class Built:
+    """A model file and the artifact made of it."""
+
+    model: Path
+    artifact: Artifact
+
+    @property
+    def runtimes(self) -> list[tuple[str, int]]:
+        """Runtime and number of nodes of each region."""
+        return [(region.runtime, region.nodes) for region in self.artifact.manifest.regions]
+
+
+@pytest.fixture(scope="session")
+def optimized(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Built]:
+    """`optimized(TEXT or ModelProto, w=array, ...)`: optimized for this machine, each model once a test run.
+
+    Arrays are initializers; `options` are those of `optimize`.
+    """
+    from graphwright.runtime.driver import optimize
+
+    done: dict[bytes, Built] = {}
+
+    def make(model: Any, options: dict[str, Any] | None = None, **weights: np.ndarray) -> Built:
+        proto = onnx.ModelProto()
+        proto.CopyFrom(parser.parse_model(f"{HEADER}\n{model}") if isinstance(model, str) else model)
+        proto.graph.initializer.extend(numpy_helper.from_array(np.asarray(a), n) for n, a in weights.items())
+        key = proto.SerializeToString(deterministic=True) + repr(options).encode()
+        if key not in done:
+            folder = tmp_path_factory.mktemp("optimized")
+            path = folder / "model.onnx"
+            path.write_bytes(proto.SerializeToString())
+            result = optimize(path, out=folder / "artifact", **{"target": "cpu", **(options or {})})
+            done[key] = Built(path, Artifact.load(result.path))
+        return done[key]
+
+    return make
