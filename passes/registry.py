@@ -29,10 +29,10 @@ PASSES: dict[str, str] = {
 
 PRESETS: dict[str, str] = {
     # Cleans a model for any runtime.
-    "default": "pin-shapes,infer-shapes,fold-constants,simplify,common-subexpressions,dedupe-initializers,dead-code",
+    "default": "pin-shapes,infer-shapes,fold-constants,simplify,dedupe-initializers,common-subexpressions,dead-code",
     # What a compiler needs: one opset, no functions, no constants as nodes, only operators it has.
     "compile": "inline-functions,pin-shapes,convert-opset,infer-shapes,fold-constants,decompose,infer-shapes,"
-    "fold-constants,simplify,common-subexpressions,lift-constants,dedupe-initializers,dead-code,infer-shapes",
+    "fold-constants,simplify,lift-constants,dedupe-initializers,common-subexpressions,dead-code,infer-shapes",
     "none": "",
 }
 
