@@ -161,11 +161,12 @@ def _typed(value: Any, spec: TensorSpec, expected: np.dtype[Any]) -> np.ndarray:
     if array.dtype == expected or (expected.kind == "O" and array.dtype.kind in "US"):
         return array
     if hasattr(value, "dtype"):
-        if array.dtype.newbyteorder("=") == expected:
-            return array.astype(expected)
-    elif value is not None and array.dtype.kind in "biuf" and np.can_cast(array.dtype, expected, "same_kind"):
-        return array.astype(expected)
-    elif not array.size and array.dtype == np.float64:  # an empty list has no type
+        fits = array.dtype.newbyteorder("=") == expected
+    else:
+        numbers = value is not None and array.dtype.kind in "biuf"
+        # An empty list has no type of its own.
+        fits = numbers and (not array.size or np.can_cast(array.dtype, expected, "same_kind"))
+    if fits:
         return array.astype(expected)
     raise InputError(f"input {spec.name!r} has type {array.dtype}; expected {expected}")
 

@@ -11,11 +11,14 @@ from typing import Any
 import onnx_ir as ir
 
 from ..passes.base import Contract, Pass, PassContext, PassReport
+from ..passes.errors import InputError, ModelError, VerificationError
 from ..passes.graph import all_nodes
 from ..passes.pipeline import Pipeline
 from .compare import Runner, Verdict, compare, judge
 from .feeds import Feeds, check_names, made_up
 from .reference import Reference
+
+UNUSABLE = (ModelError, InputError)  # what onnxruntime's refusal of a model or of inputs becomes
 
 log = logging.getLogger("graphwright")
 
@@ -74,7 +77,8 @@ def limit_of(pipeline: Pipeline, reports: Sequence[PassReport], max_drop: float 
 
 @dataclass
 class Verifier:
-    """Observer: checks each pass that changed something against the model before it, and names the one that fails.
+    """Observer: checks each pass against the model before it, and names the one that fails. One that reports no
+    change is checked too, as exact: it may have made one without a word.
 
     Raises VerificationError.
     """
@@ -87,10 +91,16 @@ class Verifier:
         self._before = model.clone()
 
     def after(self, step: Pass, model: ir.Model, report: PassReport) -> None:
-        limit = step.contract.limit or self.max_drop
-        if report.changes and limit is not None:
-            old, new = Reference(self._before, threads=self.threads), Reference(model, threads=self.threads)
-            compare(old.run, new.run, self.feeds, limit).check(f"pass {step}")
+        limit = (step.contract.limit or self.max_drop) if report.changes else Contract.EXACT.limit
+        if limit is None:
+            return
+        old = Reference(self._before, threads=self.threads)
+        try:
+            new = Reference(model, threads=self.threads)
+            verdict = compare(old.run, new.run, self.feeds, limit)
+        except UNUSABLE as error:
+            raise VerificationError(f"pass {step}: its result cannot be run: {error}") from error
+        verdict.check(f"pass {step}")
 
 
 def verify(
@@ -102,9 +112,15 @@ def verify(
     original: gives the model as it was before the passes. Raises VerificationError.
     """
     limit = limit_of(pipeline, reports, ctx.max_drop)
-    verdict = tried.judge(Reference(model, threads=threads).run, math.inf if limit is None else limit)
-    if not verdict.ok:
+    try:
+        verdict = tried.judge(Reference(model, threads=threads).run, math.inf if limit is None else limit)
+        if verdict.ok:
+            return verdict
+        verdict.check(f"passes {pipeline}")
+    except (*UNUSABLE, VerificationError) as error:
         log.info("the result differs from the original; looking for the pass")
         pipeline.run(original(), ctx, [Verifier(tried.feeds, ctx.max_drop, threads)])
-        verdict.check(f"passes {pipeline}")
+        if isinstance(error, VerificationError):
+            raise
+        raise VerificationError(f"passes {pipeline}: the result cannot be run: {error}") from error
     return verdict

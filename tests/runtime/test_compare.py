@@ -1,0 +1,128 @@
+"""What counts as equal."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from graphwright.passes.errors import VerificationError
+from graphwright.runtime.compare import FLOAT16_LIMIT, FLOOR, LIMIT, compare, difference
+
+ONE = np.ones(4, np.float32)
+
+
+def ok(expected: Any, found: Any, limit: float | None = None) -> bool:
+    return difference("y", expected, found, limit).ok
+
+
+def test_errors_are_relative_to_the_largest_value() -> None:
+    """Not to each value: beside a thousand, rounding leaves 1e-2 off by a lot."""
+    big = np.array([1000, 0.01], np.float32)
+    assert ok(big, big + np.array([0, 0.05], np.float32))
+    assert not ok(big, big + np.array([0, 0.2], np.float32))
+    found = difference("y", big, big + np.array([0, 0.5], np.float32))
+    assert found.scale == 1000 and found.relative == pytest.approx(5e-4, rel=1e-4)
+
+
+@pytest.mark.parametrize(("limit", "equal"), [(1e-5, False), (1e-4, True), (None, True), (math.inf, True)])
+def test_limits(limit: float | None, equal: bool) -> None:
+    assert ok(ONE, ONE + np.float32(5e-5), limit) is equal
+
+
+def test_what_is_below_the_functions_of_onnxruntime_is_not_judged() -> None:
+    zero = np.zeros(4, np.float32)
+    assert ok(zero, zero + np.float32(FLOOR / 2), 1e-5) and not ok(zero, zero + np.float32(FLOOR * 2), 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_narrow_types_have_a_wider_limit(dtype: Any) -> None:
+    a = np.ones(4, np.float32)
+    assert ok(a.astype(dtype), (a * 1.0078125).astype(dtype)) and FLOAT16_LIMIT > LIMIT
+    assert not ok(a.astype(dtype), (a * 1.03).astype(dtype))
+
+
+def test_special_values_stand_in_the_same_places() -> None:
+    special = np.array([np.nan, np.inf, -np.inf, 1], np.float32)
+    assert ok(special, special.copy())
+    for index, value in ((0, 1), (1, np.nan), (1, -np.inf), (3, np.nan), (3, np.inf)):
+        other = special.copy()
+        other[index] = value
+        found = difference("y", special, other, math.inf)
+        assert not found.ok and f"at element {index}" in found.note
+    assert ok(np.full(3, np.nan), np.full(3, np.nan))
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int32", "int64", "uint64"])
+def test_whole_numbers_are_equal_or_not(dtype: str) -> None:
+    """A wrong token of a vocabulary of 100,000 is not a small error."""
+    top = min(100_000, np.iinfo(dtype).max - 1)
+    a = np.array([top, 3], dtype)
+    assert ok(a, a.copy(), 1e-4)
+    assert not ok(a, a + np.array([1, 0], dtype), 1e-4) and not ok(a, a + np.array([1, 0], dtype))
+
+
+def test_large_whole_numbers_are_not_rounded_before_they_are_compared() -> None:
+    assert not ok(np.array([2**62]), np.array([2**62 + 1]))
+    assert not ok(np.array([2**64 - 1], np.uint64), np.array([2**64 - 2], np.uint64))
+
+
+def test_a_budget_holds_for_whole_numbers_too() -> None:
+    """Quantized outputs of a lossy pass."""
+    assert ok(np.array([200], np.uint8), np.array([199], np.uint8), 0.02)
+    assert not ok(np.array([200], np.uint8), np.array([100], np.uint8), 0.02)
+
+
+def test_truth_values_strings_and_complex_numbers() -> None:
+    assert ok(np.array([True, False]), np.array([True, False])) and not ok(np.array([True]), np.array([False]))
+    words = np.array(["a", "b"], object)
+    assert ok(words, words.astype("U")) and not ok(words, np.array(["a", "c"], object))
+    assert ok(np.array([1 + 1j]), np.array([1 + 1.00001j])) and not ok(np.array([1 + 1j]), np.array([1 - 1j]))
+
+
+@pytest.mark.parametrize(
+    ("found", "note"),
+    [(np.ones((2, 2), np.float32), "shape [2, 2] instead of [4]"), (np.ones(4), "type float64 instead of float32"),
+     ([ONE], "shape [1, 4] instead of [4]")],
+)  # fmt: skip
+def test_shape_and_type(found: Any, note: str) -> None:
+    assert difference("y", ONE, found).note == note
+
+
+def test_sequences_and_nothing() -> None:
+    assert ok([ONE, ONE], [ONE, ONE]) and ok([], []) and ok(None, None)
+    assert not ok([ONE], [ONE, ONE]) and not ok([ONE], [ONE * 2]) and not ok([ONE], ONE) and not ok(None, ONE)
+    assert not ok([], ONE)
+
+
+def test_no_elements() -> None:
+    assert ok(np.zeros((0, 3)), np.zeros((0, 3))) and not ok(np.zeros((0, 3)), np.zeros((0, 4)))
+
+
+def test_the_worst_of_all_outputs_is_named() -> None:
+    expected = {"a": ONE, "b": ONE, "c": ONE}
+    found = {"a": ONE, "b": ONE * 2, "c": ONE * 1.5}
+    verdict = compare(lambda feeds: expected, lambda feeds: found, [{"x": ONE}, {"x": ONE}], inputs="mine")
+    assert not verdict.ok and verdict.worst.name == "b" and verdict.relative == 1.0 and verdict.sets == 2
+    with pytest.raises(VerificationError, match=r"^it: output 'b' differs: relative error 1\.00e\+00"):
+        verdict.check("it")
+    missing = compare(lambda feeds: expected, lambda feeds: {"a": ONE}, [{"x": ONE}])
+    with pytest.raises(VerificationError, match="output 'b' differs: is missing"):
+        missing.check("it")
+
+
+def test_nothing_compared_is_not_equal() -> None:
+    verdict = compare(lambda feeds: {}, lambda feeds: {}, [{"x": ONE}])
+    assert not verdict.ok
+    with pytest.raises(VerificationError, match="nothing was compared"):
+        verdict.check("it")
+
+
+def test_a_verdict_is_json() -> None:
+    values = [np.array([np.nan, 1], np.float32), np.array([1, np.inf], np.float32)]
+    verdict = compare(lambda feeds: {"y": values[0]}, lambda feeds: {"y": values[1]}, [{"x": ONE}])
+    data = json.loads(json.dumps(verdict.to_json(), allow_nan=False))
+    assert data["ok"] is False and data["outputs"][0]["max_abs_error"] is None and data["shapes"] == ["x[4]"]

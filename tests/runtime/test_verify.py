@@ -1,0 +1,256 @@
+"""A wrong pass is found and named, whatever it does."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from graphwright.passes.base import Change, Contract, Pass, PassContext, PassReport
+from graphwright.passes.errors import InputError, ModelError, VerificationError
+from graphwright.passes.pipeline import Pipeline
+from graphwright.runtime.driver import Result, optimize
+from graphwright.runtime.verify import limit_of, random_node
+from onnx import numpy_helper, parser
+
+HEADER = '<ir_version: 10, opset_import: ["" : 20]>'
+TEXT = "g (float[N,8] x) => (float[N,4] y) { h = MatMul(x, w)  i = Identity(h)  y = Softmax<axis = -1>(i) }"
+
+
+@dataclass(frozen=True)
+class Honest(Pass):
+    """Removes nothing and says so."""
+
+    name = "honest"
+    contract = Contract.EXACT
+
+    def run(self, model: ir.Model, ctx: PassContext) -> PassReport:
+        report = self.report()
+        report.changed("honest", "y")
+        return report
+
+
+@dataclass(frozen=True)
+class Scales(Pass):
+    """Multiplies the weights by 1 + `by`, in a copy."""
+
+    by: float = 0.1
+    silent: bool = False
+    name = "scales"
+    contract = Contract.EXACT
+
+    def run(self, model: ir.Model, ctx: PassContext) -> PassReport:
+        value = model.graph.initializers["w"]
+        assert value.const_value is not None
+        value.const_value = ir.tensor(value.const_value.numpy() * np.float32(1 + self.by), name="w")
+        report = self.report()
+        if not self.silent:
+            report.changed("scales", "w")
+        return report
+
+
+@dataclass(frozen=True)
+class Rounds(Scales):
+    name = "rounds"
+    contract = Contract.ROUNDING
+
+
+@dataclass(frozen=True)
+class Loses(Scales):
+    name = "loses"
+    contract = Contract.LOSSY
+
+
+@dataclass(frozen=True)
+class Breaks(Honest):
+    """Leaves an operator that no runtime has."""
+
+    name = "breaks"
+
+    def run(self, model: ir.Model, ctx: PassContext) -> PassReport:
+        model.graph[0].op_type = "NoSuchOperator"
+        return super().run(model, ctx)
+
+
+@dataclass(frozen=True)
+class Renames(Honest):
+    """Gives an output, or an input, another name."""
+
+    what: str = "outputs"
+    name = "renames"
+
+    def run(self, model: ir.Model, ctx: PassContext) -> PassReport:
+        getattr(model.graph, self.what)[0].name = "other"
+        return super().run(model, ctx)
+
+
+@dataclass(frozen=True)
+class WritesIntoSharedMemory(Honest):
+    """Changes the numbers of a tensor in place, which the original may hold too."""
+
+    name = "writes"
+
+    def run(self, model: ir.Model, ctx: PassContext) -> PassReport:
+        value = model.graph.initializers["w"]
+        assert value.const_value is not None
+        value.const_value.numpy()[...] *= 2
+        return super().run(model, ctx)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    proto = parser.parse_model(f"{HEADER}\n{TEXT}")
+    weights = np.random.default_rng(0).standard_normal((8, 4)).astype(np.float32)
+    proto.graph.initializer.append(numpy_helper.from_array(weights, "w"))
+    onnx.save(proto, tmp_path / "model.onnx")
+    return tmp_path / "model.onnx"
+
+
+def run(model: Path, *passes: Pass, **options: object) -> Result:
+    return optimize(model, Pipeline(passes), preset="none", out=model.with_name("out.onnx"), **options)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (Scales(), r"^pass scales: output 'y' differs: relative error .*; limit 1e-05$"),
+        (Scales(silent=True), r"^pass scales:silent=true: output 'y' differs"),
+        (Rounds(by=0.01), r"^pass rounds:by=0.01: output 'y' differs: .*; limit 1e-04$"),
+        (Breaks(), r"^pass breaks: its result cannot be run: onnxruntime cannot load the model: .*NoSuchOperator"),
+        (Renames(), r"^pass renames: output 'y' differs: is missing"),
+        (Renames(what="inputs"), r"^pass renames:what=inputs: its result cannot be run: "),
+    ],
+)
+@pytest.mark.parametrize("before", [(), (Honest(),)])
+def test_a_wrong_pass_is_named(model: Path, wrong: Pass, message: str, before: tuple[Pass, ...]) -> None:
+    with pytest.raises(VerificationError, match=message) as caught:
+        run(model, *before, wrong, Honest())
+    assert caught.value.exit_code == 3 and "\n" not in str(caught.value)
+    assert [path.name for path in model.parent.iterdir()] == ["model.onnx"]
+
+
+def test_a_pass_that_writes_into_the_originals_memory_is_noticed(model: Path) -> None:
+    original = ir.load(model)
+    value = original.graph.initializers["w"]
+    value.const_value = ir.tensor(np.ones((8, 4), np.float32) * np.arange(4, dtype=np.float32), name="w")
+    with pytest.raises(VerificationError, match="output 'y' differs"):
+        optimize(original, Pipeline((WritesIntoSharedMemory(),)), preset="none")
+
+
+def test_a_right_pass_passes(model: Path) -> None:
+    result = run(model, Honest())
+    assert result.verdict is not None and result.verdict.ok and result.verdict.sets == 2 and not result.unverified
+    assert result.verdict.shapes == ("x[1, 8]", "x[2, 8]")
+    assert run(model, Rounds(by=1e-6), overwrite=True).verdict.ok  # type: ignore[union-attr]  # verified
+
+
+def test_without_verification_anything_goes(model: Path) -> None:
+    result = run(model, Scales(), verify=False)
+    assert result.verdict is None and result.unverified == "--no-verify"
+    assert result.path is not None and result.path.exists()
+
+
+def test_lossy_passes_are_measured_and_judged_by_their_budget(model: Path) -> None:
+    result = run(model, Loses(by=0.1))
+    assert result.verdict is not None and result.verdict.ok and 1e-3 < result.verdict.relative < 0.1
+    assert run(model, Loses(by=0.1), max_drop=0.1, overwrite=True).verdict.ok  # type: ignore[union-attr]  # verified
+    with pytest.raises(VerificationError, match=r"pass loses: output 'y' differs: .*; limit 1e-03"):
+        run(model, Loses(by=0.1), max_drop=0.001, overwrite=True)
+
+
+def report(step: Pass, changed: bool) -> PassReport:
+    return PassReport(str(step), step.contract, [Change("r", "y")] if changed else [])
+
+
+@pytest.mark.parametrize(
+    ("passes", "changed", "drop", "limit"),
+    [
+        ((), (), None, 1e-5),
+        ((Honest(),), (True,), None, 1e-5),
+        ((Honest(), Rounds()), (True, True), None, 1e-4),
+        ((Honest(), Rounds()), (True, False), None, 1e-5),
+        ((Rounds(), Loses()), (True, True), None, None),
+        ((Rounds(), Loses()), (True, True), 0.01, 0.01),
+        ((Rounds(), Loses()), (True, False), 0.01, 1e-4),
+        ((Rounds(), Loses()), (True, True), 1e-6, 1e-4),
+    ],
+)
+def test_the_limit_is_that_of_the_weakest_pass_that_did_something(
+    passes: tuple[Pass, ...], changed: tuple[bool, ...], drop: float | None, limit: float | None
+) -> None:
+    reports = [report(step, did) for step, did in zip(passes, changed, strict=True)]
+    assert limit_of(Pipeline(passes), reports, drop) == limit
+
+
+def test_weights_that_are_no_numbers_can_be_verified(model: Path) -> None:
+    proto = onnx.load(model)
+    weights = np.full((8, 4), np.nan, np.float32)
+    proto.graph.initializer[0].CopyFrom(numpy_helper.from_array(weights, "w"))
+    onnx.save(proto, model)
+    result = run(model, Honest())
+    assert result.verdict is not None and result.verdict.ok
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "g (float[4] x) => (float[4] y) { r = RandomNormalLike(x)  y = Add(x, r) }",
+        "g (float[4] x, bool c) => (float[4] y) { y = If (c) <"
+        "then_branch = t () => (float[4] a) { a = RandomUniformLike(x) }, else_branch = e () => (float[4] b)"
+        " { b = Neg(x) }> }",
+    ],
+)
+def test_random_numbers_are_found_wherever_they_are(text: str, tmp_path: Path) -> None:
+    proto = parser.parse_model(f"{HEADER}\n{text}")
+    assert random_node(ir.from_proto(proto)) is not None
+    onnx.save(proto, tmp_path / "m.onnx")
+    result = run(tmp_path / "m.onnx", Honest())
+    assert result.verdict is None and result.unverified.endswith("gives other numbers every run")
+
+
+def test_whole_number_outputs_are_exact(tmp_path: Path) -> None:
+    """The index of the largest of equal numbers changes when one grows by a rounding error."""
+    text = "g (float[16,8] x) => (int64[16,1] y) { h = MatMul(x, w)  y = ArgMax<axis = 1>(h) }"
+    proto = parser.parse_model(f"{HEADER}\n{text}")
+    columns = np.random.default_rng(1).standard_normal((8, 1)).astype(np.float32)
+    proto.graph.initializer.append(numpy_helper.from_array(np.tile(columns, (1, 4)), "w"))
+    onnx.save(proto, tmp_path / "m.onnx")
+
+    @dataclass(frozen=True)
+    class Grows(Honest):
+        name = "grows"
+
+        def run(self, model: ir.Model, ctx: PassContext) -> PassReport:
+            value = model.graph.initializers["w"]
+            array = np.array(value.const_value.numpy())  # type: ignore[union-attr]  # an initializer
+            array[:, 3] *= np.float32(1.00001)
+            value.const_value = ir.tensor(array, name="w")
+            return super().run(model, ctx)
+
+    with pytest.raises(VerificationError, match="pass grows: output 'y' differs: relative error"):
+        run(tmp_path / "m.onnx", Grows())
+
+
+@pytest.mark.parametrize(
+    ("calibration", "message"),
+    [
+        ({"z": [np.ones((2, 8), np.float32)]}, "calibration: the model has no input 'z'"),
+        ({"x": [np.ones((2, 9), np.float32)]}, "onnxruntime cannot run the model on these inputs"),
+    ],
+)
+def test_calibration_that_does_not_fit(
+    model: Path, calibration: dict[str, list[np.ndarray]], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        run(model, Honest(), calibration=calibration)
+
+
+def test_a_model_that_onnxruntime_refuses_is_not_blamed_on_a_pass(tmp_path: Path) -> None:
+    """Types that do not go together: valid protobuf, no valid model."""
+    proto = parser.parse_model(f"{HEADER}\ng (float[4] x, int64[4] i) => (float[4] y) {{ y = Add(x, i) }}")
+    onnx.save(proto, tmp_path / "m.onnx")
+    with pytest.raises(ModelError, match="onnxruntime cannot load the model"):
+        run(tmp_path / "m.onnx", Honest())
