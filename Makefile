@@ -35,7 +35,7 @@ qemu: setup
 # Rewrites requirements.lock from the ranges in pyproject.toml.
 lock: setup
 	$(BIN)/python -m pip install --quiet --upgrade ".[models,test]"
-	$(BIN)/python -m pip freeze --exclude graphwright | sed 's/+cpu//' > requirements.lock
+	$(BIN)/python -m pip freeze --all --exclude graphwright --exclude pip | sed 's/+cpu//' > requirements.lock
 
 clean:
 	rm -rf .venv build dist *.egg-info
