@@ -9,9 +9,10 @@ import numpy as np
 import tvm
 from tvm import relax, te, tirx
 
-from .shapes import content_value
+from .shapes import broadcast_dims, content_value, reshaped
 from .site import (
     CONTENT_LIMIT,
+    NARROW_FLOATS,
     Dim,
     Refuse,
     Result,
@@ -30,36 +31,39 @@ from .site import (
 # Arithmetic.
 
 
-def binary(site: Site, function: Callable[[Any, Any], Any], name: str, dtype: str | None = None) -> tvm.ir.Expr:
-    """A TIR expression of two elements, broadcast as ONNX does."""
-    from .shapes import _broadcast
+def mapped(site: Site, function: Callable[..., Any], name: str, *inputs: tvm.ir.Expr) -> tvm.ir.Expr:
+    """A TIR expression of one element of each input, broadcast as ONNX does."""
+    out = list(shape_of(inputs[0]))
+    for other in inputs[1:]:
+        out = broadcast_dims(out, shape_of(other))
 
-    a, b = site.x(0), site.x(1)
-    out = _broadcast(shape_of(a), shape_of(b))
-
-    def compute(x: te.Tensor, y: te.Tensor) -> te.Tensor:
+    def compute(*tensors: te.Tensor) -> te.Tensor:
         def pick(tensor: te.Tensor, index: tuple[tirx.Var, ...]) -> tirx.Expr:
-            offset = len(out) - len(tensor.shape)
+            own = index[len(out) - len(tensor.shape) :]
             return tensor(
                 *(
                     0 if isinstance(s, tirx.IntImm) and s.value == 1 else i
-                    for i, s in zip(index[offset:], tensor.shape, strict=True)
+                    for i, s in zip(own, tensor.shape, strict=True)
                 )
             )
 
         def element(*index: tirx.Var) -> tirx.Expr:
-            return function(pick(x, index), pick(y, index))
+            return function(*(pick(tensor, index) for tensor in tensors))
 
         return te.compute(tuple(int64(d) for d in out), element, name=name)
 
-    return site.te(compute, a, b, name=name)
+    return site.te(compute, *inputs, name=name)
+
+
+def binary(site: Site, function: Callable[[Any, Any], Any], name: str) -> tvm.ir.Expr:
+    """A TIR expression of an element of each of two inputs."""
+    return mapped(site, function, name, site.x(0), site.x(1))
 
 
 def _old_broadcast(site: Site) -> None:
     """Before version 7 the second input was lined up with `axis` of the first."""
     if site.opset >= 7 or not site.attr("broadcast", 0) or "axis" not in site.attrs:
         return
-    from .shapes import reshaped
     from .site import Value
 
     axis, tail = int(site.attr("axis")), site.rank(0) - site.rank(1)
@@ -226,11 +230,15 @@ def variadic(site: Site) -> Result:
 
 def _extreme(site: Site, a: tvm.ir.Expr, b: tvm.ir.Expr, dtype: str) -> tvm.ir.Expr:
     """Maximum or minimum that hands on a NaN of either side."""
-    op = relax.op.maximum if site.op == "Max" else relax.op.minimum
-    result = site.emit(op(a, b))
+    highest = site.op == "Max"
     if not is_float(dtype):
-        return result
-    return site.emit(relax.op.where(relax.op.isnan(a), relax.op.add(a, b), result))
+        return site.emit((relax.op.maximum if highest else relax.op.minimum)(a, b))
+
+    def pick(x: Any, y: Any) -> Any:
+        first, second = (x > y, y >= x) if highest else (x < y, y <= x)
+        return tirx.Select(first, x, tirx.Select(second, y, x + y))
+
+    return mapped(site, pick, site.op.lower(), a, b)
 
 
 # Comparison, logic, bits.
@@ -310,7 +318,13 @@ def where(site: Site) -> Result:
         if all(len(c) == length for c in wide) and all(isinstance(c, int) for c in wide[0]):
             picked = [a if flag else b for flag, a, b in zip(*wide, strict=True)]
             return content_value(site, picked, site.dtype(1), [length] if any(map(site.shape, range(3))) else [])
-    return relax.op.where(site.x(0), site.x(1), site.x(2))
+    if any(value is not None and value.wide is not None for value in site.inputs):
+        return site.narrowed(_select(site, site.widened(1), site.widened(2)), site.dtype(1))
+    return _select(site, site.x(1), site.x(2))
+
+
+def _select(site: Site, a: tvm.ir.Expr, b: tvm.ir.Expr) -> tvm.ir.Expr:
+    return mapped(site, lambda c, x, y: tirx.Select(c, x, y), "where", site.x(0), a, b)
 
 
 # Casts.
@@ -328,7 +342,9 @@ def cast_to(site: Site, expr: tvm.ir.Expr, target: str, saturate: bool = True) -
     if source in _NARROW or target in _NARROW:
         raise Refuse(f"a cast between {source} and {target} is not compiled")
     if target == "bool":
-        return relax.op.not_equal(expr, const(0, source))
+        different = relax.op.not_equal(expr, const(0, source))
+        # TIR's "not equal" is false for NaN.
+        return relax.op.logical_or(different, relax.op.isnan(expr)) if is_float(source) else different
     return relax.op.astype(expr, target)
 
 
@@ -338,70 +354,129 @@ _NARROW = frozenset({
 })  # fmt: skip
 
 
-# Activations. Constants have the element type of the input.
+# Activations, by comparisons that leave NaN as it is.
+
+
+def _activation(site: Site, function: Callable[[Any, Callable[[float], tirx.Expr]], Any]) -> tvm.ir.Expr:
+    """`function` of an element and of a maker of constants of its type; half precision computes in float32."""
+    dtype = site.dtype()
+    wide = "float32" if dtype in NARROW_FLOATS else dtype
+
+    def element(x: Any) -> Any:
+        return function(x.astype(wide), lambda value: tirx.const(value, wide)).astype(dtype)
+
+    return mapped(site, element, site.op.lower(), site.x())
+
+
+@converts("Relu")
+def relu(site: Site) -> Result:
+    return _activation(site, lambda x, c: tirx.Select(x < c(0), c(0), x))
+
+
+@converts("LeakyRelu")
+def leaky_relu(site: Site) -> Result:
+    alpha = float(site.attr("alpha", 0.01))
+    return _activation(site, lambda x, c: tirx.Select(x < c(0), x * c(alpha), x))
+
+
+@converts("PRelu")
+def prelu(site: Site) -> Result:
+    return binary(site, lambda x, slope: tirx.Select(x < tirx.const(0, site.dtype()), x * slope, x), "prelu")
 
 
 @converts("Elu", "Selu", "Celu")
 def exponential_units(site: Site) -> Result:
-    x = site.x()
     alpha = float(site.attr("alpha", 1.67326319217681884765625 if site.op == "Selu" else 1.0))
     gamma = float(site.attr("gamma", 1.05070102214813232421875)) if site.op == "Selu" else 1.0
-    inner = relax.op.divide(x, site.like(alpha)) if site.op == "Celu" else x
-    below = relax.op.multiply(relax.op.subtract(relax.op.exp(inner), site.like(1)), site.like(alpha * gamma))
-    above = relax.op.multiply(x, site.like(gamma)) if gamma != 1.0 else x
-    return relax.op.where(relax.op.less(x, site.like(0)), below, above)
+
+    def unit(x: Any, c: Callable[[float], tirx.Expr]) -> Any:
+        inner = x / c(alpha) if site.op == "Celu" else x
+        below = (tirx.exp(inner) - c(1)) * c(alpha * gamma)
+        return tirx.Select(x < c(0), below, x * c(gamma) if gamma != 1.0 else x)
+
+    return _activation(site, unit)
 
 
 @converts("ThresholdedRelu", "Shrink")
 def thresholds(site: Site) -> Result:
-    x, none = site.x(), site.like(0)
     if site.op == "ThresholdedRelu":
-        return relax.op.where(relax.op.greater(x, site.like(float(site.attr("alpha", 1.0)))), x, none)
+        alpha = float(site.attr("alpha", 1.0))
+        return _activation(site, lambda x, c: tirx.Select(x > c(alpha), x, c(0)))
     edge, bias = float(site.attr("lambd", 0.5)), float(site.attr("bias", 0.0))
-    inner = relax.op.where(relax.op.greater(x, site.like(edge)), relax.op.subtract(x, site.like(bias)), none)
-    return relax.op.where(relax.op.less(x, site.like(-edge)), relax.op.add(x, site.like(bias)), inner)
+    if not is_float(site.dtype()) and not (edge.is_integer() and bias.is_integer()):
+        raise Refuse("integers are compared with fractions")
+
+    def shrink(x: Any, c: Callable[[float], tirx.Expr]) -> Any:
+        return tirx.Select(x < c(-edge), x + c(bias), tirx.Select(x > c(edge), x - c(bias), c(0)))
+
+    return _activation(site, shrink)
+
+
+@converts("HardSigmoid", "HardSwish")
+def hard(site: Site) -> Result:
+    swish = site.op == "HardSwish"
+    alpha, beta = (1 / 6, 0.5) if swish else (float(site.attr("alpha", 0.2)), float(site.attr("beta", 0.5)))
+
+    def line(x: Any, c: Callable[[float], tirx.Expr]) -> Any:
+        y = x * c(alpha) + c(beta)
+        y = tirx.Select(y < c(0), c(0), tirx.Select(y > c(1), c(1), y))
+        return x * y if swish else y
+
+    return _activation(site, line)
+
+
+@converts("Sign")
+def sign(site: Site) -> Result:
+    if is_unsigned(site.dtype()):
+        return _activation(site, lambda x, c: tirx.Select(x > c(0), c(1), x))
+    return _activation(site, lambda x, c: tirx.Select(x < c(0), c(-1), tirx.Select(x > c(0), c(1), x)))
+
+
+@converts("Clip")
+def clip(site: Site) -> Result:
+    if site.opset < 11:
+        bounds = [site.like(float(site.attr(name))) if name in site.attrs else None for name in ("min", "max")]
+    else:
+        bounds = [site.x(i) if site.has(i) else None for i in (1, 2)]
+    low, high = bounds
+    given = [reshaped(site, bound, []) for bound in bounds if bound is not None]
+
+    def element(x: Any, *limits: Any) -> Any:
+        rest = list(limits)
+        if low is not None:
+            least = rest.pop(0)
+            x = tirx.Select(x < least, least, x)
+        if high is not None:
+            most = rest.pop(0)
+            x = tirx.Select(x > most, most, x)
+        return x
+
+    return mapped(site, element, "clip", site.x(), *given) if given else site.value(0)
 
 
 @converts("Softplus", "Softsign", "Mish")
 def soft(site: Site) -> Result:
     """softplus as max(x, 0) + log1p(exp(-|x|)), which does not overflow.
 
-    log1p(t) is t * log(u) / (u - 1) with u = 1 + t, exact to rounding; Kahan, in Higham, "Accuracy and Stability of
-    Numerical Algorithms", section 1.14.1.
+    Near 0 log1p is t - t^2/2 + t^3/3 - t^4/4; the usual quotient by (u - 1) with u = 1 + t would not do, because TVM
+    simplifies it as if numbers were real.
     """
-    x = site.x()
-    if site.op == "Softsign":
-        return relax.op.divide(x, relax.op.add(relax.op.abs(x), site.like(1)))
-    t = site.emit(relax.op.exp(relax.op.negative(relax.op.abs(x))))
-    u = site.emit(relax.op.add(t, site.like(1)))
-    rest = site.emit(relax.op.subtract(u, site.like(1)))
-    quotient = relax.op.divide(relax.op.multiply(t, relax.op.log(u)), rest)
-    small = relax.op.where(relax.op.equal(rest, site.like(0)), t, quotient)
-    plus = site.emit(relax.op.add(relax.op.maximum(x, site.like(0)), small))
-    return plus if site.op == "Softplus" else relax.op.multiply(x, relax.op.tanh(plus))
 
+    def softplus(x: Any, c: Callable[[float], tirx.Expr]) -> Any:
+        size = tirx.Select(x < c(0), c(0) - x, x)
+        t = tirx.exp(c(0) - size)
+        series = t * (c(1) + t * (c(-0.5) + t * (c(1 / 3) - t * c(0.25))))
+        return tirx.Select(x < c(0), c(0), x) + tirx.Select(t < c(0.03), series, tirx.log(t + c(1)))
 
-@converts("PRelu")
-def prelu(site: Site) -> Result:
-    x = site.x()
-    return relax.op.where(relax.op.less(x, site.like(0)), relax.op.multiply(x, site.x(1)), x)
+    def absolute(x: Any, c: Callable[[float], tirx.Expr]) -> Any:
+        return tirx.Select(x < c(0), c(0) - x, x)
 
-
-@converts("LeakyRelu")
-def leaky_relu(site: Site) -> Result:
-    x = site.x()
-    below = relax.op.multiply(x, site.like(float(site.attr("alpha", 0.01))))
-    return relax.op.where(relax.op.less(x, site.like(0)), below, x)
-
-
-@converts("HardSigmoid", "HardSwish")
-def hard(site: Site) -> Result:
-    x = site.x()
-    swish = site.op == "HardSwish"
-    alpha, beta = (1 / 6, 0.5) if swish else (float(site.attr("alpha", 0.2)), float(site.attr("beta", 0.5)))
-    line = relax.op.add(relax.op.multiply(x, site.like(alpha)), site.like(beta))
-    bounded = relax.op.minimum(relax.op.maximum(line, site.like(0)), site.like(1))
-    return relax.op.multiply(x, bounded) if swish else bounded
+    functions: dict[str, Callable[..., Any]] = {
+        "Softplus": softplus,
+        "Softsign": lambda x, c: x / (absolute(x, c) + c(1)),
+        "Mish": lambda x, c: x * tirx.tanh(softplus(x, c)),
+    }
+    return _activation(site, functions[site.op])
 
 
 @converts("BitCast")

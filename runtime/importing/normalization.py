@@ -9,7 +9,7 @@ import tvm
 from tvm import relax
 
 from .reductions import mean, reduced
-from .shapes import reshaped
+from .shapes import reshaped, settled
 from .site import Dim, Refuse, Result, Site, const, converts, dtype_of, onnx_dtype, shape_of
 
 
@@ -32,12 +32,23 @@ def _per_channel(site: Site, vector: tvm.ir.Expr, rank: int, channel: int = 1) -
     return reshaped(site, vector, dims)
 
 
+def _fitted(site: Site) -> tvm.ir.Expr:
+    """The input with the sizes of the scale, which lines up with its last axes."""
+    scale, rank = site.shape(1), site.rank()
+    return settled(site, site.x(), {rank - len(scale) + i: d for i, d in enumerate(scale) if d != 1})
+
+
+def _with_channels(site: Site) -> tvm.ir.Expr:
+    """The input with as many channels as the scale has."""
+    return settled(site, site.x(), {1: site.shape(1)[0]})
+
+
 @converts("LayerNormalization")
 def layer_normalization(site: Site) -> Result:
     dtype, rank = site.dtype(), site.rank()
     stash = onnx_dtype(int(site.attr("stash_type", 1)))
     axes = list(range(site.axis(-1), rank))
-    y, centre, inverse = _normalized(site, site.cast(site.x(), stash), axes, float(site.attr("epsilon", 1e-5)))
+    y, centre, inverse = _normalized(site, site.cast(_fitted(site), stash), axes, float(site.attr("epsilon", 1e-5)))
     y = site.emit(relax.op.multiply(site.cast(y, dtype), site.x(1)))
     if site.has(2):
         y = site.emit(relax.op.add(y, site.x(2)))
@@ -49,7 +60,7 @@ def rms_normalization(site: Site) -> Result:
     dtype, rank = site.dtype(), site.rank()
     stash = onnx_dtype(int(site.attr("stash_type", 1)))
     axes = list(range(site.axis(-1), rank))
-    x = site.cast(site.x(), stash)
+    x = site.cast(_fitted(site), stash)
     square = mean(site, site.emit(relax.op.multiply(x, x)), axes)
     root = relax.op.sqrt(relax.op.add(square, const(float(site.attr("epsilon", 1e-5)), stash)))
     return relax.op.multiply(site.cast(relax.op.divide(x, site.emit(root)), dtype), site.x(1))
@@ -58,7 +69,7 @@ def rms_normalization(site: Site) -> Result:
 @converts("InstanceNormalization")
 def instance_normalization(site: Site) -> Result:
     rank = site.rank()
-    y, _, _ = _normalized(site, site.x(), list(range(2, rank)), float(site.attr("epsilon", 1e-5)))
+    y, _, _ = _normalized(site, _with_channels(site), list(range(2, rank)), float(site.attr("epsilon", 1e-5)))
     scaled = relax.op.multiply(y, _per_channel(site, site.x(1), rank))
     return relax.op.add(site.emit(scaled), _per_channel(site, site.x(2), rank))
 
@@ -112,6 +123,7 @@ def batch_normalization(site: Site) -> Result:
     training = bool(site.attr("training_mode", 0)) if site.opset >= 14 else site.outputs > 1
     if site.opset < 7 and not site.attr("is_test", 0):
         training = True
+    x = _with_channels(site)
     scale, bias, centre, variance = (site.x(i) for i in range(1, 5))
     if not training:
         arrays = [site.array(i) for i in range(1, 5)]
@@ -119,11 +131,11 @@ def batch_normalization(site: Site) -> Result:
             s, b, m, v = (np.asarray(a, np.float64) for a in arrays if a is not None)
             factor = s / np.sqrt(v + epsilon)
             scale, bias = const(factor, dtype), const(b - m * factor, dtype)
-            y = relax.op.multiply(site.x(), _per_channel(site, scale, rank))
+            y = relax.op.multiply(x, _per_channel(site, scale, rank))
             return relax.op.add(site.emit(y), _per_channel(site, bias, rank))
         wide = dtype_of(variance)
         inverse = relax.op.sqrt(relax.op.add(variance, const(epsilon, wide)))
-        y = relax.op.subtract(site.cast(site.x(), wide), _per_channel(site, centre, rank))
+        y = relax.op.subtract(site.cast(x, wide), _per_channel(site, centre, rank))
         y = relax.op.divide(site.emit(y), _per_channel(site, site.emit(inverse), rank))
         y = relax.op.multiply(site.emit(y), _per_channel(site, site.cast(scale, wide), rank))
         return site.cast(relax.op.add(site.emit(y), _per_channel(site, site.cast(bias, wide), rank)), dtype)
@@ -131,8 +143,8 @@ def batch_normalization(site: Site) -> Result:
         raise Refuse("the training form of this version is not compiled")
     momentum = float(site.attr("momentum", 0.9))
     axes = [0, *range(2, rank)]
-    now = mean(site, site.x(), axes)
-    difference = site.emit(relax.op.subtract(site.x(), now))
+    now = mean(site, x, axes)
+    difference = site.emit(relax.op.subtract(x, now))
     spread = mean(site, site.emit(relax.op.multiply(difference, difference)), axes)
     y = relax.op.divide(difference, relax.op.sqrt(relax.op.add(spread, site.like(epsilon))))
     y = relax.op.multiply(site.emit(y), _per_channel(site, scale, rank))

@@ -9,23 +9,23 @@ from tvm import relax
 
 from .quantization import conv_pads
 from .shapes import reshaped
-from .site import Dim, Refuse, Result, Site, const, converts, is_float
+from .site import NARROW_FLOATS, Dim, Refuse, Result, Site, const, constant_of, converts, is_float
 
-NARROW = ("float16", "bfloat16")
 CONVOLUTIONS = {1: relax.op.nn.conv1d, 2: relax.op.nn.conv2d, 3: relax.op.nn.conv3d}
 TRANSPOSED = {1: relax.op.nn.conv1d_transpose, 2: relax.op.nn.conv2d_transpose, 3: relax.op.nn.conv3d_transpose}
 SPATIAL = {1: "W", 2: "HW", 3: "DHW"}
 
 
-def _matmul(site: Site, a: tvm.ir.Expr, b: tvm.ir.Expr, dtype: str) -> tvm.ir.Expr:
-    if dtype in NARROW:
-        return site.cast(relax.op.matmul(a, b, out_dtype="float32"), dtype)
-    return site.emit(relax.op.matmul(a, b))
-
-
 @converts("MatMul")
 def matmul(site: Site) -> Result:
-    return _matmul(site, site.x(0), site.x(1), site.dtype())
+    dtype = site.dtype()
+    if dtype not in NARROW_FLOATS:
+        return relax.op.matmul(site.x(0), site.x(1))
+    both = [site.value(0), site.value(1)]
+    if any(v.wide is not None for v in both) and not any(constant_of(v.expr) is not None for v in both):
+        return site.narrowed(relax.op.matmul(site.widened(0), site.widened(1)), dtype)
+    # Small weights stay small; their products are added up in float32.
+    return site.narrowed(relax.op.matmul(site.x(0), site.x(1), out_dtype="float32"), dtype)
 
 
 @converts("Gemm")
@@ -40,7 +40,10 @@ def gemm(site: Site) -> Result:
         a = site.emit(relax.op.permute_dims(a, [1, 0]))
     if site.attr("transB", 0):
         b = site.emit(relax.op.permute_dims(b, [1, 0]))
-    y = _matmul(site, a, b, dtype)
+    if dtype in NARROW_FLOATS:
+        y = site.cast(relax.op.matmul(a, b, out_dtype="float32"), dtype)
+    else:
+        y = site.emit(relax.op.matmul(a, b))
     if alpha != 1.0:
         y = site.emit(relax.op.multiply(y, const(alpha, dtype)))
     if not site.has(2) or beta == 0.0:
@@ -78,7 +81,7 @@ def conv(site: Site) -> Result:
     rank, kernel, strides, dilations = _attributes(site)
     before, after = conv_pads(site, site.shape()[2:], kernel, strides, dilations)
     x, weight = site.x(0), site.x(1)
-    options: dict[str, Any] = {"out_dtype": "float32"} if dtype in NARROW else {}
+    options: dict[str, Any] = {"out_dtype": "float32"} if dtype in NARROW_FLOATS else {}
     y = CONVOLUTIONS[rank](
         x, weight, strides=strides, padding=[*before, *after], dilation=dilations,
         groups=int(site.attr("group", 1)), data_layout="NC" + SPATIAL[rank], kernel_layout="OI" + SPATIAL[rank],
@@ -121,7 +124,7 @@ def conv_transpose(site: Site) -> Result:
     if any(e >= max(s, d) for e, s, d in zip(extra, strides, dilations, strict=True) if e):
         raise Refuse(f"output padding {extra} is not below the strides {strides}")
     x, weight = site.x(0), site.x(1)
-    if dtype in NARROW:
+    if dtype in NARROW_FLOATS:
         x, weight = site.cast(x, "float32"), site.cast(weight, "float32")
     y = TRANSPOSED[rank](
         x, weight, strides=strides, padding=[*before, *after], output_padding=extra, dilation=dilations,

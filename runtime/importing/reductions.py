@@ -312,29 +312,26 @@ def _cumulative(site: Site, axis: int) -> tvm.ir.Expr:
 # Softmax and its relatives.
 
 
-def _coerced(site: Site) -> tuple[tvm.ir.Expr, int, Sequence[Dim]]:
+def _coerced(site: Site, x: tvm.ir.Expr) -> tuple[tvm.ir.Expr, int, Sequence[Dim]]:
     """Input, axis and shape to return to: before version 13 the input was flattened to a matrix at the axis."""
     if site.opset >= 13:
-        return site.x(), site.axis(-1), site.shape()
+        return x, site.axis(-1), site.shape()
     axis, dims = site.axis(1), site.shape()
-    return reshaped(site, site.x(), [product(dims[:axis]), product(dims[axis:])]), 1, dims
+    return reshaped(site, x, [product(dims[:axis]), product(dims[axis:])]), 1, dims
 
 
 @converts("Softmax", "LogSoftmax")
 def softmax(site: Site) -> Result:
     if site.rank() == 0:
         return const(1.0 if site.op == "Softmax" else 0.0, site.dtype())
-    x, axis, dims = _coerced(site)
+    x, axis, dims = _coerced(site, site.widened())
     op = relax.op.nn.softmax if site.op == "Softmax" else relax.op.nn.log_softmax
-    dtype = dtype_of(x)
-    if dtype in ("float16", "bfloat16"):
-        return reshaped(site, site.cast(site.emit(op(site.cast(x, "float32"), axis)), dtype), dims)
-    return reshaped(site, site.emit(op(x, axis)), dims)
+    return site.narrowed(reshaped(site, site.emit(op(x, axis)), dims), site.dtype())
 
 
 @converts("Hardmax")
 def hardmax(site: Site) -> Result:
-    x, axis, dims = _coerced(site)
+    x, axis, dims = _coerced(site, site.x())
     inner = Site("ArgMax", site.bb, site.target, 13, [type(site.value(0))(x)], {"axis": axis, "keepdims": 1})
     place = site.emit(arg(inner))
     dtype = dtype_of(x)

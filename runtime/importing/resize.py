@@ -258,6 +258,14 @@ def resize(site: Site) -> Result:
     return site.cast(x, dtype)
 
 
+def _ratio(size: Dim, source: Dim) -> Callable[[list[te.Tensor]], tirx.Expr]:
+    """size / source rounded to float32, which decides ties of nearest neighbours."""
+    if isinstance(size, int) and isinstance(source, int):
+        fixed = float(np.float32(size) / np.float32(source))
+        return lambda t: _f(fixed)
+    return lambda t: int64(size).astype(F32) / int64(source).astype(F32)
+
+
 def _extents(
     site: Site, axes: list[int], has_scales: bool, fixed: list[float] | None, scales_at: int, sizes_at: int | None
 ) -> tuple[list[Dim], list[Callable[[list[te.Tensor]], tirx.Expr]], list[tvm.ir.Expr]]:
@@ -307,7 +315,7 @@ def _extents(
             site.require_content(sizes_at, wanted)
     for axis, size in zip(axes, wanted, strict=True):
         out[axis] = size
-        scale_of.append(lambda t, n=size, d=dims[axis]: int64(n).astype(F32) / int64(d).astype(F32))
+        scale_of.append(_ratio(size, dims[axis]))
     return out, scale_of, []
 
 

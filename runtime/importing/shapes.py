@@ -52,15 +52,27 @@ def reshaped(site: Site, expr: tvm.ir.Expr, dims: Sequence[Dim]) -> tvm.ir.Expr:
     """`expr` in another shape of as many elements."""
     if len(shape_of(expr)) == len(dims) and all(same(a, b) for a, b in zip(shape_of(expr), dims, strict=True)):
         return expr
-    if any(isinstance(d, int) and d == 0 for d in dims):  # Relax reads 0 as "the input's size"
-        return filled(site, dims, 0, dtype_of(expr))
+    if any(isinstance(d, int) and d == 0 for d in dims):
+        # Relax reads 0 as "the input's size". The unused input keeps TVM from folding this to an empty constant,
+        # which it can write into a library but not read back.
+        out, nothing = tuple(int64(d) for d in dims), tirx.const(0, dtype_of(expr))
+        return site.te(lambda _: te.compute(out, lambda *i: nothing, name="empty"), expr, name="empty")
     return site.emit(relax.op.reshape(expr, relax.ShapeExpr([int64(d) for d in dims])))
+
+
+def settled(site: Site, expr: tvm.ir.Expr, dims: dict[int, Dim]) -> tvm.ir.Expr:
+    """`expr` with the given dimensions where it has symbolic ones: a check at run time."""
+    have = shape_of(expr)
+    wanted = [dims.get(axis, dim) if not isinstance(dim, int) else dim for axis, dim in enumerate(have)]
+    if all(same(a, b) for a, b in zip(have, wanted, strict=True)):
+        return expr
+    return site.bb.match_cast(expr, relax.TensorType([int64(d) for d in wanted], dtype_of(expr)))
 
 
 def filled(site: Site, dims: Sequence[Dim], value: float | int | bool, dtype: str) -> tvm.ir.Expr:
     """A tensor of one value, infinities included."""
     out = tuple(int64(d) for d in dims)
-    if all(isinstance(d, int) for d in dims) and product(dims) <= CONTENT_LIMIT:  # type: ignore[operator]
+    if all(isinstance(d, int) for d in dims) and 0 < product(dims) <= CONTENT_LIMIT:  # type: ignore[operator]
         return const(np.full([int(d) for d in dims], value), dtype)
     return site.te(lambda: te.compute(out, lambda *_: tirx.const(value, dtype), name="fill"), name="fill")
 
@@ -311,7 +323,7 @@ def expand(site: Site) -> Result:
     if content is None and site.shape(1) == (0,):
         content = ()
     if content is not None:
-        return broadcast(site, site.x(), _broadcast(source, content))
+        return broadcast(site, site.x(), broadcast_dims(source, content))
     (length,) = site.shape(1)
     promised = site.promised().static
     if promised is not None:
@@ -345,7 +357,7 @@ def expand(site: Site) -> Result:
     )
 
 
-def _broadcast(a: Sequence[Dim], b: Sequence[Dim]) -> list[Dim]:
+def broadcast_dims(a: Sequence[Dim], b: Sequence[Dim]) -> list[Dim]:
     """The common shape of two, by ONNX's rules. Raises Refuse where they do not fit or that is not provable."""
     rank = max(len(a), len(b))
     left, right = [1] * (rank - len(a)) + list(a), [1] * (rank - len(b)) + list(b)
@@ -602,6 +614,8 @@ def split(site: Site) -> Result:
                 raise Refuse("its sizes are computed at run time")
             sizes = [p[axis] for p in promised if p is not None]
             site.require_content(1, sizes)
+    if count == 1:
+        return site.value(0)
     if sizes is None and not isinstance(size, int):
         promised_size = site.promised(0).static
         if promised_size is None or (count != 1 and "num_outputs" in site.attrs):

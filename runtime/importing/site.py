@@ -19,12 +19,13 @@ from typing import Any, TypeAlias
 import numpy as np
 import onnx
 import tvm
-from tvm import relax, tirx
+from tvm import relax, te, tirx
 
 from ..target import Target
 
 Dim: TypeAlias = "int | tirx.Expr"
 
+NARROW_FLOATS = ("float16", "bfloat16")
 CONTENT_LIMIT = 64  # elements up to which a small integer tensor's content is followed symbolically
 
 
@@ -38,10 +39,13 @@ class Value:
 
     expr: the tensor. content: the elements of an integer tensor of rank 0 or 1 where they are known during the
     import, as numbers or as expressions of the symbolic dimensions; this is what keeps computed shapes symbolic.
+    wide: the float32 tensor that a float16 one was rounded from; operators that compute in float32 read it, as
+    onnxruntime does, and so round once less.
     """
 
     expr: tvm.ir.Expr
     content: tuple[Dim, ...] | None = None
+    wide: tvm.ir.Expr | None = None
 
 
 @dataclass(frozen=True)
@@ -240,14 +244,40 @@ class Site:
             return expr
         return self.bb.emit(expr)
 
-    def te(self, function: Callable[..., Any], *args: Any, name: str, **kwargs: Any) -> tvm.ir.Expr:
-        """A tensor expression compute over inputs, as a TIR function called `name`."""
-        return self.bb.emit_te(function, *args, primfunc_name_hint=name, **kwargs)
+    def te(self, function: Callable[..., Any], *args: tvm.ir.Expr, name: str) -> tvm.ir.Expr:
+        """A tensor expression over inputs as a TIR function called `name`.
+
+        Symbolic dimensions may be used in it freely: those that no argument's shape gives are passed along.
+        (`BlockBuilder.emit_te` renames the dimensions of its arguments and so loses those in a closure.)
+        """
+        tensors = [
+            te.placeholder([int64(d) for d in shape_of(arg)], dtype_of(arg), f"x{i}") for i, arg in enumerate(args)
+        ]
+        made = function(*tensors)
+        outs = [made] if isinstance(made, te.Tensor) else list(made)
+        bound = {d for t in tensors for d in t.shape if isinstance(d, tirx.Var)}
+        passed = [v for v in _free_variables([*tensors, *outs]) if v not in bound]
+        kernel = te.create_prim_func([*tensors, *passed, *outs], "int64").without_attr("global_symbol")
+        types = [relax.TensorType(list(out.shape), out.dtype) for out in outs]
+        call = relax.call_tir(self.bb.add_func(kernel, name), [*args, *passed], types[0] if len(types) == 1 else types)
+        return self.bb.emit(call)
 
     def cast(self, expr: tvm.ir.Expr, dtype: str) -> tvm.ir.Expr:
         """`expr` in another element type; itself when it has it."""
         expr = self.emit(expr)
         return expr if dtype_of(expr) == dtype else self.emit(relax.op.astype(expr, dtype))
+
+    def widened(self, index: int = 0) -> tvm.ir.Expr:
+        """A small floating-point input in float32, before rounding where that is known; others as they are."""
+        value = self.value(index)
+        if value.wide is not None:
+            return value.wide
+        return self.cast(value.expr, "float32") if self.dtype(index) in NARROW_FLOATS else value.expr
+
+    def narrowed(self, expr: tvm.ir.Expr, dtype: str) -> Value:
+        """A float32 result in the element type of the operator, remembered in both."""
+        expr = self.emit(expr)
+        return Value(self.cast(expr, dtype), wide=expr if dtype in NARROW_FLOATS else None)
 
     def like(self, number: float | int, index: int = 0) -> tvm.ir.Expr:
         """A scalar constant of the element type of input `index`."""
@@ -289,6 +319,30 @@ class Site:
         shape = self.emit(relax.op.tensor_to_shape(tensor))
         self.bb.match_cast(shape, relax.ShapeType(dims))
         return dims
+
+
+def _free_variables(tensors: Sequence[te.Tensor]) -> list[tirx.Var]:
+    """Symbolic dimensions in the shapes and bodies of tensor expressions, in order of first use."""
+    found: dict[tirx.Var, None] = {}
+    seen: set[Any] = set()
+    stack = list(reversed(tensors))
+    while stack:
+        tensor = stack.pop()
+        for dim in tensor.shape:
+            found.update(dict.fromkeys(tirx.analysis.undefined_vars(dim)))
+        if tensor.op in seen:
+            continue
+        seen.add(tensor.op)
+        if isinstance(tensor.op, te.ComputeOp):
+            axes = [axis.var for axis in (*tensor.op.axis, *tensor.op.reduce_axis)]
+            for body in tensor.op.body:
+                if isinstance(body, tirx.Reduce):
+                    axes += [*body.combiner.lhs, *body.combiner.rhs]
+                found.update(dict.fromkeys(v for v in tirx.analysis.undefined_vars(body, axes) if v not in axes))
+            for axis in tensor.op.reduce_axis:
+                found.update(dict.fromkeys(tirx.analysis.undefined_vars(axis.dom.extent)))
+        stack.extend(tensor.op.input_tensors)
+    return list(found)
 
 
 def int64(dim: Dim) -> tirx.Expr:

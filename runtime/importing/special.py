@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from tvm import relax, te, tirx
 
 from .quantization import conv_pads
 from .shapes import reshaped
-from .site import Dim, Refuse, Result, Site, const, converts, int64, is_float, np_dtype, onnx_dtype
+from .site import Dim, Refuse, Result, Site, const, converts, int64, is_float, np_dtype, onnx_dtype, shape_of
 
 
 @converts("NonMaxSuppression")
@@ -239,6 +240,30 @@ def det(site: Site) -> Result:
     return reshaped(site, site.emit(relax.TupleGetItem(done, 0)), dims[:-2])
 
 
+def pooled_sizes(
+    site: Site,
+    sizes: Sequence[Dim],
+    kernel: Sequence[int],
+    strides: Sequence[int],
+    dilations: Sequence[int],
+    before: Sequence[int],
+    after: Sequence[int],
+) -> list[Dim]:
+    """Spatial sizes of a pooling's output."""
+    out: list[Dim] = []
+    for axis, size in enumerate(sizes):
+        room = size + before[axis] + after[axis] - dilations[axis] * (kernel[axis] - 1) - 1
+        if site.attr("ceil_mode", 0):
+            if not isinstance(room, int) or not isinstance(size, int):
+                raise Refuse("ceil_mode on a dynamic axis")
+            steps = -(-room // strides[axis]) + 1
+            # The last window must start inside the input or its left padding.
+            out.append(steps - 1 if (steps - 1) * strides[axis] >= size + before[axis] else steps)
+        else:
+            out.append(room // strides[axis] + 1 if isinstance(room, int) else tirx.floordiv(room, strides[axis]) + 1)
+    return out
+
+
 @converts("MaxPool")
 def max_pool(site: Site) -> Result:
     """Any rank and type; padding never wins. The second output is the place of the maximum in the input."""
@@ -248,18 +273,7 @@ def max_pool(site: Site) -> Result:
     strides = [int(s) for s in site.attr("strides", [1] * rank)]
     dilations = [int(d) for d in site.attr("dilations", [1] * rank)]
     before, after = conv_pads(site, dims[2:], kernel, strides, dilations)
-    out: list[Dim] = list(dims[:2])
-    for axis in range(rank):
-        size = dims[2 + axis]
-        room = size + before[axis] + after[axis] - dilations[axis] * (kernel[axis] - 1) - 1
-        if site.attr("ceil_mode", 0):
-            if not isinstance(room, int):
-                raise Refuse("ceil_mode on a dynamic axis")
-            steps = -(-room // strides[axis]) + 1
-            # The last window must start inside the input or its left padding.
-            out.append(steps - 1 if (steps - 1) * strides[axis] >= size + before[axis] else steps)
-        else:
-            out.append(room // strides[axis] + 1 if isinstance(room, int) else tirx.floordiv(room, strides[axis]) + 1)
+    out: list[Dim] = [*dims[:2], *pooled_sizes(site, dims[2:], kernel, strides, dilations, before, after)]
     dtype = site.dtype()
     low = float("-inf") if is_float(dtype) else int(np.iinfo(np_dtype(dtype)).min)
     least = tirx.const(low, dtype)
@@ -453,3 +467,120 @@ def affine_grid(site: Site) -> Result:
         return te.compute((size[0], *extents, rank), lambda *i: element(*i), name="affine_grid")
 
     return site.te(compute, site.x(0), name="affine_grid")
+
+
+@converts("Unique")
+def unique(site: Site) -> Result:
+    """TVM's unique; without an axis of the flattened input."""
+    given = site.attrs.get("axis")
+    x = site.x() if given is not None else reshaped(site, site.x(), [_count(site.shape())])
+    axis = 0 if given is None else site.axis()
+    dims = shape_of(x)
+    more = {"return_index": site.outputs > 1, "return_inverse": site.outputs > 2, "return_counts": site.outputs > 3}
+    found = site.emit(
+        relax.op.unique(x, sorted=bool(site.attr("sorted", 1)), axis=None if given is None else axis, **more)
+    )
+    several = site.outputs > 1
+    parts = [site.emit(relax.TupleGetItem(found, i)) for i in range(site.outputs)] if several else [found]
+    number = tirx.Var("unique", "int64")
+    shapes: list[list[Dim]] = [
+        [number if i == axis else d for i, d in enumerate(dims)],
+        [number],
+        [dims[axis]],
+        [number],
+    ]
+    return [
+        site.bb.match_cast(part, relax.TensorType([int64(d) for d in dims], part.ty.dtype))
+        for part, dims in zip(parts, shapes, strict=False)
+    ]
+
+
+def _count(dims: tuple[Dim, ...]) -> Dim:
+    total: Dim = 1
+    for dim in dims:
+        total = total * dim if isinstance(total, int) and isinstance(dim, int) else int64(total) * int64(dim)
+    return total
+
+
+@converts("RoiAlign")
+def roi_align(site: Site) -> Result:
+    """Averages of bilinear samples on a fixed grid in each bin."""
+    if site.attr("mode", "avg") != "avg":
+        raise Refuse("mode max is not compiled")
+    samples = int(site.attr("sampling_ratio", 0))
+    if samples <= 0:
+        raise Refuse("the number of samples depends on the regions")
+    batch, channels, height, width = site.shape()
+    regions = site.shape(1)[0]
+    rows, columns = int(site.attr("output_height", 1)), int(site.attr("output_width", 1))
+    dtype = site.dtype()
+    scale = tirx.const(float(site.attr("spatial_scale", 1.0)), dtype)
+    half = site.attr("coordinate_transformation_mode", "half_pixel" if site.opset >= 16 else "output_half_pixel")
+    shift = tirx.const(0.5 if half == "half_pixel" else 0.0, dtype)
+    one, none = tirx.const(1, dtype), tirx.const(0, dtype)
+
+    def compute(data: te.Tensor, rois: te.Tensor, owner: te.Tensor) -> te.Tensor:
+        sy, sx = te.reduce_axis((0, samples), name="sy"), te.reduce_axis((0, samples), name="sx")
+
+        def along(low: Any, high: Any, bins: int, at: Any, step: Any) -> Any:
+            start, extent = low * scale - shift, (high - low) * scale
+            if half != "half_pixel":
+                extent = tirx.max(extent, one)
+            size = extent / tirx.const(bins, dtype)
+            return (
+                start
+                + at.astype(dtype) * size
+                + (step.astype(dtype) + tirx.const(0.5, dtype)) * size / tirx.const(samples, dtype)
+            )
+
+        def corner(value: Any, size: Dim) -> tuple[Any, Any, Any]:
+            """Lower and upper index and the weight of the upper."""
+            value = tirx.max(value, none)
+            last = int64(size) - 1
+            low = tirx.min(value.astype("int64"), last)
+            inside = value.astype("int64") < last
+            return low, tirx.min(low + 1, last), tirx.Select(inside, value - low.astype(dtype), none)
+
+        def element(r: Any, c: Any, i: Any, j: Any) -> tirx.Expr:
+            y = along(rois[r, 1], rois[r, 3], rows, i, sy.var)
+            x = along(rois[r, 0], rois[r, 2], columns, j, sx.var)
+            image = tirx.max(tirx.min(owner[r], int64(batch) - 1), 0)
+            top, bottom, dy = corner(y, height)
+            left, right, dx = corner(x, width)
+            value = (one - dy) * ((one - dx) * data[image, c, top, left] + dx * data[image, c, top, right])
+            value = value + dy * ((one - dx) * data[image, c, bottom, left] + dx * data[image, c, bottom, right])
+            edge = tirx.const(-1, dtype)
+            outside = tirx.any(y < edge, y > int64(height).astype(dtype), x < edge, x > int64(width).astype(dtype))
+            weight = tirx.const(1.0 / (samples * samples), dtype)
+            return te.sum(tirx.if_then_else(outside, none, value * weight), axis=[sy, sx])
+
+        return te.compute((int64(regions), int64(channels), rows, columns), element, name="roi_align")
+
+    return site.te(compute, site.x(0), site.x(1), site.cast(site.x(2), "int64"), name="roi_align")
+
+
+@converts("LpPool")
+def lp_pool(site: Site) -> Result:
+    """(sum |x|^p)^(1/p) over each window; padding adds nothing."""
+    dims = site.shape()
+    rank = len(dims) - 2
+    power = float(site.attr("p", 2))
+    kernel = [int(k) for k in site.attr("kernel_shape")]
+    strides = [int(s) for s in site.attr("strides", [1] * rank)]
+    dilations = [int(d) for d in site.attr("dilations", [1] * rank)]
+    before, after = conv_pads(site, dims[2:], kernel, strides, dilations)
+    out: list[Dim] = [*dims[:2], *pooled_sizes(site, dims[2:], kernel, strides, dilations, before, after)]
+    dtype = site.dtype()
+    raised = site.emit(relax.op.power(relax.op.abs(site.x()), const(power, dtype)))
+
+    def compute(data: te.Tensor) -> te.Tensor:
+        window = [te.reduce_axis((0, k), name=f"k{a}") for a, k in enumerate(kernel)]
+
+        def element(n: Any, c: Any, *at: Any) -> tirx.Expr:
+            where = [v * strides[a] + window[a] * dilations[a] - before[a] for a, v in enumerate(at)]
+            inside = tirx.all(*(tirx.all(w >= 0, w < int64(dims[2 + a])) for a, w in enumerate(where)))
+            return te.sum(tirx.if_then_else(inside, data(n, c, *where), tirx.const(0, dtype)), axis=window)
+
+        return te.compute(tuple(int64(d) for d in out), lambda *i: element(*i), name="lp_pool")
+
+    return relax.op.power(site.te(compute, raised, name="lp_pool"), const(1.0 / power, dtype))
