@@ -79,32 +79,40 @@ def _extent(iterator: Any) -> int | None:
 def _schedule_block(schedule: s_tir.Schedule, info: Any, target: Target) -> None:
     spatial = [it for it in info.iters if it.kind == "S"]
     reduction = [it for it in info.iters if it.kind != "S"]
-    if any(it.kind not in "SR" for it in info.iters) or not spatial:
+    if any(it.kind not in "SR" for it in info.iters):
+        return
+    if not spatial:
+        _start_from_zero(schedule, info.block_rv, reduction)
         return
     work = 1
     for it in info.iters:
         work *= _extent(it) or 1 << 12
     parallel = work >= PARALLEL_WORK
     schedule.reorder(*[it.loop_rv for it in spatial], *[it.loop_rv for it in reduction])
-    if not reduction:
-        _elementwise(schedule, [it.loop_rv for it in spatial], _extent(spatial[-1]), target, parallel)
-    else:
+    loops = [it.loop_rv for it in spatial]
+    if reduction and not _conditional(schedule, info.block_rv):
         _reduce(schedule, info.block_rv, spatial, reduction, target, parallel)
+        return
+    # The innermost loop of elementwise work stays as it is: LLVM finds the vectors, and splits off conditions.
+    if not reduction:
+        loops = loops[:-1] or loops
+    if parallel:
+        schedule.parallel(schedule.fuse(*loops))
+    if reduction:
+        _start_from_zero(schedule, info.block_rv, reduction)
 
 
-def _elementwise(
-    schedule: s_tir.Schedule, loops: list[Any], last: int | None, target: Target, parallel: bool
-) -> None:
-    lanes = _lanes(last, target.isa.lanes())
-    *outer, inner = loops
-    if lanes >= min(8, target.isa.lanes()):  # narrower ones LLVM finds itself, and it splits off conditions better
-        middle, vector = schedule.split(inner, [None, lanes])
-        schedule.vectorize(vector)
-        outer.append(middle)
-    elif not outer:
-        outer = [inner]
-    if parallel and outer:
-        schedule.parallel(schedule.fuse(*outer))
+def _conditional(schedule: s_tir.Schedule, block: Any) -> bool:
+    """Whether a block chooses between reads. TVM's vectoriser gets some of these wrong, so none is given to it."""
+    return "if_then_else" in str(schedule.get(block).body)
+
+
+def _start_from_zero(schedule: s_tir.Schedule, block: Any, reduction: list[Any]) -> None:
+    """Give the result its first value outside the reduction where that may have nothing to do: over an empty axis
+    the first step, which would give it, never comes.
+    """
+    if any(_extent(it) is None or _extent(it) == 0 for it in reduction):
+        schedule.decompose_reduction(block, reduction[0].loop_rv)
 
 
 def _reduce(
@@ -123,6 +131,7 @@ def _reduce(
     if lanes == 1:
         if parallel:
             schedule.parallel(schedule.fuse(*[it.loop_rv for it in spatial]))
+        _start_from_zero(schedule, block, reduction)
         return
     contiguous = at == len(spatial) - 1
     extent = _extent(across) or lanes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -229,3 +230,44 @@ def test_what_is_scheduled_already_is_left_alone() -> None:
     twice = default_schedule(once, target)
     for variable, function in once.functions_items():
         assert function.same_as(twice[variable])
+
+
+def test_an_empty_dynamic_axis_gives_the_identity(tmp_path: Path) -> None:
+    """The loop over the axis makes no step, so the first value must be given outside of it."""
+    import graphwright
+
+    text = (
+        "(float[N] x, float[3,N] z) => (float s, float[3] m) {"
+        "  s = ReduceSum<keepdims = 0>(x)  m = ReduceL1<keepdims = 0>(z, a) }"
+    )
+    model = parser.parse_model(f"{HEADER}\ng {text}")
+    model.graph.initializer.append(numpy_helper.from_array(np.array([1]), "a"))
+    onnx.save(model, tmp_path / "m.onnx")
+    graphwright.optimize(tmp_path / "m.onnx", target="cpu", out=tmp_path / "out")
+    session = graphwright.load(tmp_path / "out")
+    for _ in range(3):
+        total, norms = session.run(None, {"x": np.ones(0, np.float32), "z": np.ones((3, 0), np.float32)})
+        assert total == 0 and not norms.any()
+
+
+def test_the_steps_of_a_recurrence_are_joined_right(tmp_path: Path) -> None:
+    """Concat, Reshape and Transpose of many pieces become one loop nest that chooses between reads."""
+    import graphwright
+
+    random = np.random.default_rng(0)
+    text = (
+        "(float[7,2,20] x) => (float[7,2,48] y, float[2,2,24] h, float[2,2,24] c) {"
+        '  t, h, c = LSTM<hidden_size = 24, direction = "bidirectional">(x, w, r)'
+        "  u = Transpose<perm = [0,2,1,3]>(t)  y = Reshape(u, s) }"
+    )
+    model = parser.parse_model(f"{HEADER}\ng {text}")
+    for name, array in {
+        "w": random.standard_normal((2, 96, 20)).astype(np.float32) / 4,
+        "r": random.standard_normal((2, 96, 24)).astype(np.float32) / 4,
+        "s": np.array([7, 2, 48]),
+    }.items():
+        model.graph.initializer.append(numpy_helper.from_array(array, name))
+    onnx.save(model, tmp_path / "m.onnx")
+    result = graphwright.optimize(tmp_path / "m.onnx", target="cpu", out=tmp_path / "out")
+    assert result.verdict is not None and result.verdict.relative < 1e-5
+    assert [region.runtime for region in result.artifact.manifest.regions] == ["tvm"]
