@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 
 from ..passes import io, wire
 from ..passes.base import PassReport
-from ..passes.errors import CompileError
+from ..passes.errors import CompileError, ModelError
 from ..passes.graph import Names, site
 from .artifact import (
     MODEL,
@@ -33,6 +34,7 @@ from .artifact import (
     write_manifest,
 )
 from .partition import ONNXRUNTIME, TVM, Region, cut, partition
+from .reference import ort_session
 from .target import Target
 from .worker import Compiled, Compiler
 
@@ -66,6 +68,7 @@ def build(
     """
     model = model.clone()
     fix_outputs(model)
+    ask_types(model)
     with Workplace(Path(out), overwrite) as folder:
         store = WeightStore(folder / WEIGHTS)
         regions = _compile_regions(model, target, folder, store, progress)
@@ -89,13 +92,14 @@ def build(
 
 
 def fix_outputs(model: ir.Model) -> None:
-    """Make every initializer a constant, and every output that is one the result of a node.
+    """Make every initializer a constant, every output that is one the result of a node, and leave out unused nodes.
 
     An output that is an input needs no node: `Session` hands it over. One that is named twice is made once.
     """
     from onnx_ir.passes import common
 
     common.RemoveInitializersFromInputsPass()(model)
+    common.RemoveUnusedNodesPass()(model)  # a region of such nodes would have no outputs
     names = Names(model)
     graph = model.graph
     made: dict[ir.Value, ir.Value] = {}
@@ -108,6 +112,28 @@ def fix_outputs(model: ir.Model) -> None:
             made[value] = ir.Value(name=name, type=value.type, shape=value.shape)
             graph.append(ir.Node("", "Identity", [value], outputs=[made[value]]))
         graph.outputs[index] = made[value]
+
+
+def ask_types(model: ir.Model) -> None:
+    """Types that ONNX's inference does not know, behind operators of other domains, as onnxruntime infers them."""
+    unknown = [v for node in model.graph for v in node.outputs if v.name and v.type is None and v.uses()]
+    if not unknown:
+        return
+    copy = model.clone()
+    found = {v.name: v for node in copy.graph for v in node.outputs}
+    copy.graph.outputs.extend(found[v.name] for v in unknown)
+    try:
+        session = ort_session(copy)
+    except ModelError as error:
+        log.debug("types stay unknown: %s", error)
+        return
+    types = {o.name: o for o in session.get_outputs()}
+    for value in unknown:
+        kind, shape = types[value.name or ""].type, types[value.name or ""].shape
+        name = kind.removeprefix("tensor(").removesuffix(")").upper()
+        if name in ir.DataType.__members__:
+            value.type = ir.TensorType(ir.DataType[name])
+            value.shape = ir.Shape([dim if isinstance(dim, int) else None for dim in shape])
 
 
 def _compile_regions(
@@ -309,7 +335,19 @@ def _tensor_spec(value: ir.Value) -> TensorSpec:
     kind = value.dtype.name.lower() if value.dtype is not None else "undefined"
     if value.type is not None and not isinstance(value.type, ir.TensorType):
         kind = _onnx_type(value.type)
+    if (declared := io.set_aside_type(value)) is not None:
+        kind = _type_text(declared)
     return TensorSpec(name=value.name or "", dtype=kind, shape=shape)
+
+
+def _type_text(kind: onnx.TypeProto) -> str:
+    """A type with a map in it as onnxruntime spells it: seq(map(int64,tensor(float)))."""
+    if kind.HasField("sequence_type"):
+        return f"seq({_type_text(kind.sequence_type.elem_type)})"
+    if kind.HasField("map_type"):
+        key = ir.DataType(kind.map_type.key_type).name.lower()
+        return f"map({key},{_type_text(kind.map_type.value_type)})"
+    return f"tensor({ir.DataType(kind.tensor_type.elem_type).name.lower()})"
 
 
 def _onnx_type(kind: ir.TypeProtocol) -> str:
@@ -327,8 +365,6 @@ def _onnx_type(kind: ir.TypeProtocol) -> str:
 
 def compile_region(path: Path, target: Target, folder: Path) -> Compiled:
     """Import the ONNX file and compile it into `folder`. Runs in the child; raises whatever TVM raises."""
-    import onnx
-
     from . import importer, phases
     from .link import export
 

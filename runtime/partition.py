@@ -50,12 +50,12 @@ def partition(model: ir.Model, refused: Mapping[ir.Node, str]) -> list[Region]:
     groups: dict[tuple[int, str], list[ir.Node]] = {}
     for node in model.graph:
         runtime = ONNXRUNTIME if node in refused else TVM
-        start = 0 if runtime == TVM else 1  # even levels are TVM's, odd ones onnxruntime's
+        parity = 0 if runtime == TVM else 1  # even levels are TVM's, odd ones onnxruntime's
+        start = parity
         for value in reads(node):
             source = value.producer()
             if source in level:
-                same = level[source] % 2 == start
-                start = max(start, level[source] + (0 if same else 1))
+                start = max(start, level[source] + (level[source] - parity) % 2)
         level[node] = start
         groups.setdefault((start, runtime), []).append(node)
     return [
