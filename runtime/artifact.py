@@ -219,7 +219,7 @@ class Workplace:
 
     def __enter__(self) -> Path:
         check_output(self.out, self.overwrite)
-        if self.out.exists() and not self._replaceable():
+        if (self.out.exists() or self.out.is_symlink()) and not self._replaceable():
             raise OutputError(f"{self.out}: is not an artifact folder and will not be replaced; choose another output")
         try:
             self.out.parent.mkdir(parents=True, exist_ok=True)
@@ -234,15 +234,26 @@ class Workplace:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         try:
             if kind is None:
-                if self.out.exists():
-                    old = self.folder.with_suffix(".old")
-                    os.replace(self.out, old)
-                    os.replace(self.folder, self.out)
-                    shutil.rmtree(old)
-                else:
-                    os.replace(self.folder, self.out)
+                self._place()
+        except OSError as failure:
+            raise OutputError(f"{self.out}: cannot be written ({failure.strerror}); choose another output") from failure
         finally:
             shutil.rmtree(self.folder, ignore_errors=True)
 
+    def _place(self) -> None:
+        old = self.folder.with_suffix(".old")
+        if not self.overwrite or not self.out.exists():
+            os.rename(self.folder, self.out)  # fails where something has come into being that is not empty
+            return
+        os.rename(self.out, old)
+        try:
+            os.rename(self.folder, self.out)
+        except OSError:
+            os.rename(old, self.out)
+            raise
+        shutil.rmtree(old)
+
     def _replaceable(self) -> bool:
-        return self.out.is_dir() and ((self.out / MANIFEST).is_file() or not any(self.out.iterdir()))
+        if self.out.is_symlink() or not self.out.is_dir():
+            return False
+        return (self.out / MANIFEST).is_file() or not any(self.out.iterdir())

@@ -241,6 +241,9 @@ def mapped_weights(path: Path, parameters: Sequence[Parameter]) -> list[np.ndarr
     if not parameters:
         return []
     whole = np.memmap(path, np.uint8, "c")
+    for p in parameters:
+        if p.nbytes != math.prod(p.shape) * numpy_type(p.dtype).itemsize or not 0 <= p.offset <= len(whole) - p.nbytes:
+            raise ArtifactError(f"{path}: parameter {p.name} does not lie in the weights; compile the model again")
     return [
         whole[p.offset : p.offset + p.nbytes].view(numpy_type(p.dtype)).reshape(p.shape) for p in parameters
     ]
