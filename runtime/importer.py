@@ -591,7 +591,7 @@ def _standard_body(
     from .importing.site import dtype_of, shape_of
 
     try:
-        schema = onnx.defs.get_schema(node.op_type, opset, "")
+        schema: Any = onnx.defs.get_schema(node.op_type, opset, "")
     except onnx.defs.SchemaError:
         return None
     if schema.has_function:

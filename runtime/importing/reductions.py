@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -294,7 +295,7 @@ def cumulative(site: Site) -> Result:
     if axes is not None:
         return _cumulative(site, normal_axis(axes[0], rank))
     mask = axis_mask(site, site.x(1), rank)
-    return chosen(site, [(is_mask(site, mask, [a]), lambda a=a: _cumulative(site, a)) for a in range(rank)])
+    return chosen(site, [(is_mask(site, mask, [a]), functools.partial(_cumulative, site, a)) for a in range(rank)])
 
 
 def _cumulative(site: Site, axis: int) -> tvm.ir.Expr:

@@ -247,9 +247,9 @@ def resize(site: Site) -> Result:
                 raise Refuse("antialiasing needs known sizes")
             if known is None and has_scales:
                 raise Refuse("antialiasing with scales computed at run time")
-            ratio = known if known is not None else int(out[axis]) / int(dims[axis])  # type: ignore[arg-type]
+            ratio = known if known is not None else int(out[axis]) / int(dims[axis])
             if ratio < 1:
-                x = _antialiased(site, x, axis, int(out[axis]), ratio, rule)  # type: ignore[arg-type]
+                x = _antialiased(site, x, axis, int(out[axis]), ratio, rule)
                 continue
         x = _along(site, x, axis, out[axis], scale_of[place], roi[place], rule, extra)
     if dtype != work and not is_float(dtype):
@@ -258,11 +258,19 @@ def resize(site: Site) -> Result:
     return site.cast(x, dtype)
 
 
+def _fixed(value: float) -> Callable[[list[te.Tensor]], tirx.Expr]:
+    return lambda _: _f(value)
+
+
+def _element(place: int) -> Callable[[list[te.Tensor]], tirx.Expr]:
+    """An element of the first runtime tensor."""
+    return lambda tensors: tensors[0][place]
+
+
 def _ratio(size: Dim, source: Dim) -> Callable[[list[te.Tensor]], tirx.Expr]:
     """size / source rounded to float32, which decides ties of nearest neighbours."""
     if isinstance(size, int) and isinstance(source, int):
-        fixed = float(np.float32(size) / np.float32(source))
-        return lambda t: _f(fixed)
+        return _fixed(float(np.float32(size) / np.float32(source)))
     return lambda t: int64(size).astype(F32) / int64(source).astype(F32)
 
 
@@ -286,7 +294,7 @@ def _extents(
                     out[axis] = promised[axis]
                 else:
                     raise Refuse("a dynamic axis is scaled by a fraction")
-                scale_of.append(lambda t, s=scale: _f(s))
+                scale_of.append(_fixed(scale))
             return out, scale_of, []
         if promised is None or not all(isinstance(d, int) for d in dims):
             raise Refuse("its scales are computed at run time")
@@ -297,7 +305,7 @@ def _extents(
         site.require(site.emit(relax.op.equal(actual, expected)))
         for place, axis in enumerate(axes):
             out[axis] = promised[axis]
-            scale_of.append(lambda t, i=place: t[0][i])
+            scale_of.append(_element(place))
         return out, scale_of, [given]
     if sizes_at is None or not site.has(sizes_at):
         raise Refuse("it has neither scales nor sizes")
@@ -332,7 +340,7 @@ def _keeping_ratio(
         scale = pick(int(w) / dims[a] for w, a in zip(wanted, axes, strict=True))
         for axis in axes:
             out[axis] = math.floor(scale * dims[axis] + 0.5)
-        return out, [lambda t, s=scale: _f(s)] * len(axes), []
+        return out, [_fixed(scale)] * len(axes), []
     given = site.cast(site.x(sizes_at), F32)
     sizes = const(np.array([dims[a] for a in axes]), F32)
     ratio = site.emit(relax.op.divide(given, sizes))
@@ -340,4 +348,4 @@ def _keeping_ratio(
     actual = relax.op.floor(relax.op.add(relax.op.multiply(one, sizes), const(0.5, F32)))
     expected = const(np.array([promised[a] for a in axes]), "int64")
     site.require(site.emit(relax.op.equal(site.cast(actual, "int64"), expected)))
-    return out, [lambda t: t[0][0]] * len(axes), [one]
+    return out, [_element(0)] * len(axes), [one]

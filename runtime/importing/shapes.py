@@ -72,7 +72,7 @@ def settled(site: Site, expr: tvm.ir.Expr, dims: dict[int, Dim]) -> tvm.ir.Expr:
 def filled(site: Site, dims: Sequence[Dim], value: float | int | bool, dtype: str) -> tvm.ir.Expr:
     """A tensor of one value, infinities included."""
     out = tuple(int64(d) for d in dims)
-    if all(isinstance(d, int) for d in dims) and 0 < product(dims) <= CONTENT_LIMIT:  # type: ignore[operator]
+    if all(isinstance(d, int) for d in dims) and 0 < product(dims) <= CONTENT_LIMIT:
         return const(np.full([int(d) for d in dims], value), dtype)
     return site.te(lambda: te.compute(out, lambda *_: tirx.const(value, dtype), name="fill"), name="fill")
 
@@ -415,8 +415,8 @@ def range_(site: Site) -> Result:
             )
     arrays = [site.array(i) for i in range(3)]
     if all(a is not None for a in arrays):
-        start_a, limit_a, delta_a = (a.reshape(()) for a in arrays if a is not None)
-        return const(np.arange(start_a, limit_a, delta_a, dtype=np_dtype(dtype)), dtype)
+        numbers = [a.reshape(()).item() for a in arrays if a is not None]
+        return const(np.arange(*numbers, dtype=np_dtype(dtype)), dtype)
     start_x, limit_x, delta_x = (site.emit(relax.op.reshape(site.x(i), [1])) for i in range(3))
     wide = "float64" if dtype.startswith("float") else "int64"
     span = relax.op.subtract(site.cast(limit_x, wide), site.cast(start_x, wide))
@@ -670,7 +670,7 @@ def pad(site: Site) -> Result:
     dtype = site.dtype()
     fill: tvm.ir.Expr = const(0, dtype)
     if site.opset < 11:
-        pads: Sequence[Dim] | None = list(site.attr("pads", site.attr("paddings", [])))
+        pads: Sequence[Dim] = list(site.attr("pads", site.attr("paddings", [])))
         axes = list(range(rank))
         fill = const(site.attr("value", 0.0), dtype)
     else:
@@ -682,9 +682,8 @@ def pad(site: Site) -> Result:
             axes = [normal_axis(a, rank) for a in known]
         if site.has(2):
             fill = site.x(2)
-        pads = site.content(1)
-        if pads is None:
-            pads = _runtime_pads(site, site.x(1), 2 * len(axes))
+        content = site.content(1)
+        pads = content if content is not None else _runtime_pads(site, site.x(1), 2 * len(axes))
     half = len(axes)
     before: list[Dim] = [0] * rank
     after: list[Dim] = [0] * rank
