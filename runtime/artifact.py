@@ -158,11 +158,13 @@ class Artifact:
             raise ArtifactError(f"{self.root}: the manifest has no hash for {sorted(unknown)[0]!r}")
 
 
-def write_manifest(manifest: Manifest, root: Path) -> None:
+def write_manifest(manifest: Manifest, root: Path) -> Manifest:
+    """Write the manifest with its digest, and return it so."""
     temporary = root / f".{MANIFEST}.part"
     complete = manifest.model_copy(update={"digest": manifest.own_digest()})
     temporary.write_text(complete.model_dump_json(indent=1) + "\n")
     os.replace(temporary, root / MANIFEST)
+    return complete
 
 
 def sha256(path: Path) -> str:

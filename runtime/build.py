@@ -84,10 +84,9 @@ def build(
             regions=regions,
             files=file_specs(folder),
         )
-        write_manifest(manifest, folder)
+        manifest = write_manifest(manifest, folder)
         verdict = check(Artifact(manifest, folder))
-        manifest = manifest.model_copy(update={"verdict": verdict})
-        write_manifest(manifest, folder)
+        manifest = write_manifest(manifest.model_copy(update={"verdict": verdict}), folder)
     return Artifact(manifest, Path(out))
 
 
@@ -133,7 +132,8 @@ def ask_types(model: ir.Model) -> None:
         name = kind.removeprefix("tensor(").removesuffix(")").upper()
         if name in ir.DataType.__members__:
             value.type = ir.TensorType(ir.DataType[name])
-            value.shape = ir.Shape([dim if isinstance(dim, int) else None for dim in shape])
+            if shape:  # [] is what onnxruntime says of a scalar and of an unknown rank alike
+                value.shape = ir.Shape([dim if isinstance(dim, int) else None for dim in shape])
 
 
 def _compile_regions(
@@ -147,6 +147,9 @@ def _compile_regions(
                 raise CompileError(_cannot(target, refused))
             regions = partition(model, refused)
             models = cut(model, [region.nodes for region in regions])
+            if len(regions) > 1 and (reason := _unloadable(regions, models)):
+                refused.update({node: reason for node in model.graph if node not in refused})
+                continue
             compiled = _compile_all(regions, models, target, work, progress, refused)
             if compiled is not None:
                 break
@@ -154,6 +157,19 @@ def _compile_regions(
             _place(index, region, part, result, folder, store)
             for index, (region, part, result) in enumerate(zip(regions, models, compiled, strict=True))
         ]
+
+
+def _unloadable(regions: Sequence[Region], models: Sequence[ir.Model]) -> str | None:
+    """Why onnxruntime cannot load one of its regions alone: some of its operators need shapes that only the whole
+    model gives them. None when it can load all.
+    """
+    for region, part in zip(regions, models, strict=True):
+        if region.runtime == ONNXRUNTIME and part.graph.outputs:
+            try:
+                ort_session(part, threads=1)
+            except ModelError as error:
+                return f"onnxruntime takes the model only as a whole: {error}"
+    return None
 
 
 def _cannot(target: Target, refused: dict[ir.Node, str]) -> str:
