@@ -22,7 +22,7 @@ lint: setup
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml requirements.lock
-	$(PYTHON) -m venv .venv || $(PYTHON) -m pip install --quiet virtualenv && $(PYTHON) -m virtualenv .venv
+	$(PYTHON) -m venv --clear .venv || { rm -rf .venv; $(PYTHON) -m pip install --quiet virtualenv && $(PYTHON) -m virtualenv .venv; }
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --requirement requirements.lock
 	$(BIN)/python -m pip install --quiet --no-deps --editable .
