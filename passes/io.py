@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import logging
 import os
@@ -23,6 +24,7 @@ log = logging.getLogger("graphwright")
 # A protobuf message ends at 2 GiB; leave room for the graph itself.
 EMBED_LIMIT = 1 << 30
 ALIGNMENT = 4096
+SET_ASIDE = "graphwright.type"
 
 
 def load(path: str | os.PathLike[str]) -> ir.Model:
@@ -39,12 +41,43 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
         raise ModelError(f"{path}: no such file" + (f"; {near}" if "did" in near else ""))
     proto = wire.read_model(path)
     check_proto(proto, path)
+    set_aside = _set_aside(proto)
     try:
         model = ir.from_proto(proto)
     except Exception as error:  # onnx_ir raises many kinds for what a protobuf can hold
         raise ModelError(f"{path}: not a valid model: {first_line(error)}") from error
+    for value in model.graph.outputs:
+        if value.name in set_aside:
+            value.metadata_props[SET_ASIDE] = set_aside[value.name]
     check_operators(model, path)
     return model
+
+
+def _set_aside(proto: onnx.ModelProto) -> dict[str, str]:
+    """Take away the types that onnx_ir has no word for, those with maps: output name -> the type in base64.
+
+    Classifiers exported from scikit-learn end in a sequence of maps; onnxruntime finds these types by itself.
+    """
+    found: dict[str, str] = {}
+    for value in (*proto.graph.output, *proto.graph.value_info):
+        if has_map(value.type):
+            found[value.name] = base64.b64encode(value.type.SerializeToString()).decode()
+            value.ClearField("type")
+    return found
+
+
+def has_map(kind: onnx.TypeProto) -> bool:
+    if kind.HasField("sequence_type"):
+        return has_map(kind.sequence_type.elem_type)
+    if kind.HasField("optional_type"):
+        return has_map(kind.optional_type.elem_type)
+    return kind.HasField("map_type")
+
+
+def set_aside_type(value: ir.Value) -> onnx.TypeProto | None:
+    """The declared type of a graph output that onnx_ir cannot hold; None for every other value."""
+    text = value.metadata_props.get(SET_ASIDE)
+    return onnx.TypeProto.FromString(base64.b64decode(text)) if text else None
 
 
 def first_line(error: BaseException) -> str:
@@ -203,10 +236,15 @@ def _proto_without(model: ir.Model, large: dict[str, ir.TensorProtocol]) -> onnx
                 else:
                     continue
                 held.append((value, tensor))
-        return ir.to_proto(model)
+        proto = ir.to_proto(model)
     finally:
         for value, tensor in held:
             value.const_value = tensor
+    for value, written in zip(model.graph.outputs, proto.graph.output, strict=True):
+        if (kind := set_aside_type(value)) is not None:
+            written.type.CopyFrom(kind)
+            del written.metadata_props[:]
+    return proto
 
 
 def _placeholder(name: str, tensor: ir.TensorProtocol) -> ir.ExternalTensor:

@@ -16,10 +16,11 @@ import onnx_ir as ir
 
 from ..passes import io, registry
 from ..passes.base import PassContext, PassReport
-from ..passes.errors import GraphwrightError
+from ..passes.errors import TargetError
 from ..passes.pipeline import Observer, Pipeline
 from . import verify as checks
 from .compare import Verdict
+from .feeds import Unfed
 from .target import Target
 
 if TYPE_CHECKING:
@@ -123,7 +124,13 @@ def optimize(
     tried, verdict = None, None
     if not unverified:
         progress("reference")
-        tried = checks.trial(original, ctx, threads or 0)
+        try:
+            tried = checks.trial(original, ctx, threads or 0)
+        except Unfed as error:
+            if pins:  # the model may take other shapes, so the pins are to blame
+                raise
+            unverified = str(error)
+            log.warning("not verified: %s", error)
     # A model that was loaded here has no other use: rewriting it in place saves a copy of the graph.
     rewritten, reports = pipeline.run(original, ctx, observers, in_place=where is not None)
     if dry_run:
@@ -148,7 +155,7 @@ def optimize(
         progress("compare")
         try:
             session = Session(artifact, threads=threads, verify=False)
-        except GraphwrightError as error:
+        except TargetError as error:
             unverified = f"the artifact cannot run here: {str(error).removeprefix(f'{artifact.root}: ')}"
             return None
         names = [value.name for value in session.get_outputs()]

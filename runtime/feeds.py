@@ -24,8 +24,13 @@ Result = TypeVar("Result")
 BATCH_SIZES = (1, 2, 3)
 SEQUENCE_SIZES = (8, 16, 32, 64, 96, 128, 224, 320, 640, 1, 2, 512)
 IMAGE_SIZES = (64, 96, 128, 224, 320, 640, 32, 16, 8, 1, 2)
+RANKS = (2, 3, 4, 1, 0)  # tried for an input that declares none
 LARGEST_FEED = 1 << 28  # elements
 FIRST_TOKENS = 100  # an index bound where the model does not tell one
+
+
+class Unfed(InputError):
+    """No inputs could be made up for a model."""
 
 
 def load_feeds(path: str | os.PathLike[str]) -> Feeds:
@@ -66,7 +71,7 @@ def made_up(
     """Up to `sets` feeds that the model accepts, each with another size of every symbolic dimension, and their results.
 
     run: the model; raises GraphwrightError on feeds it does not accept. pins: input name -> shape, where one is
-    given. Raises the last error of `run` when no feeds were found, InputError when the pins do not fit.
+    given. Raises Unfed, with the last error of `run`, when no feeds were found; InputError when the pins do not fit.
     """
     rng = np.random.default_rng(seed)
     pins = pins or {}
@@ -75,11 +80,12 @@ def made_up(
     used: dict[str, set[int]] = {}
     last: GraphwrightError | None = None
     inputs = required_inputs(model)
-    for chosen in _size_choices(model, pins, bound):
+    unranked = any(value.shape is None and value.name not in pins for value in inputs)
+    for rank, chosen in itertools.product(RANKS if unranked else (0,), _size_choices(model, pins, bound)):
         sizes = {**chosen, **bound}
         if any(size in used.get(name, ()) for name, size in chosen.items()):
             continue
-        shapes = {value: tuple(pins.get(value.name or "", ())) or _shape(value, sizes) for value in inputs}
+        shapes = {value: tuple(pins.get(value.name or "", ())) or _shape(value, sizes, rank) for value in inputs}
         if sum(math.prod(shape) for shape in shapes.values()) > LARGEST_FEED:
             continue
         feeds = {value.name or "": _random(value, shape, rng) for value, shape in shapes.items()}
@@ -93,7 +99,7 @@ def made_up(
         if len(found) == sets or not chosen:
             break
     if not found:
-        raise last or InputError("no inputs were found that the model accepts; give real ones with --input")
+        raise Unfed(f"no inputs were found that the model accepts; give real ones ({last or 'all would be too large'})")
     return found
 
 
@@ -133,8 +139,11 @@ def _size_choices(
             yield {**dict.fromkeys(batch, 1), **dict(zip(others, combination, strict=True))}
 
 
-def _shape(value: ir.Value, sizes: Mapping[str, int]) -> tuple[int, ...]:
-    dims = enumerate(value.shape or ())
+def _shape(value: ir.Value, sizes: Mapping[str, int], rank: int) -> tuple[int, ...]:
+    """rank: of an input that declares none."""
+    if value.shape is None:
+        return tuple(range(2, 2 + rank))
+    dims = enumerate(value.shape)
     return tuple(d if isinstance(d, int) else sizes[d.value or f"{value.name}@{axis}"] for axis, d in dims)
 
 

@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from .. import graph
 from ..base import Contract, Pass, PassContext, PassReport
+from ..io import has_map
 from .protobuf import light_proto
 
 if TYPE_CHECKING:
@@ -110,6 +111,8 @@ def _merge(body: ir.Graph, result: onnx.GraphProto, report: PassReport) -> None:
 
 def _annotate(value: ir.Value, proto: onnx.TypeProto, report: PassReport) -> None:
     """Take over what `proto` knows and the value does not."""
+    if has_map(proto):  # onnx_ir has no word for it; onnxruntime infers it again
+        return
     typed = value.type is None
     if typed:
         value.type = ir.serde.deserialize_type_proto_for_type(proto)
