@@ -56,6 +56,7 @@ def build(
     pipeline: str = "",
     reports: Sequence[PassReport] = (),
     overwrite: bool = False,
+    distrust: str = "",
     check: Callable[[Artifact], dict[str, Any] | None] = lambda artifact: None,
     progress: Callable[[str], None] = lambda message: None,
 ) -> Artifact:
@@ -63,6 +64,7 @@ def build(
 
     Raises CompileError, naming the nodes, when a target other than a CPU cannot take all of them; OutputError when
     `out` cannot be written. On CPU targets such nodes run on onnxruntime inside the artifact.
+    distrust: why nothing is to be compiled by TVM; onnxruntime then runs the whole model inside the artifact.
     check: sees the finished artifact before it takes its place; what it returns is recorded as the verdict, and what
     it raises leaves nothing behind.
     """
@@ -71,7 +73,7 @@ def build(
     ask_types(model)
     with Workplace(Path(out), overwrite) as folder:
         store = WeightStore(folder / WEIGHTS)
-        regions = _compile_regions(model, target, folder, store, progress)
+        regions = _compile_regions(model, target, folder, store, progress, distrust)
         _write_model(model, folder, store)
         manifest = Manifest(
             versions={name: metadata.version(name) for name in PACKAGES},
@@ -87,7 +89,7 @@ def build(
         manifest = write_manifest(manifest, folder)
         verdict = check(Artifact(manifest, folder))
         manifest = write_manifest(manifest.model_copy(update={"verdict": verdict}), folder)
-    return Artifact(manifest, Path(out))
+    return Artifact.load(out, verify=False)
 
 
 def fix_outputs(model: ir.Model) -> None:
@@ -137,11 +139,11 @@ def ask_types(model: ir.Model) -> None:
 
 
 def _compile_regions(
-    model: ir.Model, target: Target, folder: Path, store: WeightStore, progress: Callable[[str], None]
+    model: ir.Model, target: Target, folder: Path, store: WeightStore, progress: Callable[[str], None], distrust: str
 ) -> list[RegionSpec]:
     with tempfile.TemporaryDirectory(prefix="graphwright-") as name:
         work = Path(name)
-        refused = {node: reason for node in model.graph if (reason := _unknown_type(node))}
+        refused = {node: reason for node in model.graph if (reason := distrust or _unknown_type(node))}
         while True:
             if refused and not target.is_cpu:
                 raise CompileError(_cannot(target, refused))
