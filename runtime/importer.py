@@ -11,30 +11,24 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
-import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
 import onnx
-import onnx.reference
+import tvm
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto
+from tvm import relax, tirx
+from tvm.relax.frontend.onnx import onnx_frontend as frontend
 
 from ..passes.errors import CompileError
+from .importing import CONVERTERS, protos
+from .importing.protos import STANDARD
+from .importing.site import Declared, Refuse, Site, Value, dtype_of, int64, number, onnx_dtype, shape_of
+from .importing.unify import unified
 from .lowering import lowering_for
 from .target import Target
-
-if TYPE_CHECKING:
-    import tvm
-    from tvm import tirx
-
-    from .importing.site import Declared, Value
-
-STANDARD = ("", "ai.onnx")
-FOLD_LIMIT = 1024  # elements of a constant that the import computes with
-INFERENCE_LIMIT = 1 << 20  # bytes of one initializer that shape inference may look at
 
 # Operators of the standard domain that stay in onnxruntime whatever their inputs are.
 UNSUPPORTED: dict[str, str] = {
@@ -55,13 +49,6 @@ UNSUPPORTED: dict[str, str] = {
 
 # TVM looks operators up without their domain; its converters of these names are of another domain's operators.
 NOT_STANDARD = frozenset({"Attention", "FastGelu", "BiasGelu", "SkipLayerNormalization", "EmbedLayerNormalization"})
-
-NOT_FOLDED = frozenset({"If", "Constant", "ConstantOfShape", "Expand", "Tile", "Dropout", "DequantizeLinear"})
-# Operators whose first output has the shape of their first input.
-KEEPS_SHAPE = frozenset({
-    "Abs", "Cast", "CastLike", "Ceil", "Clip", "Erf", "Exp", "Floor", "Identity", "Log", "LogSoftmax", "Neg", "Not",
-    "Reciprocal", "Relu", "Round", "Sigmoid", "Sign", "Softmax", "Sqrt", "Tanh",
-})  # fmt: skip
 
 
 class ImportRefused(CompileError):
@@ -93,8 +80,6 @@ def refusals(model: ModelProto, target: Target) -> dict[int, str]:
 
 def probe(model: ModelProto, target: Target) -> str | None:
     """Import a (usually single-node) model and lower its operators to TIR; the reason why that fails, or None."""
-    import tvm
-    from tvm import relax
 
     try:
         module = import_model(model, target)
@@ -133,7 +118,10 @@ def inline_unlowered(model: ModelProto, target: Target) -> ModelProto:
 
 @dataclass
 class _Scope:
-    """Names of one graph. A scope with `outside` is an If branch: it reads captured values as parameters."""
+    """Names of one graph or function body: values that are computed, types that are promised.
+
+    attrs: the enclosing function's attributes. path: what leads to this body, for messages.
+    """
 
     opsets: Mapping[str, int]
     values: dict[str, Value | None] = field(default_factory=dict)
@@ -148,8 +136,6 @@ class _Scope:
 
 class _Importer:
     def __init__(self, model: ModelProto, target: Target) -> None:
-        from tvm import relax
-
         self.model = model
         self.target = target
         self.bb = relax.BlockBuilder()
@@ -162,8 +148,6 @@ class _Importer:
 
     def module(self) -> tvm.IRModule:
         """The whole model. Raises ImportRefused."""
-        from tvm import relax
-
         graph = self.model.graph
         with _silence(), self.target.tvm():
             scope, params = self.main_scope()
@@ -176,8 +160,6 @@ class _Importer:
 
     def refused(self) -> dict[int, str]:
         """Node index -> reason, for every node that cannot be converted."""
-        from tvm import relax
-
         reasons: dict[int, str] = {}
         with _silence(), self.target.tvm():
             scope, params = self.main_scope(tolerant=True)
@@ -186,7 +168,7 @@ class _Importer:
                     try:
                         self.node(node, scope)
                     except ImportRefused as error:
-                        own = node.output and error.value == _site(node)
+                        own = node.output and error.value == protos.site_of(node)
                         reasons[index] = error.reason if own else f"{error.op} at {error.value!r}: {error.reason}"
                         self.assume(node, scope)
                 self.bb.emit_func_output(relax.Tuple([]))
@@ -194,19 +176,15 @@ class _Importer:
 
     def main_scope(self, tolerant: bool = False) -> tuple[_Scope, list[tvm.ir.Expr]]:
         """The names known before the first node, and the parameters of `main`."""
-        from tvm import relax
-
-        from .importing.site import Refuse, Value
-
         graph = self.model.graph
-        scope = _Scope(self.opsets, declared=_declared(self.model))
+        scope = _Scope(self.opsets, declared=protos.declared_types(self.model))
         self.initializers(graph, scope)
         params = []
         for info in graph.input:
             if info.name in scope.values:
                 continue
             try:
-                param = relax.Var(_identifier(info.name), self.input_type(info))
+                param = relax.Var(protos.identifier(info.name), self.input_type(info))
             except Refuse as error:
                 if not tolerant:
                     raise ImportRefused("input", info.name, str(error)) from error
@@ -216,17 +194,11 @@ class _Importer:
         return scope, params
 
     def initializers(self, graph: GraphProto, scope: _Scope) -> None:
-        from .importing.site import Refuse
-
         for tensor in graph.initializer:
             with contextlib.suppress(Refuse):  # a string: refused where it is read
-                scope.values[tensor.name] = _constant(_array(tensor))
+                scope.values[tensor.name] = protos.constant(protos.array_of(tensor))
 
     def input_type(self, info: onnx.ValueInfoProto) -> tvm.ir.Expr:
-        from tvm import relax, tirx
-
-        from .importing.site import Refuse, onnx_dtype
-
         if not info.type.HasField("tensor_type"):
             raise Refuse("it is not a tensor")
         tensor = info.type.tensor_type
@@ -237,9 +209,9 @@ class _Importer:
             if dim.HasField("dim_value"):
                 dims.append(dim.dim_value)
             elif dim.dim_param:
-                dims.append(self.symbols.setdefault(dim.dim_param, tirx.Var(_identifier(dim.dim_param), "int64")))
+                dims.append(self.symbols.setdefault(dim.dim_param, tirx.Var(protos.identifier(dim.dim_param), "int64")))
             else:
-                dims.append(tirx.Var(_identifier(f"{info.name}_{index}"), "int64"))
+                dims.append(tirx.Var(protos.identifier(f"{info.name}_{index}"), "int64"))
         return relax.TensorType(dims, onnx_dtype(tensor.elem_type))
 
     def result(self, scope: _Scope, name: str) -> tvm.ir.Expr:
@@ -250,10 +222,6 @@ class _Importer:
 
     def assume(self, node: NodeProto, scope: _Scope) -> None:
         """Stand-ins for a refused node's outputs, of the types that are declared for them."""
-        from tvm import relax, tirx
-
-        from .importing.site import Value
-
         for name in filter(None, node.output):
             declared = scope.declared.get(name)
             scope.values.pop(name, None)
@@ -282,28 +250,22 @@ class _Importer:
         except ImportRefused:
             raise
         except Exception as error:  # converters and TVM raise errors of many classes
-            raise ImportRefused(node.op_type, scope.path + _site(node), _first_line(error)) from error
+            raise ImportRefused(node.op_type, scope.path + protos.site_of(node), _first_line(error)) from error
 
     def read(self, scope: _Scope, name: str) -> Value | None:
-        from .importing.site import Refuse
-
         if name and name not in scope.values:
             raise Refuse(f"its input {name!r} is not compiled")
         return scope.values[name] if name else None
 
     def convert(self, node: NodeProto, inputs: list[Value | None], scope: _Scope) -> list[Any]:
         """The node's outputs, from the first source that knows the operator."""
-        from .importing import CONVERTERS
-        from .importing.site import Refuse, Site
-        from .importing.unify import unified
-
-        attrs = {a.name: a for a in _bound(node.attribute, scope.attrs)}
+        attrs = {a.name: a for a in protos.bound_attributes(node.attribute, scope.attrs)}
         local = self.functions.get((node.domain, node.op_type, node.overload))
         if node.domain not in STANDARD:
             lowering = lowering_for(node.domain, node.op_type, self.target.kind)
             if lowering is not None:
                 exprs: list[Any] = [v.expr if v else None for v in inputs]
-                return self.flat(lowering(self.bb, exprs, _python(attrs.values()), self.target))
+                return self.flat(lowering(self.bb, exprs, protos.python_values(attrs.values()), self.target))
         if local is not None:
             return self.body(local, inputs, attrs, scope, node)
         if node.domain not in STANDARD:
@@ -311,33 +273,23 @@ class _Importer:
         if node.op_type in UNSUPPORTED:
             raise Refuse(UNSUPPORTED[node.op_type])
         inputs = unified(self.bb, node.op_type, attrs, inputs)
-        folded = _folded(node, list(attrs.values()), inputs, scope.opset)
+        folded = protos.folded(node, list(attrs.values()), inputs, scope.opset)
         if folded is not None:
             return folded
         if node.op_type in CONVERTERS:
-            declared = [scope.declared.get(name) or _unknown() for name in node.output]
+            declared = [scope.declared.get(name) or protos.unknown() for name in node.output]
+            values = protos.python_values(attrs.values())
             site = Site(
-                node.op_type,
-                self.bb,
-                self.target,
-                scope.opset,
-                inputs,
-                _python(attrs.values()),
-                declared,
-                len(node.output),
-            )
+                node.op_type, self.bb, self.target, scope.opset, inputs, values, declared, len(node.output)
+            )  # fmt: skip
             return self.flat(CONVERTERS[node.op_type](site))
         converter = _tvm_converter(node.op_type, scope.opset)
         if converter is not None:
             return self.flat(converter(self, node, inputs, list(attrs.values())))
-        return self.body(_standard_body(node, attrs, inputs, scope.opset), inputs, attrs, scope, node)
+        return self.body(protos.standard_body(node, attrs, inputs, scope.opset), inputs, attrs, scope, node)
 
     def flat(self, result: Any) -> list[Any]:
         """A converter's result as a list with one item for each output."""
-        from tvm import relax
-
-        from .importing.site import Value
-
         if isinstance(result, (list, tuple)):
             return list(result)
         if isinstance(result, Value):
@@ -352,19 +304,15 @@ class _Importer:
 
     def checked(self, item: Any, declared: Declared | None) -> Value:
         """Bind a converter's output after comparing it with what ONNX promises; unknown dimensions get names."""
-        from tvm import relax, tirx
-
-        from .importing.site import Refuse, Value, dtype_of, int64, number
-
         if item is None:
             raise Refuse("an output that the model reads is not produced")
         value = item if isinstance(item, Value) else Value(item)
         expr = value.expr
-        if not (_is_constant(expr) or isinstance(expr, relax.Var)):
+        if not (protos.is_constant(expr) or isinstance(expr, relax.Var)):
             expr = self.bb.emit(expr)
         if not isinstance(expr.ty, relax.TensorType):
             raise Refuse(f"the converter gave a {type(expr.ty).__name__}, not a tensor")
-        declared = declared or _unknown()
+        declared = declared or protos.unknown()
         if declared.dtype is not None and dtype_of(expr) != declared.dtype:
             raise Refuse(f"the converter gave {dtype_of(expr)}, ONNX promises {declared.dtype}")
         known = [number(d) for d in expr.ty.shape.values] if isinstance(expr.ty.shape, relax.ShapeExpr) else None
@@ -389,8 +337,8 @@ class _Importer:
             isinstance(d, int) and not isinstance(k, int) for d, k in zip(dims, known, strict=True)
         ):
             expr = self.bb.match_cast(expr, relax.TensorType([int64(d) for d in dims], dtype_of(expr)))
-        if _is_constant(expr) and value.content is None:
-            return _constant_value(expr)
+        if protos.is_constant(expr) and value.content is None:
+            return protos.constant_value(expr)
         return dataclasses.replace(value, expr=expr)
 
     # Functions and branches.
@@ -404,13 +352,12 @@ class _Importer:
         node: NodeProto,
     ) -> list[Any]:
         """A node through its function's body, in place."""
-        from .importing.site import Refuse
 
         if function is None:
             raise Refuse("no converter and no function body")
         defaults = {a.name: a for a in function.attribute_proto}
         opsets = {entry.domain: entry.version for entry in function.opset_import} or outer.opsets
-        scope = _Scope(opsets, attrs={**defaults, **attrs}, path=f"{outer.path}{_site(node)}/")
+        scope = _Scope(opsets, attrs={**defaults, **attrs}, path=f"{outer.path}{protos.site_of(node)}/")
         for index, name in enumerate(function.input):
             scope.values[name] = inputs[index] if index < len(inputs) else None
         for inner in function.node:
@@ -420,10 +367,6 @@ class _Importer:
 
     def if_node(self, node: NodeProto, inputs: list[Value | None], scope: _Scope) -> list[Any]:
         """Each branch as a private function that is called from a Relax If: one that is not taken costs nothing."""
-        from tvm import relax
-
-        from .importing.site import Refuse, shape_of
-
         condition = inputs[0]
         if condition is None:
             raise Refuse("its condition is missing")
@@ -435,7 +378,7 @@ class _Importer:
         fixed = None if condition.content is None else condition.content[0]
         if shape_of(flag):
             flag = self.bb.emit(relax.op.reshape(flag, []))
-        if _is_constant(flag):
+        if protos.is_constant(flag):
             fixed = bool(flag.value.numpy())
         if isinstance(fixed, (bool, int)):
             return self.branch_in_place(then_branch if fixed else else_branch, scope, node)
@@ -452,9 +395,9 @@ class _Importer:
         scope = _Scope(
             outer.opsets,
             dict(outer.values),
-            _graph_types(graph, outer.declared),
+            protos.graph_types(graph, outer.declared),
             outer.attrs,
-            f"{outer.path}{_site(node)}/",
+            f"{outer.path}{protos.site_of(node)}/",
         )
         self.initializers(graph, scope)
         for inner in graph.node:
@@ -463,17 +406,16 @@ class _Importer:
 
     def branch(self, graph: GraphProto, name: str, outer: _Scope, node: NodeProto) -> tvm.ir.Expr:
         """A call of a new private function with the branch's nodes; captured values are its parameters."""
-        import tvm
-        from tvm import relax, tirx
-
-        from .importing.site import Refuse, Value, int64
-
         self.branches += 1
         label = f"{name}_{self.branches}"
         scope = _Scope(
-            outer.opsets, {}, _graph_types(graph, outer.declared), outer.attrs, f"{outer.path}{_site(node)}/{name}/"
+            outer.opsets,
+            {},
+            protos.graph_types(graph, outer.declared),
+            outer.attrs,
+            f"{outer.path}{protos.site_of(node)}/{name}/",
         )
-        captured = [n for n in _captures(graph) if n in outer.values]
+        captured = [n for n in protos.captures(graph) if n in outer.values]
         variables: dict[tirx.Var, tirx.Var] = {}
         params: list[tvm.ir.Expr] = []
         arguments: list[tvm.ir.Expr] = []
@@ -488,11 +430,11 @@ class _Importer:
 
         for captured_name in captured:
             value = outer.values[captured_name]
-            if value is None or _is_constant(value.expr):
+            if value is None or protos.is_constant(value.expr):
                 scope.values[captured_name] = value
                 continue
             dims = [int64(renamed(d)) for d in value.expr.ty.shape.values]
-            param = relax.Var(_identifier(captured_name), relax.TensorType(dims, value.expr.ty.dtype))
+            param = relax.Var(protos.identifier(captured_name), relax.TensorType(dims, value.expr.ty.dtype))
             content = None if value.content is None else tuple(renamed(c) for c in value.content)
             scope.values[captured_name] = Value(param, content)
             params.append(param)
@@ -522,7 +464,6 @@ class _Importer:
 
 def _tvm_converter(op_type: str, opset: int) -> Any:
     """A function (importer, node, inputs, attributes) -> Relax result through TVM's converter, or None."""
-    from tvm.relax.frontend.onnx import onnx_frontend as frontend
 
     table = frontend._get_convert_map()
     if op_type not in table or op_type in NOT_STANDARD:
@@ -538,265 +479,11 @@ def _tvm_converter(op_type: str, opset: int) -> Any:
     return convert
 
 
-def _folded(
-    node: NodeProto, attrs: list[AttributeProto], inputs: Sequence[Value | None], opset: int
-) -> list[Value] | None:
-    """The node's outputs where all its inputs are small constants, by ONNX's reference implementation.
-
-    The main graph is folded before it comes here; this is for what becomes constant inside function bodies and from
-    shapes.
-    """
-    from tvm import relax
-
-    from .importing.site import np_dtype
-
-    given = {f"x{i}": value for i, value in enumerate(inputs) if value is not None}
-    if not given or node.op_type in NOT_FOLDED or not all(_is_constant(v.expr) for v in given.values()):
-        return None
-    arrays = {name: np.asarray(value.expr.value.numpy()) for name, value in given.items()}
-    if sum(a.size for a in arrays.values()) > FOLD_LIMIT:
-        return None
-    outputs = [f"y{i}" if name else "" for i, name in enumerate(node.output)]
-    plain = onnx.helper.make_node(
-        node.op_type, [f"x{i}" if value is not None else "" for i, value in enumerate(inputs)], outputs
-    )
-    plain.attribute.extend(attrs)
-    try:
-        types = [
-            onnx.helper.make_tensor_value_info(n, onnx.helper.np_dtype_to_tensor_dtype(a.dtype), a.shape)
-            for n, a in arrays.items()
-        ]
-        wanted = [onnx.ValueInfoProto(name=name) for name in outputs if name]
-        graph = onnx.helper.make_graph([plain], "fold", types, wanted)
-        model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", opset)])
-        session = onnx.reference.ReferenceEvaluator(model)
-        with np.errstate(all="ignore"):
-            results = iter(session.run(None, arrays))
-        values = []
-        for name in outputs:
-            array = np.asarray(next(results)) if name else np.zeros(0, np.float32)
-            if array.size > FOLD_LIMIT:
-                return None
-            np_dtype(str(array.dtype))
-            values.append(_constant_value(relax.const(array, str(array.dtype))))
-    except Exception:  # the reference raises errors of many classes; the converters go on
-        return None
-    return values
-
-
-def _standard_body(
-    node: NodeProto, attrs: Mapping[str, AttributeProto], inputs: Sequence[Value | None], opset: int
-) -> onnx.FunctionProto | None:
-    """The body by which the standard defines an operator, or None."""
-    from .importing.site import dtype_of, shape_of
-
-    try:
-        schema: Any = onnx.defs.get_schema(node.op_type, opset, "")
-    except onnx.defs.SchemaError:
-        return None
-    if schema.has_function:
-        body = schema.function_body
-    elif schema.has_context_dependent_function:
-        types = []
-        for value in inputs:
-            proto = onnx.TypeProto()
-            if value is not None:
-                dtype = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(_np_name(dtype_of(value.expr))))
-                dims = [d if isinstance(d, int) else None for d in shape_of(value.expr)]
-                proto = onnx.helper.make_tensor_type_proto(dtype, dims)
-            types.append(proto.SerializeToString())
-        plain = NodeProto()
-        plain.CopyFrom(node)
-        del plain.attribute[:]
-        plain.attribute.extend(attrs.values())
-        try:
-            body = onnx.FunctionProto()
-            body.ParseFromString(schema.get_context_dependent_function(plain.SerializeToString(), types))
-        except Exception:  # the schema has no body for these inputs
-            return None
-    else:
-        return None
-    copy = onnx.FunctionProto()
-    copy.CopyFrom(body)
-    known = {entry.domain for entry in copy.opset_import}
-    if not known & set(STANDARD):
-        copy.opset_import.extend([onnx.helper.make_opsetid("", opset)])
-    return copy
-
-
-def _np_name(dtype: str) -> Any:
-    from .importing.site import np_dtype
-
-    return np_dtype(dtype)
-
-
 # Constants, names, types.
-
-
-def _array(tensor: onnx.TensorProto) -> np.ndarray:
-    from .importing.site import onnx_dtype
-
-    onnx_dtype(tensor.data_type)
-    return onnx.numpy_helper.to_array(tensor).reshape(tuple(tensor.dims))
-
-
-def _constant(array: np.ndarray) -> Value:
-    from tvm import relax
-
-    return _constant_value(relax.const(array, str(array.dtype)))
-
-
-def _constant_value(expr: tvm.ir.Expr) -> Value:
-    """A constant with its content, when that is small and made of integers."""
-    from .importing.site import CONTENT_LIMIT, Value
-
-    shape = [int(d) for d in expr.ty.shape.values]
-    if len(shape) > 1 or int(np.prod(shape)) > CONTENT_LIMIT:
-        return Value(expr)
-    array = expr.value.numpy()
-    if array.dtype.kind not in "iub":
-        return Value(expr)
-    return Value(expr, tuple(int(v) for v in array.reshape(-1)))
-
-
-def _is_constant(expr: tvm.ir.Expr) -> bool:
-    import tvm
-
-    return isinstance(expr, tvm.ir.GenericConst)
-
-
-def _identifier(name: str) -> str:
-    """A name that TVM's printer and parser accept."""
-    word = re.sub(r"\W", "_", name)
-    return word if word and not word[0].isdigit() else f"v_{word}"
-
-
-def _site(node: NodeProto) -> str:
-    return next((name for name in node.output if name), node.name)
-
-
-def _unknown() -> Declared:
-    from .importing.site import Declared
-
-    return Declared()
-
-
-def _type(info: onnx.ValueInfoProto) -> Declared:
-    from .importing.site import Declared, Refuse, onnx_dtype
-
-    if not info.type.HasField("tensor_type"):
-        return Declared()
-    tensor = info.type.tensor_type
-    dtype = None
-    with contextlib.suppress(Refuse):
-        dtype = onnx_dtype(tensor.elem_type)
-    shape = None
-    if tensor.HasField("shape"):
-        shape = tuple(d.dim_value if d.HasField("dim_value") else d.dim_param or None for d in tensor.shape.dim)
-    return Declared(dtype, shape)
-
-
-def _graph_types(graph: GraphProto, outer: Mapping[str, Declared] | None = None) -> dict[str, Declared]:
-    types = dict(outer or {})
-    types.update((info.name, _type(info)) for info in (*graph.value_info, *graph.output))
-    return types
-
-
-def _declared(model: ModelProto) -> dict[str, Declared]:
-    """Types of all values of the main graph: those the model declares, completed by ONNX's inference."""
-    types = _graph_types(model.graph)
-    missing = [n for node in model.graph.node for n in node.output if n and n not in types]
-    if not missing and not any(d.shape is None for d in types.values()):
-        return types
-    small = ModelProto()
-    small.CopyFrom(_without_weights(model))
-    try:
-        inferred = onnx.shape_inference.infer_shapes(small, strict_mode=False, data_prop=True)
-    except Exception:  # inference is a help, not a condition; it raises errors of many classes
-        return types
-    for name, declared in _graph_types(inferred.graph).items():
-        old = types.get(name)
-        if old is None or old.dtype is None or old.shape is None:
-            types[name] = declared
-    _spread_backwards(model.graph, types)
-    return types
-
-
-def _spread_backwards(graph: GraphProto, types: dict[str, Declared]) -> None:
-    """Shapes of inputs that inference left open, from the outputs of operators that keep the shape."""
-    for node in reversed(graph.node):
-        if node.domain in STANDARD and node.op_type in KEEPS_SHAPE and node.output[0] in types:
-            known, name = types[node.output[0]], node.input[0]
-            old = types.get(name) or _unknown()
-            if known.shape is not None and old.shape is None:
-                types[name] = dataclasses.replace(old, shape=known.shape)
-
-
-def _without_weights(model: ModelProto) -> ModelProto:
-    """A copy of the model in which large initializers are inputs, so that inference does not copy them."""
-    light = ModelProto(ir_version=max(model.ir_version, 4))
-    light.opset_import.extend(model.opset_import)
-    light.functions.extend(model.functions)
-    graph, own = light.graph, model.graph
-    graph.name = own.name
-    graph.node.extend(own.node)
-    graph.input.extend(own.input)
-    graph.output.extend(own.output)
-    graph.value_info.extend(own.value_info)
-    known = {info.name for info in own.input}
-    for tensor in own.initializer:
-        if tensor.ByteSize() <= INFERENCE_LIMIT:
-            graph.initializer.append(tensor)
-        elif tensor.name not in known:
-            graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims)))
-    return light
-
-
-def _bound(attributes: Iterable[AttributeProto], given: Mapping[str, AttributeProto]) -> Iterator[AttributeProto]:
-    """Attributes with references to the enclosing function's attributes replaced by their values."""
-    for attribute in attributes:
-        if not attribute.ref_attr_name:
-            yield attribute
-        elif attribute.ref_attr_name in given:
-            copy = AttributeProto()
-            copy.CopyFrom(given[attribute.ref_attr_name])
-            copy.name = attribute.name
-            yield copy
-
-
-def _python(attributes: Iterable[AttributeProto]) -> dict[str, Any]:
-    """Attributes as Python values: text decoded, tensors as arrays, graphs as they are."""
-    values: dict[str, Any] = {}
-    for attribute in attributes:
-        value = onnx.helper.get_attribute_value(attribute)
-        if isinstance(value, bytes):
-            value = value.decode("utf-8", "replace")
-        elif isinstance(value, onnx.TensorProto):
-            value = _array(value)
-        elif attribute.type == AttributeProto.STRINGS:
-            value = [v.decode("utf-8", "replace") for v in value]
-        values[attribute.name] = value
-    return values
-
-
-def _captures(graph: GraphProto) -> list[str]:
-    """Names that a branch reads from outside, those of nested branches included, in order of first use."""
-    own = {t.name for t in graph.initializer} | {i.name for i in graph.input}
-    own.update(name for node in graph.node for name in node.output)
-    names: dict[str, None] = {}
-    for node in graph.node:
-        names.update(dict.fromkeys(name for name in node.input if name and name not in own))
-        for attribute in node.attribute:
-            for nested in (attribute.g, *attribute.graphs) if attribute.HasField("g") else attribute.graphs:
-                names.update(dict.fromkeys(name for name in _captures(nested) if name not in own))
-    names.update(dict.fromkeys(output.name for output in graph.output if output.name not in own))
-    return list(names)
 
 
 def _unlowered_calls(module: tvm.IRModule) -> list[str]:
     """Names of Relax operators that remain after legalization and have no kernel of their own."""
-    import tvm
-    from tvm import relax
 
     left: dict[str, None] = {}
     fine = (

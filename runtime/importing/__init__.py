@@ -1,17 +1,35 @@
 """Converters from ONNX operators to Relax, one file per family; `runtime.importer` calls them."""
 
-from . import elementwise, indexing, normalization, products, quantization, reductions, resize, shapes, special
+from . import (
+    activations,
+    boxes,
+    elementwise,
+    indexing,
+    normalization,
+    pooling,
+    products,
+    quantization,
+    reductions,
+    resize,
+    shapes,
+    slicing,
+    special,
+)
 from .site import CONVERTERS
 
 __all__ = [
     "CONVERTERS",
+    "activations",
+    "boxes",
     "elementwise",
     "indexing",
     "normalization",
+    "pooling",
     "products",
     "quantization",
     "reductions",
     "resize",
     "shapes",
+    "slicing",
     "special",
 ]

@@ -1,0 +1,132 @@
+"""Poolings of any rank."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from tvm import relax, te, tirx
+
+from .quantization import conv_pads
+from .site import Dim, Refuse, Result, Site, const, converts, int64, is_float, np_dtype
+
+
+def pooled_sizes(
+    site: Site,
+    sizes: Sequence[Dim],
+    kernel: Sequence[int],
+    strides: Sequence[int],
+    dilations: Sequence[int],
+    before: Sequence[int],
+    after: Sequence[int],
+) -> list[Dim]:
+    """Spatial sizes of a pooling's output."""
+    out: list[Dim] = []
+    for axis, size in enumerate(sizes):
+        room = size + before[axis] + after[axis] - dilations[axis] * (kernel[axis] - 1) - 1
+        if site.attr("ceil_mode", 0):
+            if not isinstance(room, int) or not isinstance(size, int):
+                raise Refuse("ceil_mode on a dynamic axis")
+            steps = -(-room // strides[axis]) + 1
+            # The last window must start inside the input or its left padding.
+            out.append(steps - 1 if (steps - 1) * strides[axis] >= size + before[axis] else steps)
+        else:
+            out.append(room // strides[axis] + 1 if isinstance(room, int) else tirx.floordiv(room, strides[axis]) + 1)
+    return out
+
+
+@converts("MaxPool")
+def max_pool(site: Site) -> Result:
+    """Any rank and type; padding never wins. The second output is the place of the maximum in the input."""
+    dims = site.shape()
+    rank = len(dims) - 2
+    kernel = [int(k) for k in site.attr("kernel_shape")]
+    strides = [int(s) for s in site.attr("strides", [1] * rank)]
+    dilations = [int(d) for d in site.attr("dilations", [1] * rank)]
+    before, after = conv_pads(site, dims[2:], kernel, strides, dilations)
+    out: list[Dim] = [*dims[:2], *pooled_sizes(site, dims[2:], kernel, strides, dilations, before, after)]
+    dtype = site.dtype()
+    low = float("-inf") if is_float(dtype) else int(np.iinfo(np_dtype(dtype)).min)
+    least = tirx.const(low, dtype)
+
+    def window_axes() -> list[Any]:
+        return [te.reduce_axis((0, k), name=f"k{a}") for a, k in enumerate(kernel)]
+
+    def read(data: te.Tensor, n: Any, c: Any, at: Any, window: list[Any]) -> tuple[list[Any], tirx.Expr, tirx.Expr]:
+        where = [v * strides[a] + window[a] * dilations[a] - before[a] for a, v in enumerate(at)]
+        checks = [
+            tirx.all(w >= 0, w < int64(dims[2 + a]))
+            for a, w in enumerate(where)
+            if before[a] or after[a] or site.attr("ceil_mode", 0)
+        ]
+        inside = tirx.all(*checks) if checks else tirx.const(True, "bool")
+        value = tirx.if_then_else(inside, data(n, c, *where), least) if checks else data(n, c, *where)
+        return where, inside, value
+
+    if site.outputs == 1:
+        biggest = te.comm_reducer(lambda a, b: tirx.max(a, b), lambda t: tirx.const(low, t), name="max")
+
+        def compute(data: te.Tensor) -> te.Tensor:
+            window = window_axes()
+            return te.compute(
+                tuple(int64(d) for d in out),
+                lambda n, c, *at: biggest(read(data, n, c, at, window)[2], axis=window),
+                name="max_pool",
+            )
+
+        return site.te(compute, site.x(), name="max_pool")
+    column = bool(site.attr("storage_order", 0))
+
+    def better(a: Any, b: Any) -> tuple[tirx.Expr, tirx.Expr]:
+        first = tirx.any(a[0] > b[0], tirx.all(a[0] == b[0], a[1] >= 0, tirx.any(b[1] < 0, a[1] <= b[1])))
+        return tirx.Select(first, a[0], b[0]), tirx.Select(first, a[1], b[1])
+
+    reducer = te.comm_reducer(better, lambda t0, t1: (tirx.const(low, t0), tirx.const(-1, t1)), name="max_at")
+
+    def with_places(data: te.Tensor) -> list[te.Tensor]:
+        window = window_axes()
+
+        def element(n: Any, c: Any, *at: Any) -> Any:
+            where, inside, value = read(data, n, c, at, window)
+            place: Any = tirx.IntImm("int64", 0)
+            order = list(range(rank))[::-1] if column else list(range(rank))
+            for a in order:
+                place = place * int64(dims[2 + a]) + where[a].astype("int64")
+            plane = int64(1)
+            for a in range(rank):
+                plane = plane * int64(dims[2 + a])
+            place = (n.astype("int64") * int64(dims[1]) + c.astype("int64")) * plane + place
+            return reducer((value, tirx.Select(inside, place, tirx.IntImm("int64", -1))), axis=window)
+
+        return te.compute(tuple(int64(d) for d in out), lambda *i: element(*i), name="max_pool")
+
+    both = site.te(with_places, site.x(), name="max_pool_with_argmax")
+    return [site.emit(relax.TupleGetItem(both, i)) for i in range(2)]
+
+
+@converts("LpPool")
+def lp_pool(site: Site) -> Result:
+    """(sum |x|^p)^(1/p) over each window; padding adds nothing."""
+    dims = site.shape()
+    rank = len(dims) - 2
+    power = float(site.attr("p", 2))
+    kernel = [int(k) for k in site.attr("kernel_shape")]
+    strides = [int(s) for s in site.attr("strides", [1] * rank)]
+    dilations = [int(d) for d in site.attr("dilations", [1] * rank)]
+    before, after = conv_pads(site, dims[2:], kernel, strides, dilations)
+    out: list[Dim] = [*dims[:2], *pooled_sizes(site, dims[2:], kernel, strides, dilations, before, after)]
+    dtype = site.dtype()
+    raised = site.emit(relax.op.power(relax.op.abs(site.x()), const(power, dtype)))
+
+    def compute(data: te.Tensor) -> te.Tensor:
+        window = [te.reduce_axis((0, k), name=f"k{a}") for a, k in enumerate(kernel)]
+
+        def element(n: Any, c: Any, *at: Any) -> tirx.Expr:
+            where = [v * strides[a] + window[a] * dilations[a] - before[a] for a, v in enumerate(at)]
+            inside = tirx.all(*(tirx.all(w >= 0, w < int64(dims[2 + a])) for a, w in enumerate(where)))
+            return te.sum(tirx.if_then_else(inside, data(n, c, *where), tirx.const(0, dtype)), axis=window)
+
+        return te.compute(tuple(int64(d) for d in out), lambda *i: element(*i), name="lp_pool")
+
+    return relax.op.power(site.te(compute, raised, name="lp_pool"), const(1.0 / power, dtype))
