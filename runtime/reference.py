@@ -142,7 +142,10 @@ class Reference:
         from .partition import cut
 
         values: dict[str, Any] = dict(feeds)
-        for part in cut(self.model, segments(self.model)):
+        parts = cut(self.model, segments(self.model))
+        last = {value.name or "": index for index, part in enumerate(parts) for value in part.graph.inputs}
+        last.update(dict.fromkeys(self.output_names, len(parts)))
+        for index, part in enumerate(parts):
             for value in part.graph.inputs:
                 if value.type is None:  # a model need not say what flows inside it; what flows says it
                     value.type = _type_of(values[value.name or ""])
@@ -152,6 +155,7 @@ class Reference:
             session = ort_session(part, threads=self.threads)
             inputs = {i.name: values[i.name] for i in session.get_inputs()}
             values.update(zip(names, run_session(session, names, inputs), strict=True))
+            values = {name: value for name, value in values.items() if last.get(name, -1) > index}
         for value in self.model.graph.outputs:
             if value.is_initializer() and value.const_value is not None:
                 values[value.name or ""] = value.const_value.numpy()

@@ -230,7 +230,7 @@ EDGES: dict[str, tuple[str, dict[str, np.ndarray], list[dict[str, np.ndarray]]]]
         "a (float[1] x) => (float[5,10] y, float[1] q) { y = Slice(w, from, to)  q = Neg(x) }",
         {"w": SQUARE, "from": np.array([5]), "to": np.array([10])}, [{"x": X4[:1]}]),
     "a value of no dimension": (
-        "a (float[] x, int64[] n) => (float[] y, int64[] m, float[] x2) { y = Neg(x)  m = Neg(n)  x2 = Identity(x) }",
+        "a (float x, int64 n) => (float y, int64 m, float x2) { y = Neg(x)  m = Neg(n)  x2 = Identity(x) }",
         {}, [{"x": np.array(3, np.float32), "n": np.array(4)}]),
     "dimensions of size zero": (
         "a (float[N,0] x) => (float[N,0] y, float[N] s) { y = Relu(x)  s = ReduceSum<keepdims=0>(x, axes) }",

@@ -1,0 +1,156 @@
+"""Inputs made up so that a model accepts them, and inputs from files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from graphwright.passes.errors import GraphwrightError, InputError
+from graphwright.runtime.feeds import (
+    Feeds,
+    check_names,
+    index_bound,
+    load_feeds,
+    made_up,
+    required_inputs,
+    samples,
+)
+from graphwright.runtime.reference import Reference
+from onnx import numpy_helper, parser
+
+HEADER = '<ir_version: 10, opset_import: ["" : 20]>'
+
+
+def model(text: str, **weights: np.ndarray) -> ir.Model:
+    proto = parser.parse_model(f"{HEADER}\ng {text}")
+    proto.graph.initializer.extend(numpy_helper.from_array(a, n) for n, a in weights.items())
+    return ir.from_proto(proto)
+
+
+def feeds(model: ir.Model, run: Callable[[Feeds], Any] | None = None, **options: Any) -> list[Feeds]:
+    return [one for one, _ in made_up(model, run or Reference(model).run, **options)]
+
+
+def test_every_symbol_gets_two_sizes() -> None:
+    made = feeds(model("(float[N,S,8] x, int64[N,S] ids) => (float[N,S,8] y) { y = Neg(x) }"))
+    assert len(made) == 2
+    for axis in (0, 1):
+        assert made[0]["x"].shape[axis] == made[0]["ids"].shape[axis] != made[1]["x"].shape[axis]
+    assert [one["x"].dtype for one in made] == [np.float32] * 2 and made[0]["ids"].dtype == np.int64
+
+
+def test_fixed_shapes_need_one_set() -> None:
+    (made,) = feeds(model("(float[2,3] x, float s) => (float[2,3] y) { y = Mul(x, s) }"))
+    assert made["x"].shape == (2, 3) and isinstance(made["s"], np.ndarray) and made["s"].shape == ()
+
+
+@pytest.mark.parametrize("word", ["bool", "int64", "float", "uint8", "float16", "double"])
+def test_scalars_are_arrays(word: str) -> None:
+    """NumPy's generators return plain scalars for shape (), which onnxruntime does not take."""
+    (made,) = feeds(model(f"({word} x) => ({word} y) {{ y = Identity(x) }}"))
+    assert isinstance(made["x"], np.ndarray) and made["x"].shape == ()
+
+
+def test_the_same_seed_gives_the_same_numbers() -> None:
+    one = model("(float[N,8] x) => (float[N,8] y) { y = Neg(x) }")
+    first, again, other = (feeds(one, seed=seed)[0]["x"] for seed in (1, 1, 2))
+    np.testing.assert_array_equal(first, again)
+    assert not np.array_equal(first, other)
+
+
+def test_indices_stay_inside_their_table() -> None:
+    table = np.zeros((5, 4), np.float32)
+    whole = model("(int64[N,S] ids) => (float[N,S,4] y) { i = Cast<to=6>(ids)  y = Gather(w, i) }", w=table)
+    assert index_bound(whole.graph.inputs[0]) == 5
+    for made in feeds(whole):
+        assert made["ids"].min() >= 0 and made["ids"].max() < 5
+
+
+def test_names_that_tell_what_they_are() -> None:
+    (made,) = feeds(model("(int64[1,8] attention_mask, int64[1,8] token_type_ids) => (int64[1,8] y)"
+                          " { y = Add(attention_mask, token_type_ids) }"))  # fmt: skip
+    assert made["attention_mask"].all() and not made["token_type_ids"].any()
+
+
+def test_sizes_that_the_model_refuses_are_passed_over() -> None:
+    """Only multiples of 32 that are not tied to the batch."""
+    whole = model("(float[N,3,H,W] x) => (float[N,3,H,W] y) { y = Neg(x) }")
+
+    def run(made: Feeds) -> int:
+        if made["x"].shape[2] % 32 or made["x"].shape[3] % 32:
+            raise InputError("not a multiple of 32")
+        return 7
+
+    found = made_up(whole, run)
+    assert len(found) == 2 and [result for _, result in found] == [7, 7]
+    assert all(made["x"].shape[2] % 32 == 0 for made, _ in found)
+
+
+def test_pinned_shapes_are_used() -> None:
+    made = feeds(model("(float[N,S] x, float[N,2] z) => (float[N,S] y) { y = Neg(x) }"), pins={"x": (3, 5)})
+    assert made[0]["x"].shape == (3, 5) and made[0]["z"].shape == (3, 2)
+
+
+def test_a_model_that_takes_nothing_says_why() -> None:
+    def run(made: Feeds) -> None:
+        raise InputError("never enough")
+
+    with pytest.raises(GraphwrightError, match="never enough"):
+        made_up(model("(float[N,8] x) => (float[N,8] y) { y = Neg(x) }"), run)
+
+
+def test_sequences_cannot_be_made_up() -> None:
+    whole = model("(seq(float[4]) x) => (int64[] y) { y = SequenceLength(x) }")
+    with pytest.raises(InputError, match="'x' is no tensor"):
+        feeds(whole)
+
+
+def test_defaults_are_not_asked_for() -> None:
+    whole = model("(float[4] x, float[4] w) => (float[4] y) { y = Add(x, w) }", w=np.ones(4, np.float32))
+    assert [value.name for value in required_inputs(whole)] == ["x"]
+    assert list(feeds(whole)[0]) == ["x"]
+
+
+def test_arrays_from_a_file(tmp_path: Path) -> None:
+    np.savez(tmp_path / "in.npz", x=np.ones(3), **{"a/b:0": np.zeros(2)})
+    found = load_feeds(tmp_path / "in.npz")
+    assert set(found) == {"x", "a/b:0"} and found["x"].shape == (3,)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "no such file"), (b"", "cannot be read as .npz"), (b"PK\x03\x04 broken", "cannot be read as .npz"),
+     (b"text\n", "cannot be read as .npz")],
+)  # fmt: skip
+def test_files_that_are_none(tmp_path: Path, content: bytes | None, message: str) -> None:
+    path = tmp_path / "in.npz"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(InputError, match=message) as caught:
+        load_feeds(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_objects_in_a_file_are_not_run(tmp_path: Path) -> None:
+    """A pickle inside an .npz could run any code."""
+    np.savez(tmp_path / "in.npz", x=np.array([{"a": 1}], object))
+    with pytest.raises(InputError, match=r"cannot be read as \.npz"):
+        load_feeds(tmp_path / "in.npz")
+
+
+@pytest.mark.parametrize(
+    ("names", "message"), [(("x", "q"), "where: the model has no input 'q'"), ((), "where: input 'x' is missing")]
+)
+def test_names(names: tuple[str, ...], message: str) -> None:
+    whole = model("(float[4] x) => (float[4] y) { y = Neg(x) }")
+    check_names({"x": np.ones(4)}, whole, "where")
+    with pytest.raises(InputError, match=message):
+        check_names(dict.fromkeys(names, np.ones(4)), whole, "where")
+
+
+def test_samples() -> None:
+    assert samples([{"x": np.ones(1)}, {"x": np.zeros(1)}])["x"][1] == 0 and samples([]) == {}
