@@ -20,6 +20,7 @@ import onnx_ir as ir
 from .errors import ModelError, WeightsError, did_you_mean
 
 LARGEST_TENSOR = 1 << 48  # elements; beyond it a shape is a mistake or an attack
+LARGEST_FUNCTION = 10_000_000  # nodes
 LARGEST_SPARSE = 1 << 28  # elements of a sparse tensor that is made dense
 
 # Domains whose operators onnxruntime has without a function body in the model.
@@ -245,17 +246,21 @@ def _check_structure(proto: onnx.ModelProto, path: Path) -> None:
 
 
 def _check_recursion(proto: onnx.ModelProto, path: Path) -> None:
-    """No function calls itself, over others neither."""
+    """No function calls itself, over others neither, and written out they do not explode."""
     bodies = {(f.domain, f.name): f for f in proto.functions}
     calls = {}
     for key, function in bodies.items():
         nodes = [*function.node, *(n for node in function.node for g in _node_graphs(node) for n in g.node)]
-        calls[key] = {(n.domain, n.op_type) for n in nodes} & set(bodies)
-    while leaves := [key for key, called in calls.items() if not called]:
+        calls[key] = [(n.domain, n.op_type) for n in nodes]
+    sizes: dict[tuple[str, str], int] = {}  # nodes of a function when every call in it is written out
+    while leaves := [key for key, called in calls.items() if all(c in sizes or c not in bodies for c in called)]:
         for key in leaves:
-            del calls[key]
-        for called in calls.values():
-            called.difference_update(leaves)
+            sizes[key] = sum(sizes.get(c, 1) for c in calls.pop(key))
+            if sizes[key] > LARGEST_FUNCTION:
+                raise ModelError(
+                    f"{path}: the function {key[0]}::{key[1]} has more than {LARGEST_FUNCTION:,} nodes when the "
+                    "functions it calls are written out; export with fewer nested functions"
+                )
     if calls:
         domain, name = next(iter(calls))
         raise ModelError(f"{path}: the function {domain}::{name} calls itself; functions of a model may not")

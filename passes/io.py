@@ -39,6 +39,8 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
     if not path.exists():
         near = did_you_mean(path.name, [p.name for p in path.parent.glob("*.onnx")]) if path.parent.is_dir() else ""
         raise ModelError(f"{path}: no such file" + (f"; {near}" if "did" in near else ""))
+    if not path.is_file():
+        raise ModelError(f"{path}: is not a regular file; expected an ONNX file")
     proto = wire.read_model(path)
     check_proto(proto, path)
     set_aside = _set_aside(proto)

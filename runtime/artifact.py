@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -58,7 +58,7 @@ class RegionSpec(_Strict):
     one tuple of the parameters. For onnxruntime: `file` is a model, and `reasons` says, site by site, why.
     """
 
-    runtime: str
+    runtime: Literal["tvm", "onnxruntime"]
     file: str
     inputs: list[str]
     outputs: list[str]
@@ -124,7 +124,7 @@ class Artifact:
             raise ArtifactError(f"{root}: no {MANIFEST} in it; expected an artifact folder made by optimize --target")
         try:
             data = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ArtifactError(f"{path}: cannot be read ({first_line(error)}); compile the model again") from error
         version = data.get("schema_version") if isinstance(data, dict) else None
         if version != SCHEMA:

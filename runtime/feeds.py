@@ -6,6 +6,7 @@ import itertools
 import math
 import os
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -44,7 +45,7 @@ def load_feeds(path: str | os.PathLike[str]) -> Feeds:
             raise InputError(f"{path}: holds one array; expected an .npz with one array an input")
         with data:
             return {name: data[name] for name in data.files}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+    except (ValueError, OSError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(f"{path}: cannot be read as .npz ({error}); write it with numpy.savez") from error
 
 
