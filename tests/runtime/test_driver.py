@@ -1,0 +1,108 @@
+"""`optimize` on models at the edge of what can be checked or compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from graphwright.passes.errors import InputError, ModelError
+from graphwright.runtime import session
+from onnx import TensorProto, helper, numpy_helper, parser
+
+import graphwright
+
+HEADER = '<ir_version: 10, opset_import: ["" : 20]>'
+
+
+def write(path: Path, text: str, **weights: np.ndarray) -> Path:
+    model = parser.parse_model(f"{HEADER}\ng {text}")
+    model.graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in weights.items())
+    onnx.save(model, path)
+    return path
+
+
+@pytest.mark.tvm
+def test_what_the_compiler_gets_wrong_runs_on_onnxruntime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "m.onnx", "(float[N,4] x) => (float[N,4] y) { y = Tanh(x) }")
+    right = session._TvmStep.__call__
+
+    def wrong(self: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: array + 1 for name, array in right(self, values).items()}
+
+    monkeypatch.setattr(session._TvmStep, "__call__", wrong)
+    result = graphwright.optimize(path, target="cpu", out=tmp_path / "out")
+    assert result.verdict is not None and result.verdict.ok
+    (region,) = result.artifact.manifest.regions
+    assert region.runtime == "onnxruntime" and "the result is wrong" in region.reasons["y"]
+
+
+@pytest.mark.tvm
+def test_an_input_of_unknown_rank(tmp_path: Path) -> None:
+    path = write(tmp_path / "m.onnx", "(float[] x) => (float[] y) { y = Softmax(x) }")
+    assert graphwright.optimize(path, "two-pass-softmax", target="cpu", out=tmp_path / "out").verdict.ok
+    ours = graphwright.load(tmp_path / "out")
+    for shape in ((5,), (2, 3), (2, 3, 4)):
+        (y,) = ours.run(None, {"x": np.zeros(shape, np.float32)})
+        np.testing.assert_allclose(y, np.full(shape, 1 / shape[-1]), rtol=1e-6)
+
+
+def test_sizes_that_cannot_be_guessed(tmp_path: Path) -> None:
+    """A tracer baked 7 x 11 into the graph, the declared axes are dynamic: not verified, and said so."""
+    text = "(float[A,B] x) => (float[C,D] y) { y = Reshape(x, s) }"
+    path = write(tmp_path / "m.onnx", text, s=np.array([11, 7]))
+    result = graphwright.optimize(path, out=tmp_path / "o.onnx")
+    assert result.verdict is None and "no inputs were found" in result.unverified
+    assert graphwright.optimize(path, out=tmp_path / "p.onnx", pins={"x": (7, 11)}).verdict.ok
+    with pytest.raises(InputError, match="no inputs were found"):
+        graphwright.optimize(path, out=tmp_path / "q.onnx", pins={"x": (7, 12)})
+    assert not (tmp_path / "q.onnx").exists()
+
+
+@pytest.mark.tvm
+def test_a_sequence_of_maps(tmp_path: Path) -> None:
+    """Classifiers from scikit-learn end in ZipMap, whose type onnx_ir has no word for."""
+    nodes = [
+        helper.make_node("Softmax", ["x"], ["p"]),
+        helper.make_node("ZipMap", ["p"], ["z"], domain="ai.onnx.ml", classlabels_int64s=[3, 9]),
+    ]
+    value = helper.make_tensor_type_proto(TensorProto.FLOAT, [])
+    maps = helper.make_sequence_type_proto(helper.make_map_type_proto(TensorProto.INT64, value))
+    graph = helper.make_graph(
+        nodes, "classifier", [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 2])],
+        [helper.make_tensor_value_info("p", TensorProto.FLOAT, ["n", 2]), helper.make_value_info("z", maps)],
+    )  # fmt: skip
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid("ai.onnx.ml", 3)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), tmp_path / "m.onnx")
+    assert graphwright.optimize(tmp_path / "m.onnx", out=tmp_path / "o.onnx").verdict.ok
+    assert onnx.load(tmp_path / "o.onnx").graph.output[1].type == maps
+    assert graphwright.optimize(tmp_path / "m.onnx", target="cpu", out=tmp_path / "out").verdict.ok
+    ours = graphwright.load(tmp_path / "out")
+    assert [output.type for output in ours.get_outputs()] == ["tensor(float)", "seq(map(int64,tensor(float)))"]
+    assert ours.run(["z"], {"x": np.zeros((1, 2), np.float32)}) == [[{3: 0.5, 9: 0.5}]]
+
+
+def test_functions_that_explode_are_refused(tmp_path: Path) -> None:
+    functions = [
+        helper.make_function(
+            "my", f"f{level}", ["a"], ["b"],
+            [helper.make_node(f"f{level + 1}", ["a"], ["c"], domain="my"),
+             helper.make_node(f"f{level + 1}", ["c"], ["b"], domain="my")],
+            [helper.make_opsetid("my", 1)],
+        )
+        for level in range(30)
+    ]  # fmt: skip
+    functions.append(
+        helper.make_function("my", "f30", ["a"], ["b"], [helper.make_node("Neg", ["a"], ["b"])],
+                             [helper.make_opsetid("", 20)])
+    )  # fmt: skip
+    kind = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in "xy"]
+    graph = helper.make_graph([helper.make_node("f0", ["x"], ["y"], domain="my")], "g", kind[:1], kind[1:])
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid("my", 1)]
+    model = helper.make_model(graph, opset_imports=opsets, functions=functions, ir_version=10)
+    onnx.save(model, tmp_path / "m.onnx")
+    with pytest.raises(ModelError, match="has more than 10,000,000 nodes when the functions it calls are written out"):
+        graphwright.optimize(tmp_path / "m.onnx", out=tmp_path / "o.onnx")
