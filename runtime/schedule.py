@@ -93,13 +93,31 @@ def _schedule_block(schedule: s_tir.Schedule, info: Any, target: Target) -> None
     if reduction and not _conditional(schedule, info.block_rv):
         _reduce(schedule, info.block_rv, spatial, reduction, target, parallel)
         return
-    # The innermost loop of elementwise work stays as it is: LLVM finds the vectors, and splits off conditions.
     if not reduction:
-        loops = loops[:-1] or loops
+        loops = _elementwise(schedule, info.block_rv, loops, _extent(spatial[-1]), target)
     if parallel:
         schedule.parallel(schedule.fuse(*loops))
     if reduction:
         _start_from_zero(schedule, info.block_rv, reduction)
+
+
+def _elementwise(schedule: s_tir.Schedule, block: Any, loops: list[Any], last: int | None, target: Target) -> list[Any]:
+    """Vectorise the innermost loop where its reads are plain. Returns the loops that may run in parallel."""
+    lanes = _lanes(last, target.isa.lanes())
+    *outer, inner = loops
+    if lanes < min(8, target.isa.lanes()) or not _plain(schedule, block):
+        return outer or loops
+    middle, vector = schedule.split(inner, [None, lanes])
+    schedule.vectorize(vector)
+    return [*outer, middle]
+
+
+def _plain(schedule: s_tir.Schedule, block: Any) -> bool:
+    """Whether a block reads by plain sums of its loops: neither choices nor quotients and remainders, which TVM's
+    vectoriser gets wrong in some nests.
+    """
+    text = str(schedule.get(block).body)
+    return not any(word in text for word in ("if_then_else", "//", "%", "Select"))
 
 
 def _conditional(schedule: s_tir.Schedule, block: Any) -> bool:
