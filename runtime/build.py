@@ -238,7 +238,11 @@ def _compile_all(
             results.append(Compiler.shared().compile(path, target.to_json(), folder))
         except CompileError as error:
             log.debug("region %d: %s", index, error)
-            blamed = _refused_of(region.nodes, path, target)
+            try:
+                blamed = _refused_of(region.nodes, path, target)
+            except CompileError as second:  # the look itself failed, or crashed
+                log.debug("region %d: no look at its nodes: %s", index, second)
+                blamed = {}
             if not blamed and not target.is_cpu:
                 raise
             refused.update(blamed or _culprits(region.nodes, part, target, work, error))

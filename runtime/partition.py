@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import onnx_ir as ir
 
 from ..passes.graph import site, subgraphs
 
-TVM, ONNXRUNTIME = "tvm", "onnxruntime"
+TVM: Final = "tvm"
+ONNXRUNTIME: Final = "onnxruntime"
 
 
 @dataclass(frozen=True)

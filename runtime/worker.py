@@ -162,10 +162,11 @@ def _compile(path: str, target_json: dict[str, Any], folder: str) -> Compiled:
 def _refusals(path: str, target_json: dict[str, Any]) -> dict[int, str]:
     import onnx
 
+    model = onnx.load(path)
     from .importer import refusals
     from .target import Target
 
-    return refusals(onnx.load(path), Target.from_json(target_json))
+    return refusals(model, Target.from_json(target_json))
 
 
 REQUESTS: dict[str, Callable[..., Any]] = {"compile": _compile, "refusals": _refusals}

@@ -26,9 +26,11 @@ LIGHT = frozenset({"tools", "graphwright"})
 LIGHT_PACKAGES = frozenset({"click", "graphwright"})
 # Modules that are nothing without the package, and imported late themselves.
 ONLY_WITH = {
-    "tvm": ("runtime/phases.py", "runtime/schedule.py", "runtime/importing/", "runtime/kernels/"),
+    "tvm": (
+        "runtime/importer.py", "runtime/importing/", "runtime/kernels/", "runtime/phases.py", "runtime/schedule.py",
+    ),
     "torch": ("models/llama.py", "models/minilm.py", "models/mobilenet.py", "models/vit.py"),
-}
+}  # fmt: skip
 LATE = ("tools/bench", "tools/backend", "tools/config.py")
 
 
