@@ -104,6 +104,11 @@ def _nbytes(constant: tvm.ir.GenericConst) -> int:
     return size * (tvm.DataType(str(array.dtype)).bits + 7) // 8
 
 
+def _lifted(constant: tvm.ir.GenericConst) -> bool:
+    """Large ones, and empty ones: TVM writes them into a library but cannot load them from it."""
+    return _nbytes(constant) > LIFT or _nbytes(constant) == 0
+
+
 def lift_constants(module: tvm.IRModule) -> tuple[tvm.IRModule, list[tvm.runtime.Tensor]]:
     """Move the large constants of `main` out of the module: they become the elements of its last parameter."""
     function = module[MAIN]
@@ -111,7 +116,7 @@ def lift_constants(module: tvm.IRModule) -> tuple[tvm.IRModule, list[tvm.runtime
     seen: set[tvm.ir.GenericConst] = set()
 
     def collect(expression: relax.Expr) -> None:
-        if isinstance(expression, tvm.ir.GenericConst) and expression not in seen and _nbytes(expression) > LIFT:
+        if isinstance(expression, tvm.ir.GenericConst) and expression not in seen and _lifted(expression):
             seen.add(expression)
             constants.append(expression)
 

@@ -240,7 +240,7 @@ def mapped_weights(path: Path, parameters: Sequence[Parameter]) -> list[np.ndarr
     """Constant tensors as views of one copy-on-write memory map."""
     if not parameters:
         return []
-    whole = np.memmap(path, np.uint8, "c")
+    whole = np.memmap(path, np.uint8, "c") if path.stat().st_size else np.empty(0, np.uint8)
     for p in parameters:
         if p.nbytes != math.prod(p.shape) * numpy_type(p.dtype).itemsize or not 0 <= p.offset <= len(whole) - p.nbytes:
             raise ArtifactError(f"{path}: parameter {p.name} does not lie in the weights; compile the model again")
