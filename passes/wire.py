@@ -213,16 +213,3 @@ def write_model(proto: onnx.ModelProto, streams: dict[str, tuple[int, Stream]], 
     for header, stream in parts:
         file.write(header)
         stream(file)
-
-
-def copy_range(source: Path, offset: int, length: int, target: BinaryIO) -> None:
-    """Append `length` bytes of `source` from `offset` to `target`, a chunk at a time."""
-    with open(source, "rb") as file:
-        file.seek(offset)
-        left = length
-        while left:
-            chunk = file.read(min(CHUNK, left))
-            if not chunk:
-                raise ModelError(f"{source}: ends {left} bytes early; was it changed while being read?")
-            target.write(chunk)
-            left -= len(chunk)
