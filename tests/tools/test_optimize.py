@@ -107,7 +107,8 @@ def test_calibration_is_what_the_result_is_checked_with(cli: Cli, model: Path, i
 
 def test_verbose_says_what_happens_on_stderr(cli: Cli, model: Path) -> None:
     result = cli("optimize", model, *SIMPLIFY, "-v")
-    assert [line.split()[-1] for line in result.stderr.splitlines()] == ["load", "reference", "simplify", "verify", "save"]
+    steps = ["load", "reference", "simplify", "verify", "save"]
+    assert [line.split()[-1] for line in result.stderr.splitlines()] == steps
     assert re.search(r"^i +fired", result.stdout, re.M)
 
 
