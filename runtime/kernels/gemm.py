@@ -1,0 +1,313 @@
+"""Matrix products: a register tile of rows x vectors, B in panels of a tile's width, an epilogue on the tile.
+
+    Y[m, n] = finish(sum over k of A[m, k] · B[k, n])
+
+B is constant and packed once (`pack`): panels of up to `GemmTile.vectors` vectors of columns, each [K][panel width], so
+that the inner loop reads it in order. Where B is computed at run time (`packed=False`) its rows are read in place.
+Rows are cut into tiles of two sizes that differ by one, so that no tile is nearly empty.
+
+Names: m, n, k rows, columns, depth; a, b, y flat buffers; tile: rows x vectors of accumulators in registers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from tvm import tirx
+from tvm.tirx.script import builder as T
+
+from ...passes.base import Caches
+from ..target import InstructionSet
+from .vectors import Buffer, Expr, Vectors
+
+# Bytes below which a buffer of scope "global" stays on the stack, where LLVM turns it into registers.
+REGISTER_BUFFER = 1024
+# Multiply-adds below which a second thread costs more than it gives.
+PARALLEL = 1 << 17
+UNROLL = 4  # steps of k that are written out
+
+# Called with a vector of results, its row and first column, and how many of its lanes exist (None: all).
+Finish = Callable[[Expr, Expr, Expr, "int | None"], None]
+
+
+@dataclass(frozen=True)
+class GemmSpec:
+    """Sizes of a product. rows: None when known at run time. packed: B is a constant in panels.
+
+    batch: how many products of these sizes lie behind each other, 1 for a packed B. shared_a, shared_b: all of them
+    read the same A or B.
+    """
+
+    rows: int | None
+    inner: int | None
+    columns: int
+    packed: bool = True
+    batch: int | None = 1
+    shared_a: bool = False
+    shared_b: bool = False
+
+    @property
+    def flops(self) -> int:
+        """Multiplications and additions; 0 where a size is known only at run time."""
+        return 2 * (self.batch or 0) * (self.rows or 0) * (self.inner or 0) * self.columns
+
+
+@dataclass(frozen=True)
+class GemmTile:
+    """Rows and vectors of accumulators."""
+
+    rows: int
+    vectors: int
+
+
+def choose_tile(rows: int | None, columns: int, isa: InstructionSet, lanes: int) -> GemmTile:
+    """The tile that keeps the most accumulators and wastes the fewest, for a machine of `isa.registers` registers.
+
+    The accumulators, the vectors of B of one step and the element of A that meets them fit into registers.
+    """
+    total = -(-columns // lanes)
+    best, best_cost = GemmTile(1, 1), float("inf")
+    for vectors in (1, 2, 3, 4, 6, 8):
+        if vectors > max(1, total):
+            break
+        most = (isa.registers - 1 - vectors) // vectors
+        if most < 1:
+            break
+        height = most if rows is None else -(-rows // -(-rows // most)) if rows else 1
+        # Per step of k: an FMA a cycle and unit, a load a cycle and unit, latency hidden by eight accumulators.
+        work = max(height * vectors, height + vectors, min(8, 2 * isa.registers // 4))
+        tiles = -(-total // vectors) * (1 if rows is None else -(-rows // height)) / height ** (rows is None)
+        cost = work * tiles * (1 + 0.02 * abs(vectors - 2))
+        if cost < best_cost:
+            best, best_cost = GemmTile(height, vectors), cost
+    return best
+
+
+def panels(columns: int, tile: GemmTile, lanes: int) -> list[tuple[int, int]]:
+    """(first vector, vectors) of each panel; the last may be narrower."""
+    total = -(-columns // lanes)
+    return [(first, min(tile.vectors, total - first)) for first in range(0, total, tile.vectors)]
+
+
+def pack(b: np.ndarray, tile: GemmTile, lanes: int) -> np.ndarray:
+    """B of shape (K, N) as panels behind each other, zeros in the lanes beyond N. Flat float32."""
+    inner, columns = b.shape
+    width = -(-columns // lanes) * lanes
+    padded = np.zeros((inner, width), np.float32)
+    padded[:, :columns] = b
+    parts = [
+        padded[:, first * lanes : (first + count) * lanes].reshape(-1) for first, count in panels(columns, tile, lanes)
+    ]
+    return np.concatenate(parts) if parts else padded.reshape(-1)
+
+
+@dataclass
+class GemmEmitter:
+    """Emits a product into the IR builder that is open.
+
+    rows, inner, batch: the sizes, as numbers where the spec knows them. a, b: flat float32 buffers. index: type of
+    offsets.
+    """
+
+    vectors: Vectors
+    spec: GemmSpec
+    tile: GemmTile
+    rows: Expr | int
+    inner: Expr | int
+    batch: Expr | int
+    a: Buffer
+    b: Buffer
+    finish: Finish
+    threads: int
+    caches: Caches
+    index: str = "int64"
+
+    def const(self, value: int | Expr) -> Expr:
+        return tirx.const(value, self.index) if isinstance(value, int) else value
+
+    def emit(self) -> None:
+        """The whole product."""
+        spec, lanes = self.spec, self.vectors.lanes
+        cuts = panels(spec.columns, self.tile, lanes)
+        if not cuts or self.rows == 0 or self.batch == 0:
+            return
+        uneven = cuts[-1][1] < self.tile.vectors or spec.columns % lanes != 0
+        full = len(cuts) - uneven
+        chunks, per_chunk = self._chunks()
+        tasks = self.const(self.batch) * self.const(chunks) * self.const(len(cuts))
+        with (T.parallel if self._parallel() else T.serial)(tasks) as task:
+            panel = T.Bind(tirx.floormod(task, self.const(len(cuts))))
+            rest = T.Bind(tirx.floordiv(task, self.const(len(cuts))))
+            chunk = T.Bind(tirx.floormod(rest, self.const(chunks)))
+            item = T.Bind(tirx.floordiv(rest, self.const(chunks)))
+
+            def whole() -> None:
+                self._panel(_Panel(panel, self.tile.vectors, None), chunk, per_chunk, item)
+
+            def last() -> None:
+                self._panel(_Panel(self.const(full), cuts[-1][1], spec.columns % lanes or None), chunk, per_chunk, item)
+
+            if not uneven:
+                whole()
+            elif not full:
+                last()
+            else:
+                with T.If(panel < self.const(full)):
+                    with T.Then():
+                        whole()
+                    with T.Else():
+                        last()
+
+    def _parallel(self) -> bool:
+        if self.threads == 1:
+            return False
+        work = self.spec.columns
+        for size in (self.rows, self.inner, self.batch):
+            work *= size if isinstance(size, int) else 64
+        return work >= PARALLEL
+
+    def _chunks(self) -> tuple[int | Expr, int]:
+        """Chunks of row tiles that go through one panel behind each other, and the tiles of one.
+
+        A chunk of A stays in half of the second-level cache; there are enough chunks for the threads.
+        """
+        inner = self.spec.inner or 1024
+        most = max(1, self.caches.l2 // 2 // max(1, self.tile.rows * inner * 4))
+        if not isinstance(self.rows, int):
+            per_chunk = min(most, 16)
+            step = self.const(per_chunk * self.tile.rows)
+            return T.Bind(tirx.floordiv(self.rows + step - self.const(1), step)), per_chunk
+        tiles = -(-self.rows // self.tile.rows)
+        side = -(-self.spec.columns // (self.tile.vectors * self.vectors.lanes)) * (self.spec.batch or 1)
+        least = 1
+        if self.threads > 1 and side % self.threads and side < 8 * self.threads:
+            least = min(tiles, 2 * self.threads)
+        chunks = max(least, -(-tiles // most))
+        per_chunk = -(-tiles // chunks)
+        return -(-tiles // per_chunk), per_chunk
+
+    def _panel(self, panel: _Panel, chunk: Expr, per_chunk: int, item: Expr) -> None:
+        """All row tiles of one chunk against one panel."""
+        height, const = self.tile.rows, self.const
+        first = T.Bind(chunk * const(per_chunk))
+        if isinstance(self.rows, int):
+            tiles = -(-self.rows // height)
+            tall = tiles - (tiles * height - self.rows)  # tiles of `height` rows; the others have one less
+            last = T.Bind(T.min(first + const(per_chunk), const(tiles)))
+            with T.serial(last - first) as step:
+                at = T.Bind(first + step)
+                row = T.Bind(at * const(height) - T.max(const(0), at - const(tall)))
+                if tall == tiles or tall == 0:
+                    self._tile(height if tall else height - 1, panel, row, item)
+                else:
+                    with T.If(at < const(tall)):
+                        with T.Then():
+                            self._tile(height, panel, row, item)
+                        with T.Else():
+                            self._tile(height - 1, panel, row, item)
+            return
+        start = T.Bind(first * const(height))
+        stop = T.Bind(T.min(start + const(per_chunk * height), self.rows))
+        whole = T.Bind(tirx.floordiv(stop - start, const(height)))
+        with T.serial(whole) as step:
+            self._tile(height, panel, T.Bind(start + step * const(height)), item)
+        done = T.Bind(start + whole * const(height))
+        left = T.Bind(stop - done)
+        size = 1 << (height.bit_length() - 1)
+        while size:
+            # What is left is a sum of powers of two, the largest first.
+            with T.If(T.bitwise_and(left, const(size)) != const(0)), T.Then():
+                before = T.Bind(done + T.bitwise_and(left, const(-2 * size)))
+                self._tile(size, panel, before, item)
+            size //= 2
+
+    def _tile(self, height: int, panel: _Panel, row: Expr, item: Expr) -> None:
+        """`height` rows of one panel, from the first product to the epilogue."""
+        v, spec, lanes, const = self.vectors, self.spec, self.vectors.lanes, self.const
+        count = panel.vectors
+        accumulators = Accumulators(v, height * count)
+        column = T.Bind(panel.number * const(self.tile.vectors * lanes))
+        row_of_a = row if spec.shared_a else item * const(self.rows) + row
+        a_start = T.Bind(row_of_a * const(self.inner))
+        if spec.packed:
+            b_start, b_step = T.Bind(column * const(self.inner)), count * lanes
+        else:
+            before = const(0) if spec.shared_b else item * const(self.inner) * const(spec.columns)
+            b_start, b_step = T.Bind(before + column), spec.columns
+
+        def step(k: Expr) -> None:
+            bs = []
+            for j in range(count):
+                at = b_start + k * const(b_step) + const(j * lanes)
+                partial = not spec.packed and panel.lanes is not None and j == count - 1
+                bs.append(v.load(self.b, at, const(panel.lanes) if partial and panel.lanes else None))
+            for i in range(height):
+                a = T.Bind(v.splat(self.a[a_start + const(i) * const(self.inner) + k]))
+                for j in range(count):
+                    accumulators.add(i * count + j, a, bs[j])
+
+        repeat(self.inner, UNROLL, step, self.index)
+        for i in range(height):
+            for j in range(count):
+                there = panel.lanes if j == count - 1 else None
+                at_row = item * const(self.rows) + row + const(i)
+                self.finish(accumulators.value(i * count + j), at_row, column + const(j * lanes), there)
+
+
+@dataclass(frozen=True)
+class _Panel:
+    """Columns that one tile covers. lanes: how many of the last vector exist, None for all."""
+
+    number: Expr
+    vectors: int
+    lanes: int | None
+
+
+def repeat(count: int | Expr, unroll: int, body: Callable[[Expr], None], index: str) -> None:
+    """`body(k)` for k below `count`, `unroll` of them written out in each turn of the loop."""
+
+    def const(value: int) -> Expr:
+        return tirx.const(value, index)
+
+    if isinstance(count, int):
+        whole, rest = divmod(count, unroll)
+        if whole > 1:
+            with T.serial(const(whole)) as outer:
+                first = T.Bind(outer * const(unroll))
+                for u in range(unroll):
+                    body(first + const(u))
+        for k in range(whole * unroll if whole > 1 else 0, count):
+            body(const(k))
+        return
+    whole = T.Bind(tirx.floordiv(count, const(unroll)))
+    with T.serial(whole) as outer:
+        first = T.Bind(outer * const(unroll))
+        for u in range(unroll):
+            body(first + const(u))
+    done = T.Bind(whole * const(unroll))
+    with T.serial(count - done) as k:
+        body(done + k)
+
+
+class Accumulators:
+    """Vectors that live in registers, in buffers small enough for the stack."""
+
+    def __init__(self, vectors: Vectors, count: int) -> None:
+        self.vectors = vectors
+        self.each = (REGISTER_BUFFER - 1) // (4 * vectors.lanes)
+        sizes = [min(self.each, count - first) for first in range(0, count, self.each)]
+        self.buffers = [vectors.registers(size, 0.0) for size in sizes]
+
+    def _place(self, number: int) -> tuple[Buffer, Expr]:
+        return self.buffers[number // self.each], self.vectors.at(number % self.each * self.vectors.lanes)
+
+    def value(self, number: int) -> Expr:
+        buffer, at = self._place(number)
+        return buffer[at]
+
+    def add(self, number: int, a: Expr, b: Expr) -> None:
+        """accumulator += a·b."""
+        buffer, at = self._place(number)
+        T.buffer_store(buffer, self.vectors.fma(a, b, buffer[at]), [at])
