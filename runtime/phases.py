@@ -21,29 +21,38 @@ def compile_module(module: tvm.IRModule, target: Target) -> tuple[Any, list[tvm.
     """
     tvm_target = target.tvm()
     with tvm_target, tvm.transform.PassContext(opt_level=3):
-        module = legalize(tvm_target)(module)
+        module = legalize(module, target)
+        module = fuse(module, target)
         module = schedule(module, target)
         module, constants = lift_constants(module)
         module = lower()(module)
     return relax.build(module, tvm_target, relax_pipeline=None), constants
 
 
-def legalize(target: tvm.target.Target) -> tvm.transform.Pass:
-    """Operators -> fused loop nests."""
-    gpu = "gpu" in target.keys
-    dispatch = [relax.backend.DispatchSampling(), relax.backend.DispatchSortScan()]
-    return tvm.transform.Sequential(
-        [
-            *dispatch,
-            relax.transform.FoldConstant(),
-            relax.transform.LegalizeOps(enable_warning=False),
-            relax.transform.AnnotateTIROpPattern(),
-            relax.transform.FoldConstant(),
-            relax.transform.FuseOps(),
-            relax.transform.FuseTIR(),
-            *([tvm.s_tir.dlight.ApplyDefaultSchedule(*_gpu_rules())] if gpu else []),
-        ]
-    )
+def legalize(module: tvm.IRModule, target: Target) -> tvm.IRModule:
+    """Operators -> loop nests, and on a CPU anchors of kernel templates."""
+    dispatch = [relax.backend.DispatchSampling(), relax.backend.DispatchSortScan(), relax.transform.FoldConstant()]
+    module = tvm.transform.Sequential(dispatch)(module)
+    if target.is_cpu:
+        from .plan import LOOKED_AT, plan
+
+        module = relax.transform.LegalizeOps(skip_ops=LOOKED_AT, enable_warning=False)(module)
+        module = plan(module, target)
+    rest = [relax.transform.LegalizeOps(enable_warning=False), relax.transform.AnnotateTIROpPattern()]
+    return tvm.transform.Sequential([*rest, relax.transform.FoldConstant()])(module)
+
+
+def fuse(module: tvm.IRModule, target: Target) -> tvm.IRModule:
+    """Loop nests -> fewer loop nests, and on a CPU kernels for those that a template takes."""
+    module = relax.transform.FuseOps()(module)
+    if target.is_cpu:
+        from .templates import claim
+
+        module = claim(module, target)
+    module = relax.transform.FuseTIR()(module)
+    if "gpu" in target.tvm().keys:
+        module = tvm.s_tir.dlight.ApplyDefaultSchedule(*_gpu_rules())(module)
+    return module
 
 
 def _gpu_rules() -> list[Any]:

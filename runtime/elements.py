@@ -1,0 +1,371 @@
+"""Elementwise functions as small trees, and trees as explicit vectors.
+
+TVM's loop nests of elementwise operators, and chains of them that Relax fuses, become one tree of operations whose
+leaves are loads with a constant stride for every axis of the output (`tree_of`). Such a tree is emitted as vectors
+along the last axis, by kernels of its own (`runtime.kernels.elementwise`) or as the epilogue of another one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import tvm
+from tvm import sym, tirx
+from tvm.ir import TensorLoad
+from tvm.ir import prim as ir_prim
+from tvm.tirx.script import builder as T
+
+from .kernels.functions import FUNCTIONS
+from .kernels.vectors import Buffer, Expr, Vectors
+
+P = ir_prim.expr
+
+
+class NotElementwise(Exception):
+    """A loop nest that is no tree of elements, with the reason."""
+
+
+@dataclass(frozen=True)
+class Load:
+    """An element of tensor `source` at base + the sum of strides x axes, in elements."""
+
+    source: int
+    base: int
+    strides: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Constant:
+    value: float | int
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Apply:
+    """An operation on trees. op: a name of OPERATIONS or of FUNCTIONS, "cast" or "select"."""
+
+    op: str
+    args: tuple[Tree, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """The value that a kernel hands to its epilogue."""
+
+    dtype: str = "float32"
+
+
+Tree: TypeAlias = "Load | Constant | Apply | Anchor"
+
+OPERATIONS: dict[str, Callable[[Expr, Expr], Expr]] = {
+    "add": lambda a, b: a + b, "sub": lambda a, b: a - b, "mul": lambda a, b: a * b, "div": lambda a, b: a / b,
+    "max": lambda a, b: T.max(a, b), "min": lambda a, b: T.min(a, b),
+    "lt": lambda a, b: a < b, "le": lambda a, b: a <= b, "gt": lambda a, b: a > b, "ge": lambda a, b: a >= b,
+    "eq": lambda a, b: a == b, "ne": lambda a, b: a != b,
+    "and": lambda a, b: T.And(a, b), "or": lambda a, b: T.Or(a, b),
+}  # fmt: skip
+_BINARY = {
+    P.Add: "add", P.Sub: "sub", P.Mul: "mul", P.Div: "div", P.Max: "max", P.Min: "min", P.LT: "lt", P.LE: "le",
+    P.GT: "gt", P.GE: "ge", P.EQ: "eq", P.NE: "ne", P.And: "and", P.Or: "or",
+}  # fmt: skip
+DTYPES = frozenset({"float32", "int32", "int64", "bool"})
+
+
+# --- from TIR ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Nest:
+    """One perfect loop nest that writes every element of its output once. parameters: buffers in order, the output
+    last."""
+
+    axes: tuple[Any, ...]
+    extents: tuple[int, ...]
+    value: Any
+    parameters: tuple[Any, ...]
+
+
+def nest_of(function: tirx.PrimFunc) -> Nest:
+    """Raises NotElementwise when a function is anything else than one elementwise nest over static shapes."""
+    block = getattr(function.body, "block", None)
+    if block is None or len(block.alloc_buffers):
+        raise NotElementwise("it is not one nest of loops")
+    body = block.body
+    loops = []
+    while isinstance(body, tirx.For):
+        if not isinstance(body.extent, tirx.IntImm) or int(body.min) != 0:
+            raise NotElementwise("its loops have dynamic extents")
+        loops.append(body)
+        body = body.body
+    realize = body
+    if not isinstance(realize, tvm.s_tir.SBlockRealize) or not isinstance(realize.block.body, tirx.BufferStore):
+        raise NotElementwise("it is not one nest of loops")
+    inner = realize.block
+    if inner.init is not None or any(v.iter_type != tirx.IterVar.DataPar for v in inner.iter_vars):
+        raise NotElementwise("it reduces")
+    values = list(realize.iter_values)
+    if len(values) != len(loops) or any(not v.same_as(loop.loop_var) for v, loop in zip(values, loops, strict=True)):
+        raise NotElementwise("its blocks are not its loops")
+    axes = tuple(v.var for v in inner.iter_vars)
+    store = inner.body
+    if len(store.indices) != len(axes) or any(not i.same_as(a) for i, a in zip(store.indices, axes, strict=True)):
+        raise NotElementwise("it does not write in order")
+    if not function.params or not store.buffer.same_as(function.params[-1]):
+        raise NotElementwise("it has more than one output")
+    extents = tuple(int(loop.extent) for loop in loops)
+    return Nest(axes, extents, store.value, tuple(function.params))
+
+
+Source: TypeAlias = "Callable[[Sequence[Any]], Tree]"
+
+
+class _Reader:
+    """TIR expressions of one nest as trees. sources: what a load from each of its buffers is."""
+
+    def __init__(self, nest: Nest, sources: Mapping[Any, Source], index: Mapping[Any, Any]) -> None:
+        self.sources, self.index = sources, index
+        self.nest = nest
+
+    def tree(self, e: Any) -> Tree:
+        dtype = str(e.ty.dtype) if hasattr(e.ty, "dtype") else str(e.ty)
+        if dtype not in DTYPES:
+            raise NotElementwise(f"it computes in {dtype}")
+        if isinstance(e, TensorLoad):
+            if e.source not in self.sources:
+                raise NotElementwise("it reads what it does not have")
+            return self.sources[e.source]([self.scalar(i) for i in e.indices])
+        if isinstance(e, tirx.IntImm | tirx.FloatImm):
+            value = float(e.value) if isinstance(e, tirx.FloatImm) else int(e.value)
+            return Constant(value, dtype)
+        kind = _BINARY.get(type(e))
+        if kind is not None:
+            return Apply(kind, (self.tree(e.a), self.tree(e.b)), dtype)
+        if isinstance(e, P.Not):
+            return Apply("eq", (self.tree(e.a), Constant(0, "bool")), dtype)
+        if isinstance(e, P.Select):
+            parts = (self.tree(e.condition), self.tree(e.true_value), self.tree(e.false_value))
+            return Apply("select", parts, dtype)
+        if isinstance(e, P.Cast):
+            inner = self.tree(e.value)
+            return inner if inner.dtype == dtype else Apply("cast", (inner,), dtype)
+        if isinstance(e, tvm.ir.Call):
+            return self.call(e, dtype)
+        raise NotElementwise(f"it computes a {type(e).__name__}")
+
+    def call(self, e: Any, dtype: str) -> Tree:
+        name = str(e.op.name).rpartition(".")[2] if isinstance(e.op, tvm.ir.Op) else ""
+        if name == "pow" or name == "power":
+            return self.power(e, dtype)
+        if name not in FUNCTIONS or dtype != "float32" or len(e.args) != 1:
+            raise NotElementwise(f"it calls {name or 'a function'}")
+        return Apply(name, (self.tree(e.args[0]),), dtype)
+
+    def power(self, e: Any, dtype: str) -> Tree:
+        base, exponent = (self.tree(a) for a in e.args)
+        value = exponent.value if isinstance(exponent, Constant) else None
+        if dtype != "float32" or value not in (0.5, 1, 2, 3, -1):
+            raise NotElementwise("it raises to a power that varies")
+        if value == 0.5:
+            return Apply("sqrt", (base,), dtype)
+        if value == -1:
+            return Apply("div", (Constant(1.0, dtype), base), dtype)
+        result = base
+        for _ in range(int(value) - 1):
+            result = Apply("mul", (result, base), dtype)
+        return result
+
+    def scalar(self, e: Any) -> Any:
+        """An index with this nest's axes replaced by what they are in the output's axes."""
+        if e in self.index:
+            return self.index[e]
+        if isinstance(e, tirx.IntImm):
+            return e
+        kind = {P.Add: lambda a, b: a + b, P.Sub: lambda a, b: a - b, P.Mul: lambda a, b: a * b}.get(type(e))
+        if kind is None:
+            raise NotElementwise("it reads at computed places")
+        return kind(self.scalar(e.a), self.scalar(e.b))
+
+
+def load_source(number: int, shape: Sequence[int], dtype: str, axes: Sequence[Any]) -> Source:
+    """Loads from a row-major tensor of that shape, as leaves over the output's axes."""
+
+    def load(indices: Sequence[Any]) -> Tree:
+        flat: Any = tirx.IntImm("int64", 0)
+        for position, i in enumerate(indices):
+            flat = flat + i.astype("int64") * tirx.IntImm("int64", math.prod(shape[position + 1 :]))
+        terms = sym.detect_linear_equation(flat, list(axes)) if axes else [flat]
+        simplify = sym.Analyzer().simplify
+        numbers = [simplify(t) for t in terms]
+        if not numbers or not all(isinstance(t, tirx.IntImm) for t in numbers):
+            raise NotElementwise("it reads at computed places")
+        *strides, base = (int(t) for t in numbers)
+        return Load(number, base, tuple(strides), dtype)
+
+    return load
+
+
+def nested_source(nest: Nest, sources: Sequence[Source]) -> Source:
+    """Elements of another nest, computed where they are read. sources: of its inputs."""
+    known = dict(zip(nest.parameters[:-1], sources, strict=True))
+
+    def value(indices: Sequence[Any]) -> Tree:
+        return _Reader(nest, known, dict(zip(nest.axes, indices, strict=True))).tree(nest.value)
+
+    return value
+
+
+def anchor_source(axes: Sequence[Any], dtype: str) -> Source:
+    """The value of the kernel whose epilogue this is: readable at the output's own place only."""
+
+    def value(indices: Sequence[Any]) -> Tree:
+        analyzer = sym.Analyzer()
+        if len(indices) != len(axes) or not all(
+            i.same_as(a) or analyzer.can_prove_equal(i, a) for i, a in zip(indices, axes, strict=True)
+        ):
+            raise NotElementwise("the epilogue reads other elements than its own")
+        return Anchor(dtype)
+
+    return value
+
+
+def axes_of(shape: Sequence[int]) -> list[Any]:
+    """Variables for the axes of an output."""
+    return [tirx.Var(f"i{n}", "int64") for n in range(len(shape))]
+
+
+# --- to vectors -------------------------------------------------------------------------------------------------
+
+
+def leaves(tree: Tree) -> list[Load]:
+    """Every distinct load of a tree."""
+    found: dict[Load, None] = {}
+    stack: list[Tree] = [tree]
+    while stack:
+        node = stack.pop()
+        if isinstance(node, Load):
+            found[node] = None
+        elif isinstance(node, Apply):
+            stack.extend(node.args)
+    return list(found)
+
+
+def collapsed(tree: Tree, extents: Sequence[int]) -> tuple[Tree, tuple[int, ...], list[list[int]]]:
+    """The tree over fewer axes: neighbours that every leaf and the output walk through as one are one.
+
+    Returns the tree, the new extents, and for each new axis the old ones it stands for. Axes of one element vanish
+    into their neighbours.
+    """
+    loads = leaves(tree)
+
+    def representative(group: list[int]) -> int:
+        return next((a for a in reversed(group) if extents[a] != 1), group[-1])
+
+    groups: list[list[int]] = []
+    for axis in range(len(extents)):
+        last = representative(groups[-1]) if groups else None
+        if last is not None and (
+            extents[axis] == 1
+            or extents[last] == 1
+            or all(load.strides[last] == load.strides[axis] * extents[axis] for load in loads)
+        ):
+            groups[-1].append(axis)
+        else:
+            groups.append([axis])
+    chosen = [representative(g) for g in groups]
+
+    def rebuilt(node: Tree) -> Tree:
+        if isinstance(node, Load):
+            return Load(node.source, node.base, tuple(node.strides[a] for a in chosen), node.dtype)
+        if isinstance(node, Apply):
+            return Apply(node.op, tuple(rebuilt(a) for a in node.args), node.dtype)
+        return node
+
+    return rebuilt(tree), tuple(math.prod(extents[a] for a in g) for g in groups), groups
+
+
+def check_vectors(tree: Tree, extents: Sequence[int], lanes: int) -> None:
+    """Raises NotElementwise when the last axis cannot be walked through in vectors."""
+    for load in leaves(tree):
+        if load.strides and load.strides[-1] not in (0, 1) and extents[-1] > 1:
+            raise NotElementwise("its last axis is not contiguous in every input")
+        if load.dtype == "bool":
+            raise NotElementwise("it reads truth values")
+        if load.strides and load.strides[-1] == 1 and load.dtype != "float32" and extents[-1] % lanes:
+            raise NotElementwise("its last axis does not fill vectors of whole numbers")
+    if tree.dtype != "float32" and (tree.dtype == "bool" or (extents and extents[-1] % lanes)):
+        raise NotElementwise(f"it writes {tree.dtype}")
+
+
+def place_of(axes: Sequence[Expr], extents: Sequence[int], groups: Sequence[Sequence[int]]) -> list[Expr]:
+    """Values of collapsed axes from those of the axes they stand for."""
+    analyzer = sym.Analyzer()
+    place = []
+    for group in groups:
+        value: Expr = 0
+        for axis in group:
+            if extents[axis] != 1:
+                value = value * tirx.const(extents[axis], "int64") if not isinstance(value, int) else value
+                value = axes[axis] if isinstance(value, int) else value + axes[axis]
+        place.append(value if isinstance(value, int) else analyzer.simplify(value))
+    return place
+
+
+@dataclass
+class TreeEmitter:
+    """Emits a tree as vectors into the IR builder that is open. buffers: the flat tensors that loads refer to."""
+
+    vectors: Vectors
+    buffers: Sequence[Buffer]
+    index: str = "int64"
+    _done: dict[Tree, Expr] = field(default_factory=dict)
+
+    def vector(self, tree: Tree, place: Sequence[Expr], count: int | Expr | None = None, anchor: Expr = None) -> Expr:
+        """`tree` at `place`, the values of the axes of which the last is that of the first lane.
+
+        count: lanes that exist, None for all. anchor: the vector that Anchor stands for.
+        """
+        self._done = {}
+        return self._emit(tree, place, count, anchor)
+
+    def _emit(self, tree: Tree, place: Sequence[Expr], count: int | Expr | None, anchor: Expr) -> Expr:
+        if tree in self._done:
+            return self._done[tree]
+        v = self.vectors
+        if isinstance(tree, Anchor):
+            result = T.Bind(anchor)
+        elif isinstance(tree, Constant):
+            return self._constant(tree.value, tree.dtype)
+        elif isinstance(tree, Load):
+            result = self._load(tree, place, count)
+        else:
+            args = [self._emit(a, place, count, anchor) for a in tree.args]
+            if tree.op == "select":
+                result = T.Bind(T.Select(*args))
+            elif tree.op == "cast":
+                result = T.Bind(T.Cast(f"{tree.dtype}x{v.lanes}", args[0]))
+            elif tree.op in OPERATIONS:
+                result = T.Bind(OPERATIONS[tree.op](*args))
+            else:
+                result = FUNCTIONS[tree.op](v, args[0])
+        self._done[tree] = result
+        return result
+
+    def _constant(self, value: float | int, dtype: str) -> Expr:
+        return T.broadcast(tirx.const(value, dtype), self.vectors.lanes)
+
+    def _load(self, load: Load, place: Sequence[Expr], count: int | Expr | None) -> Expr:
+        v, buffer = self.vectors, self.buffers[load.source]
+        offset: Expr = tirx.const(load.base, self.index)
+        for stride, at in zip(load.strides, place, strict=True):
+            if stride:
+                offset = offset + at * tirx.const(stride, self.index)
+        if load.strides and load.strides[-1] == 1:
+            if load.dtype == "float32":
+                return v.load(buffer, offset, tirx.const(count, self.index) if isinstance(count, int) else count)
+            return T.Bind(buffer[v.at(offset)])
+        return T.Bind(T.broadcast(buffer[offset], v.lanes))

@@ -1,0 +1,333 @@
+"""Kernel templates: fused groups of a Relax module become kernels of our own.
+
+An anchor is a function whose body is not written yet: a stub with the template's name and its parameters as an
+attribute. Relax fuses elementwise operators behind it. `claim` then writes one kernel for the whole group, with the
+elementwise part as the epilogue on the anchor's registers, and one for each chain of elementwise operators alone.
+Groups that a template cannot take stay for the default schedule; an anchor in such a group stands alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import tvm
+from tvm import relax, tirx
+from tvm.script.ir_builder import IRBuilder
+from tvm.tirx.script import builder as T
+
+from . import elements
+from .elements import NotElementwise, Source, Tree
+from .kernels.elementwise import emit_elementwise
+from .kernels.vectors import Buffer, Expr, Vectors
+from .target import Target
+
+log = logging.getLogger("graphwright")
+
+ANCHOR, FLOPS = "graphwright.anchor", "graphwright.flops"
+FUSES = 4  # Relax's operator pattern of a function into whose output elementwise operators are fused
+OPAQUE = 8
+
+# Called with a vector of results, the values of the output's axes of which the last is that of the first lane, and how
+# many lanes exist (None: all).
+Store = Callable[[Expr, Sequence[Expr], "int | None"], None]
+
+
+@dataclass(frozen=True)
+class Body:
+    """What a template gets to write its loops: flat buffers of the anchor's inputs, and `store` for its results."""
+
+    vectors: Vectors
+    target: Target
+    inputs: Sequence[Buffer]
+    shapes: Sequence[Sequence[Any]]
+    out_shape: Sequence[Any]
+    store: Store
+    index: str
+
+
+Template = Callable[[dict[str, Any], Body], None]
+TEMPLATES: dict[str, Template] = {}
+
+
+def template(name: str) -> Callable[[Template], Template]:
+    """Register the writer of an anchor's loops: a function (parameters of the anchor, Body)."""
+
+    def register(function: Template) -> Template:
+        TEMPLATES[name] = function
+        return function
+
+    return register
+
+
+def anchor(
+    bb: relax.BlockBuilder, name: str, parameters: dict[str, Any], inputs: Sequence[Any], out: Any, flops: int = 0
+) -> Any:
+    """A call of template `name`. out: the Relax type of the result. parameters: what JSON can hold."""
+    dims = [*(i.ty for i in inputs), out]
+    with IRBuilder() as builder, T.prim_func(is_private=True, s_tir=True):
+        T.func_name(name)
+        spec = json.dumps({"template": name, "parameters": parameters}, sort_keys=True)
+        T.func_attr({ANCHOR: spec, "op_pattern": FUSES, "tirx.noalias": True, FLOPS: flops})
+        symbols: dict[Any, Any] = {}
+        for number, kind in enumerate(dims):
+            shape = [_own(d, symbols) for d in kind.shape.values]
+            T.match_buffer(T.arg(f"x{number}", T.handle()), shape, str(kind.dtype.dtype))
+        with T.sblock("root"):
+            T.evaluate(tirx.const(0, "int32"))
+    stub = bb.add_func(builder.get(), name)
+    return bb.emit(relax.call_tir(stub, list(inputs), out))
+
+
+def _own(dim: Any, symbols: dict[Any, Any]) -> Any:
+    if isinstance(dim, tirx.Var):
+        return symbols.setdefault(dim, tirx.Var(dim.name, "int64"))
+    return dim
+
+
+# --- groups -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Call:
+    """One call_tir: the function, its arguments, the variable that is bound to the result."""
+
+    function: tirx.PrimFunc
+    arguments: list[Any]
+    var: Any
+    out: Any
+
+    @functools.cached_property
+    def anchor(self) -> dict[str, Any] | None:
+        text = (self.function.attrs or {}).get(ANCHOR)
+        return json.loads(str(text)) if text is not None else None
+
+
+def _call_of(value: Any, var: Any, module: tvm.IRModule) -> _Call | None:
+    """A binding's value as a call of a TIR function with one output, else None."""
+    if not isinstance(value, tvm.ir.Call) or getattr(value.op, "name", "") != "relax.call_tir":
+        return None
+    function = module[value.args[0]]
+    if not isinstance(function, tirx.PrimFunc) or len(value.args) > 2:
+        return None
+    arguments = list(value.args[1].fields)
+    out = value.ty_args[0]
+    if isinstance(out, relax.TensorType) and isinstance(out.shape, relax.ShapeExpr):
+        return _Call(function, arguments, var, out)
+    return None
+
+
+def _group_calls(function: relax.Function, module: tvm.IRModule) -> list[_Call] | None:
+    """The calls of a fused function, in order; None when there is anything else in it."""
+    calls = []
+    for block in function.body.blocks:
+        for binding in block.bindings:
+            value = binding.value
+            if isinstance(value, relax.Var):
+                continue
+            call = _call_of(value, binding.var, module)
+            if call is None:
+                return None
+            calls.append(call)
+    return calls
+
+
+def _static(kind: Any) -> tuple[int, ...]:
+    if not isinstance(kind, relax.TensorType) or not isinstance(kind.shape, relax.ShapeExpr):
+        raise NotElementwise("a shape is not known")
+    dims = []
+    for d in kind.shape.values:
+        if not isinstance(d, tirx.IntImm):
+            raise NotElementwise("a shape is dynamic")
+        dims.append(int(d))
+    return tuple(dims)
+
+
+def _epilogue(calls: Sequence[_Call], params: Sequence[Any]) -> tuple[Tree, tuple[int, ...]]:
+    """The tree of a group's last result over its axes, the anchor's value being elements.Anchor."""
+    last = calls[-1]
+    shape = _static(last.out)
+    axes = elements.axes_of(shape)
+    sources: dict[Any, Source] = {}
+    for number, param in enumerate(params):
+        if isinstance(param.ty, relax.TensorType):
+            sources[param] = elements.load_source(number, _static(param.ty), str(param.ty.dtype.dtype), axes)
+    for call in calls:
+        if call.anchor is not None:
+            if _static(call.out) != shape:
+                raise NotElementwise("the epilogue has another shape than its kernel")
+            sources[call.var] = elements.anchor_source(axes, str(call.out.dtype.dtype))
+            continue
+        nest = elements.nest_of(call.function)
+        sources[call.var] = elements.nested_source(nest, [_source(a, sources) for a in call.arguments])
+    return sources[last.var](axes), shape
+
+
+def _source(argument: Any, sources: dict[Any, Source]) -> Source:
+    if argument in sources:
+        return sources[argument]
+    if isinstance(argument, tvm.ir.GenericConst) and argument.value.numpy().size == 1:
+        value = argument.value.numpy().reshape(-1)[0].item()
+        constant = elements.Constant(value, str(argument.ty.dtype.dtype))
+        return lambda indices: constant
+    raise NotElementwise("it has an argument of another kind")
+
+
+def _kernel(
+    name: str, params: Sequence[Any], out: Any, target: Target, flops: int, write: Callable[[Vectors, Any, Any, str], None]
+) -> tirx.PrimFunc:
+    """A function over the parameters and the output; `write(vectors, flat inputs, flat output, index)` fills it."""
+    kinds = [*(p.ty for p in params), out]
+    static = [math.prod(int(d) for d in k.shape.values if isinstance(d, tirx.IntImm)) for k in kinds]
+    known = all(isinstance(d, tirx.IntImm) for k in kinds for d in k.shape.values)
+    index = "int32" if known and max(static) < 1 << 30 else "int64"
+    with IRBuilder() as builder, T.prim_func(is_private=True, s_tir=True):
+        T.func_name(name)
+        T.func_attr({"tirx.noalias": True, "op_pattern": OPAQUE, "tirx.is_scheduled": True, FLOPS: flops})
+        shaped = []
+        for number, kind in enumerate(kinds):
+            shape = [tirx.const(int(d), index) for d in kind.shape.values]
+            shaped.append(T.match_buffer(T.arg(f"x{number}", T.handle()), shape, str(kind.dtype.dtype)))
+        buffers = []
+        for buffer, kind in zip(shaped, kinds, strict=True):
+            size = tirx.const(math.prod(int(d) for d in kind.shape.values), index)
+            buffers.append(T.decl_buffer((size,), str(kind.dtype.dtype), data=buffer.data))
+        v = Vectors(target.isa)
+        with T.sblock("root"), v.prelude():
+            write(v, buffers[:-1], buffers[-1], index)
+    return builder.get()
+
+
+def _elementwise_kernel(name: str, calls: Sequence[_Call], params: Sequence[Any], target: Target) -> tirx.PrimFunc:
+    tree, shape = _epilogue(calls, params)
+    small, extents, _ = elements.collapsed(tree, shape)
+    v = Vectors(target.isa)
+    elements.check_vectors(small, extents, v.lanes)
+    if extents and extents[-1] < v.lanes and math.prod(extents) > v.lanes:
+        raise NotElementwise("its last axis is shorter than a vector")
+
+    def write(v: Vectors, inputs: Sequence[Buffer], y: Buffer, index: str) -> None:
+        emit_elementwise(v, tree, shape, inputs, y, target.cores, index)
+
+    return _kernel(name, params, calls[-1].out, target, math.prod(shape), write)
+
+
+def _anchor_kernel(name: str, calls: Sequence[_Call], params: Sequence[Any], target: Target) -> tirx.PrimFunc:
+    (main,) = [c for c in calls if c.anchor is not None]
+    spec = main.anchor
+    assert spec is not None
+    tree, shape = _epilogue(calls, params)
+    small, extents, groups = elements.collapsed(tree, shape)
+    v = Vectors(target.isa)
+    elements.check_vectors(tree, shape, v.lanes)
+    positions = [list(params).index(a) for a in main.arguments]
+
+    def write(v: Vectors, inputs: Sequence[Buffer], y: Buffer, index: str) -> None:
+        emitter = elements.TreeEmitter(v, inputs, index)
+
+        def store(value: Expr, axes: Sequence[Expr], count: int | None) -> None:
+            place = elements.place_of(axes, shape, groups)
+            result = emitter.vector(small, place, count, value)
+            offset: Expr = tirx.const(0, index)
+            for axis, extent in zip(axes, shape, strict=True):
+                offset = offset * tirx.const(extent, index) + axis
+            offset = tvm.sym.Analyzer().simplify(offset)
+            v.store(y, offset, result, None if count is None else tirx.const(count, index))
+
+        body = Body(
+            v, target, [inputs[p] for p in positions], [_static(a.ty) for a in main.arguments], shape, store, index
+        )
+        TEMPLATES[spec["template"]](spec["parameters"], body)
+
+    flops = int((main.function.attrs or {}).get(FLOPS, 0))
+    return _kernel(name, params, calls[-1].out, target, flops, write)
+
+
+# --- the phase --------------------------------------------------------------------------------------------------
+
+
+def claim(module: tvm.IRModule, target: Target) -> tvm.IRModule:
+    """Replace groups and lone calls that a template takes by kernels. Runs between FuseOps and FuseTIR."""
+    return _Claimer(module, target).run()
+
+
+@relax.expr_functor.mutator
+class _Claimer(relax.PyExprMutator):
+    def __init__(self, module: tvm.IRModule, target: Target) -> None:
+        super().__init__(module)
+        self.module, self.target = module, target
+        self.kernels: dict[Any, Any] = {}
+
+    def run(self) -> tvm.IRModule:
+        for variable, function in self.module.functions_items():
+            if isinstance(function, relax.Function) and not (function.attrs or {}).get("Primitive"):
+                self.builder_.update_func(variable, self.visit_expr(function))
+        module = self.builder_.get()
+        return relax.transform.DeadCodeElimination()(module)
+
+    def visit_call_(self, call: Any) -> Any:
+        call = super().visit_call_(call)
+        if isinstance(call.op, tvm.ir.GlobalVar):
+            function = self.module[call.op]
+            if isinstance(function, relax.Function) and (function.attrs or {}).get("Primitive"):
+                return self.group(call, function)
+            return call
+        if getattr(call.op, "name", "") != "relax.call_tir":
+            return call
+        return self.lone(call)
+
+    def group(self, call: Any, function: relax.Function) -> Any:
+        calls = _group_calls(function, self.module)
+        if calls is None:
+            return call
+        if call.op not in self.kernels:
+            self.kernels[call.op] = self.written(call.op.name_hint, calls, list(function.params))
+        kernel = self.kernels[call.op]
+        if kernel is not None:
+            return relax.call_tir(kernel, list(call.args), calls[-1].out)
+        if not any(c.anchor is not None for c in calls):
+            return call
+        # The anchor alone, and what was fused behind it as it was.
+        values = dict(zip(function.params, call.args, strict=True))
+        for c in calls:
+            arguments = [values.get(a, a) for a in c.arguments]
+            variable = self.builder_.get().get_global_vars()
+            callee = next(g for g in variable if self.module.functions.get(g) is not None and self.module[g].same_as(c.function))
+            values[c.var] = self.builder_.emit(self.lone(relax.call_tir(callee, arguments, c.out)))
+        return values[calls[-1].var]
+
+    def lone(self, call: Any) -> Any:
+        single = _call_of(call, None, self.module)
+        if single is None or call.args[0] not in self.module.functions:
+            return call
+        key = call.args[0]
+        if key not in self.kernels:
+            params = [relax.Var(f"p{i}", a.ty) for i, a in enumerate(single.arguments)]
+            if not all(isinstance(p.ty, relax.TensorType) for p in params):
+                self.kernels[key] = None
+            else:
+                inner = _Call(single.function, list(params), relax.Var("y", single.out), single.out)
+                self.kernels[key] = self.written(key.name_hint, [inner], params)
+        kernel = self.kernels[key]
+        return call if kernel is None else relax.call_tir(kernel, single.arguments, single.out)
+
+    def written(self, name: str, calls: Sequence[_Call], params: Sequence[Any]) -> Any:
+        anchors = sum(c.anchor is not None for c in calls)
+        if not anchors and any("tirx.is_scheduled" in (c.function.attrs or {}) for c in calls):
+            return None
+        write = _anchor_kernel if anchors else _elementwise_kernel
+        try:
+            if anchors > 1:
+                raise NotElementwise("two kernels in one group")
+            function = write(name, calls, params, self.target)
+        except NotElementwise as error:
+            log.debug("no template for %s: %s", name, error)
+            if anchors and len(calls) == 1:
+                raise
+            return None
+        return self.builder_.add_func(function, name)
