@@ -345,11 +345,14 @@ class TreeEmitter:
         else:
             args = [self._emit(a, place, count, anchor) for a in tree.args]
             if tree.op == "select":
-                result = T.Bind(T.Select(*args))
+                result = T.Select(*args)
+                result = result if tree.dtype == "bool" else T.Bind(result)
             elif tree.op == "cast":
                 result = T.Bind(T.Cast(f"{tree.dtype}x{v.lanes}", args[0]))
             elif tree.op in OPERATIONS:
-                result = T.Bind(OPERATIONS[tree.op](*args))
+                # TVM cannot bind vectors of truth values.
+                result = OPERATIONS[tree.op](*args)
+                result = result if tree.dtype == "bool" else T.Bind(result)
             else:
                 result = FUNCTIONS[tree.op](v, args[0])
         self._done[tree] = result

@@ -84,6 +84,12 @@ def anchor(
     return bb.emit(relax.call_tir(stub, list(inputs), out))
 
 
+def spec_of(function: tirx.PrimFunc) -> dict[str, Any] | None:
+    """Template and parameters of an anchor's stub; None for other functions."""
+    text = (function.attrs or {}).get(ANCHOR)
+    return json.loads(str(text)) if text is not None else None
+
+
 def _own(dim: Any, symbols: dict[Any, Any]) -> Any:
     if isinstance(dim, tirx.Var):
         return symbols.setdefault(dim, tirx.Var(dim.name, "int64"))
@@ -104,8 +110,7 @@ class _Call:
 
     @functools.cached_property
     def anchor(self) -> dict[str, Any] | None:
-        text = (self.function.attrs or {}).get(ANCHOR)
-        return json.loads(str(text)) if text is not None else None
+        return spec_of(self.function)
 
 
 def _call_of(value: Any, var: Any, module: tvm.IRModule) -> _Call | None:

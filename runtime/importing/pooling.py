@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +10,9 @@ import numpy as np
 from tvm import relax, te, tirx
 
 from .quantization import conv_pads
-from .site import Dim, Refuse, Result, Site, const, converts, int64, is_float, np_dtype
+from .reductions import mean
+from .shapes import reshaped
+from .site import NARROW_FLOATS, Dim, Refuse, Result, Site, const, converts, int64, is_float, np_dtype
 
 
 def pooled_sizes(
@@ -36,6 +39,110 @@ def pooled_sizes(
     return out
 
 
+def templated(site: Site) -> bool:
+    """Whether the CPU's pooling templates take this node: float32, one or two axes, static sizes."""
+    dims = site.shape()
+    static = all(isinstance(d, int) and d > 0 for d in dims)
+    return site.target.is_cpu and site.dtype() == "float32" and len(dims) in (3, 4) and static
+
+
+def _pool_anchor(
+    site: Site, kind: str, out: Sequence[Dim], kernel: Sequence[int], strides: Sequence[int], dilations: Sequence[int],
+    before: Sequence[int], include: bool = False,
+) -> Result:  # fmt: skip
+    from ..templates import anchor
+
+    rank = len(kernel)
+
+    def two(values: Sequence[int], fill: int) -> list[int]:
+        return [fill] * (2 - rank) + [int(v) for v in values]
+
+    parameters = {
+        "kind": kind, "kernel": two(kernel, 1), "strides": two(strides, 1), "dilations": two(dilations, 1),
+        "pads": two(before, 0), "include": include,
+    }  # fmt: skip
+    x = site.x()
+    shape = [int(d) for d in out if isinstance(d, int)]
+    if rank == 1:
+        x, shape = reshaped(site, x, [*site.static()[:2], 1, site.static()[2]]), [*shape[:2], 1, shape[2]]
+    flops = math.prod(shape) * math.prod(kernel)
+    y = anchor(site.bb, "pool", parameters, [x], relax.TensorType(shape, "float32"), flops)
+    return reshaped(site, y, [*out]) if rank == 1 else y
+
+
+@converts("GlobalAveragePool")
+def global_average_pool(site: Site) -> Result:
+    axes = list(range(2, site.rank()))
+    if not templated(site):
+        return mean(site, site.x(), axes)
+    return global_mean(site)
+
+
+def global_mean(site: Site) -> Any:
+    """Mean over all axes behind the channels as a template; the axes stay."""
+    from ..templates import anchor
+
+    n, c, *place = site.static()
+    out = relax.TensorType([n, c, *([1] * len(place))], "float32")
+    return anchor(site.bb, "global-mean", {}, [site.x()], out, n * c * math.prod(place))
+
+
+@converts("AveragePool")
+def average_pool(site: Site) -> Result:
+    """Mean of each window; padding counts where count_include_pad says so."""
+    dims = site.shape()
+    rank = len(dims) - 2
+    kernel = [int(k) for k in site.attr("kernel_shape")]
+    strides = [int(s) for s in site.attr("strides", [1] * rank)]
+    dilations = [int(d) for d in site.attr("dilations", [1] * rank)]
+    before, after = conv_pads(site, dims[2:], kernel, strides, dilations)
+    out: list[Dim] = [*dims[:2], *pooled_sizes(site, dims[2:], kernel, strides, dilations, before, after)]
+    include = bool(site.attr("count_include_pad", 0))
+    if templated(site) and not (include and site.attr("ceil_mode", 0)):
+        return _pool_anchor(site, "mean", out, kernel, strides, dilations, before, include)
+    return window_means(site, out, kernel, strides, dilations, before, after, include)
+
+
+def window_means(
+    site: Site, out: Sequence[Dim], kernel: Sequence[int], strides: Sequence[int], dilations: Sequence[int],
+    before: Sequence[int], after: Sequence[int], include: bool,
+) -> Result:  # fmt: skip
+    """Any rank; half precision adds up in float32."""
+    dims, dtype = site.shape(), site.dtype()
+    wide = "float32" if dtype in NARROW_FLOATS else dtype
+    zero = tirx.const(0, wide)
+
+    def inside(where: Sequence[Any], whole: bool) -> Any:
+        reach = [(-before[a] if whole else 0, int64(dims[2 + a]) + (after[a] if whole else 0)) for a in range(len(where))]
+        return tirx.all(*(tirx.all(w >= low, w < high) for w, (low, high) in zip(where, reach, strict=True)))
+
+    def places(at: Sequence[Any], window: Sequence[Any]) -> list[Any]:
+        return [v * strides[a] + window[a] * dilations[a] - before[a] for a, v in enumerate(at)]
+
+    def compute(data: te.Tensor) -> te.Tensor:
+        axes = [te.reduce_axis((0, k), name=f"k{a}") for a, k in enumerate(kernel)]
+
+        def total(n: Any, c: Any, *at: Any) -> tirx.Expr:
+            where = places(at, axes)
+            value = data(n, c, *where).astype(wide)
+            return te.sum(tirx.if_then_else(inside(where, False), value, zero), axis=axes)
+
+        sums = te.compute(tuple(int64(d) for d in out), total, name="window_sum")
+        others = [te.reduce_axis((0, k), name=f"j{a}") for a, k in enumerate(kernel)]
+
+        def counted(*at: Any) -> tirx.Expr:
+            return te.sum(tirx.Select(inside(places(at, others), include), tirx.const(1, wide), zero), axis=others)
+
+        counts = te.compute(tuple(int64(d) for d in out[2:]), counted, name="window_count")
+        return te.compute(
+            tuple(int64(d) for d in out),
+            lambda n, c, *at: (sums(n, c, *at) / counts(*at)).astype(dtype),
+            name="average_pool",
+        )
+
+    return site.te(compute, site.x(), name="average_pool")
+
+
 @converts("MaxPool")
 def max_pool(site: Site) -> Result:
     """Any rank and type; padding never wins. The second output is the place of the maximum in the input."""
@@ -47,6 +154,8 @@ def max_pool(site: Site) -> Result:
     before, after = conv_pads(site, dims[2:], kernel, strides, dilations)
     out: list[Dim] = [*dims[:2], *pooled_sizes(site, dims[2:], kernel, strides, dilations, before, after)]
     dtype = site.dtype()
+    if site.outputs == 1 and templated(site):
+        return _pool_anchor(site, "max", out, kernel, strides, dilations, before)
     low = float("-inf") if is_float(dtype) else int(np.iinfo(np_dtype(dtype)).min)
     least = tirx.const(low, dtype)
 

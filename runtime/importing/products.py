@@ -39,7 +39,8 @@ def gemm(site: Site) -> Result:
     if site.attr("transA", 0):
         a = site.emit(relax.op.permute_dims(a, [1, 0]))
     if site.attr("transB", 0):
-        b = site.emit(relax.op.permute_dims(b, [1, 0]))
+        weight = site.array(1)
+        b = site.emit(relax.op.permute_dims(b, [1, 0])) if weight is None else const(weight.T, dtype)
     if dtype in NARROW_FLOATS:
         y = site.cast(relax.op.matmul(a, b, out_dtype="float32"), dtype)
     else:
@@ -60,7 +61,9 @@ def _with_bias(site: Site, y: tvm.ir.Expr, rank: int, dtype: str) -> tvm.ir.Expr
         return y
     (channels,) = site.shape(2)
     dims: list[Dim] = [1, channels, *([1] * rank)]
-    return site.emit(relax.op.add(y, reshaped(site, site.x(2), dims)))
+    bias = site.array(2)
+    shaped = reshaped(site, site.x(2), dims) if bias is None else const(bias.reshape([int(d) for d in dims]), dtype)
+    return site.emit(relax.op.add(y, shaped))
 
 
 def _attributes(site: Site) -> tuple[int, list[int], list[int], list[int]]:

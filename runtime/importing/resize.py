@@ -234,6 +234,11 @@ def resize(site: Site) -> Result:
             roi = [
                 (lambda t, i=i: t[window_at][i], lambda t, i=i: t[window_at][len(axes) + i]) for i in range(len(axes))
             ]
+    if mode == "nearest" and (factors := _whole_factors(site, rule, out, fixed_scales)) is not None:
+        from ..templates import anchor
+
+        shape = [int(d) for d in out if isinstance(d, int)]
+        return anchor(site.bb, "upsample", {"factors": factors}, [site.x()], relax.TensorType(shape, F32))
     x, dtype = site.x(), site.dtype()
     work = dtype if mode == "nearest" or dtype in (F32, "float64") else F32
     x = site.cast(x, work)
@@ -256,6 +261,29 @@ def resize(site: Site) -> Result:
         info = np.iinfo(np.dtype(dtype))
         x = site.emit(relax.op.clip(relax.op.round(x), float(info.min), float(info.max)))
     return site.cast(x, dtype)
+
+
+def _whole_factors(
+    site: Site, rule: _Rule, out: Sequence[Dim], scales: Sequence[float] | None
+) -> list[int] | None:
+    """How often each row and column is repeated, where that is all that a resize to `out` does; else None."""
+    from .pooling import templated
+
+    dims = site.shape()
+    if not templated(site) or len(dims) != 4 or tuple(out[:2]) != tuple(dims[:2]):
+        return None
+    sizes = [(d, o) for d, o in zip(dims[2:], out[2:], strict=True) if isinstance(d, int) and isinstance(o, int)]
+    if len(sizes) != 2 or any(o % d for d, o in sizes):
+        return None
+    factors = [o // d for d, o in sizes]
+    if scales is not None and [float(s) for s in list(scales)[-2:]] != [float(f) for f in factors]:
+        return None
+    plain = rule.transform in ("asymmetric", "tf_half_pixel_for_nn") and rule.nearest == "floor"
+    # Centres of pixels: every new pixel's centre lies in the old pixel that it is a part of.
+    centred = rule.transform in ("half_pixel", "half_pixel_symmetric") and rule.nearest in (
+        "round_prefer_floor", "round_prefer_ceil"
+    )  # fmt: skip
+    return factors if plain or centred else None
 
 
 def _fixed(value: float) -> Callable[[list[te.Tensor]], tirx.Expr]:

@@ -1,0 +1,274 @@
+"""Templates of convolutions and poolings over blocks of channels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import tvm
+from tvm import relax, tirx
+from tvm.tirx.script import builder as T
+
+from ..blocked import blocked_shape
+from ..target import Target
+from ..templates import Body, anchor, template
+from . import conv as kernels
+from .conv import ConvSpec
+from .vectors import Expr, Vectors
+
+
+@template("conv")
+def conv(parameters: dict[str, Any], body: Body) -> None:
+    """parameters: the fields of ConvSpec and the algorithm."""
+    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in parameters["spec"].items()}
+    x, w = body.inputs
+    lanes = body.vectors.lanes
+    drop = 3 - (len(body.out_shape) - 2)  # 1 where the convolution has one spatial axis
+
+    def finish(value: Expr, place: Sequence[Expr]) -> None:
+        batch, block, *at = place
+        body.store(value, [batch, block, *at[drop:], tirx.const(0, body.index)], None)
+
+    assert lanes == int(body.out_shape[-1])
+    kernels.emit(
+        body.vectors, ConvSpec(**fields), parameters["algorithm"], x, w, finish, body.target.cores, body.index,
+        body.target.caches,
+    )  # fmt: skip
+
+
+def convolution(bb: relax.BlockBuilder, call: Any, blocked: Any | None, target: Target) -> Any | None:
+    """A Relax convolution with constant weights as a template over blocks; the result in blocks, or None.
+
+    blocked: the input in blocks, None where it is not. Convolutions that take few channels read them unblocked.
+    """
+    x, w = call.args
+    if not isinstance(w, tvm.ir.GenericConst) or str(x.ty.dtype.dtype) != "float32":
+        return None
+    if not isinstance(x.ty.shape, relax.ShapeExpr) or not all(isinstance(d, tirx.IntImm) for d in x.ty.shape.values):
+        return None
+    attrs = call.attrs
+    out_type = call.ty
+    shape, out = ([int(d) for d in k.shape.values] for k in (x.ty, out_type))
+    rank = len(shape) - 2
+    if rank not in (1, 2) or 0 in (*shape, *out):
+        return None
+    lanes = Vectors(target.isa).lanes
+
+    def pair(values: Any, fill: int) -> tuple[int, int]:
+        numbers = [int(v) for v in values][:rank]
+        return (fill, numbers[0]) if rank == 1 else (numbers[0], numbers[1])
+
+    weight = np.asarray(w.value.numpy())
+    if rank == 1:
+        weight = weight[:, :, None, :]
+    spec = ConvSpec(
+        batch=shape[0], in_channels=shape[1], out_channels=out[1], in_size=pair(shape[2:], 1), out_size=pair(out[2:], 1),
+        kernel=(weight.shape[2], weight.shape[3]), strides=pair(attrs.strides, 1), dilations=pair(attrs.dilation, 1),
+        pads=pair(attrs.padding, 0), groups=int(attrs.groups), blocked_input=shape[1] > 4 or blocked is not None or int(attrs.groups) > 1,
+    )  # fmt: skip
+    if kernels.supported(spec, target.isa) is not None:
+        return None
+    algorithm, _ = kernels.choose_algorithm(spec, target.isa, target.caches)
+    packed = relax.const(np.ascontiguousarray(kernels.pack_weights(weight, spec, target.isa, algorithm)), "float32")
+    if spec.blocked_input and blocked is None:
+        blocked = pack(bb, x, lanes)
+    source = blocked if spec.blocked_input else x
+    kind = relax.TensorType(blocked_shape(out, lanes), "float32")
+    taps = math.prod(spec.kernel) * spec.in_channels // spec.groups
+    flops = 2 * math.prod(out) * taps
+    return anchor(bb, "conv", {"spec": vars(spec), "algorithm": algorithm}, [source, packed], kind, flops)
+
+
+# --- layouts ----------------------------------------------------------------------------------------------------
+
+UNPACK = "graphwright.unpack"
+
+
+def pack(bb: relax.BlockBuilder, x: Any, lanes: int) -> Any:
+    """(N, C, ...) -> blocks."""
+    from tvm import te
+
+    shape = [int(d) for d in x.ty.shape.values]
+    out = blocked_shape(shape, lanes)
+    if shape[1] % lanes == 0 and math.prod(shape[2:]) == 1:
+        return bb.emit(relax.op.reshape(x, out))
+    data = te.placeholder(shape, str(x.ty.dtype.dtype), "x")
+
+    def element(n: Any, block: Any, *rest: Any) -> Any:
+        *place, lane = rest
+        channel = block * lanes + lane
+        if shape[1] % lanes == 0:
+            return data(n, channel, *place)
+        return tirx.if_then_else(channel < shape[1], data(n, channel, *place), tirx.const(0, data.dtype))
+
+    function = te.create_prim_func([data, te.compute(out, element, name="pack")], "int64")
+    kernel = bb.add_func(function.without_attr("global_symbol"), "pack")
+    return bb.emit(relax.call_tir(kernel, [x], relax.TensorType(out, data.dtype)))
+
+
+def unpack(bb: relax.BlockBuilder, blocked: Any, shape: Sequence[int], lanes: int) -> Any:
+    """Blocks -> (N, C, ...)."""
+    from tvm import te
+
+    if shape[1] % lanes == 0 and math.prod(shape[2:]) == 1:
+        return relax.op.reshape(blocked, list(shape))
+    data = te.placeholder([int(d) for d in blocked.ty.shape.values], str(blocked.ty.dtype.dtype), "x")
+
+    def element(n: Any, channel: Any, *place: Any) -> Any:
+        return data(n, tirx.floordiv(channel, lanes), *place, tirx.floormod(channel, lanes))
+
+    function = te.create_prim_func([data, te.compute(tuple(shape), element, name="unpack")], "int64")
+    function = function.without_attr("global_symbol").with_attr(UNPACK, True)
+    kernel = bb.add_func(function, "unpack")
+    return relax.call_tir(kernel, [blocked], relax.TensorType(list(shape), data.dtype))
+
+
+# --- poolings ---------------------------------------------------------------------------------------------------
+
+
+@template("pool")
+def pool(parameters: dict[str, Any], body: Body) -> None:
+    """Greatest or mean of windows, in blocks. parameters: kind ("max" or "mean"), kernel, strides, dilations, pads
+    (above, left), include (padding counts in a mean)."""
+    v, index = body.vectors, body.index
+    (x,) = body.inputs
+    batch, blocks, height, width, lanes = (int(d) for d in body.shapes[0])
+    out_height, out_width = int(body.out_shape[2]), int(body.out_shape[3])
+    kind, (kh, kw), (sh, sw) = parameters["kind"], parameters["kernel"], parameters["strides"]
+    (dh, dw), (top, left) = parameters["dilations"], parameters["pads"]
+    largest = kind == "max"
+    first = float("-inf") if largest else 0.0
+
+    def const(value: int) -> Expr:
+        return tirx.const(value, index)
+
+    work = batch * blocks * out_height * out_width * kh * kw * lanes
+    rows = batch * blocks * out_height
+    wide = body.target.cores > 1 and work >= 1 << 16
+    tile = next(t for t in (8, 7, 6, 5, 4, 3, 2, 1) if out_width % t == 0)
+    padded_rows = top > 0 or (out_height - 1) * sh + (kh - 1) * dh - top >= height
+    edges = [
+        t for t in range(out_width // tile)
+        if t * tile * sw - left < 0 or ((t + 1) * tile - 1) * sw + (kw - 1) * dw - left >= width
+    ]  # fmt: skip
+    with (T.parallel if wide else T.serial)(const(rows)) as row:
+        at = T.Bind(tirx.floormod(row, const(out_height)))
+        plane = T.Bind(tirx.floordiv(row, const(out_height)))
+        block = T.Bind(tirx.floormod(plane, const(blocks)))
+        item = T.Bind(tirx.floordiv(plane, const(blocks)))
+        start = T.Bind(at * const(sh) - const(top))
+        base = T.Bind(plane * const(height * width * lanes))
+
+        def window(column: Expr, where: int | None) -> None:
+            """One tile of outputs from `column` on. where: the column where it is known and taps may be outside."""
+            cells = v.registers(tile, first)
+
+            def taps(i: int | Expr) -> None:
+                offset = T.Bind(base + (start + i * const(dh)) * const(width * lanes))
+                for j in range(kw):
+                    for t in range(tile):
+                        if where is not None and not 0 <= (where + t) * sw + j * dw - left < width:
+                            continue
+                        column_at = (column + const(t)) * const(sw) + const(j * dw - left)
+                        value = v.load(x, offset + column_at * const(lanes))
+                        here = v.at(const(t * lanes))
+                        old = cells[here]
+                        T.buffer_store(cells, T.max(value, old) if largest else old + value, [here])
+
+            if padded_rows:
+                with T.serial(const(kh)) as i:
+                    inside = T.Bind(start + i * const(dh))
+                    with T.If(tirx.all(inside >= const(0), inside < const(height))), T.Then():
+                        taps(i)
+            else:
+                for i in range(kh):
+                    taps(const(i))
+            count_rows: Expr = tirx.const(float(kh), "float32")
+            if kind == "mean" and padded_rows and not parameters["include"]:
+                count_rows = T.Bind(_inside_rows(start, kh, dh, height, index))
+            for t in range(tile):
+                value = cells[v.at(const(t * lanes))]
+                if kind == "mean":
+                    columns = kw
+                    if where is not None and not parameters["include"]:
+                        columns = sum(0 <= (where + t) * sw + j * dw - left < width for j in range(kw))
+                    value = value / v.splat(T.Bind(count_rows * tirx.const(float(columns), "float32")))
+                body.store(value, [item, block, at, column + const(t), const(0)], None)
+
+        tiles = out_width // tile
+        if edges:
+            inner = [t for t in range(tiles) if t not in edges]
+            for t in edges:
+                window(const(t * tile), t * tile)
+            if inner:
+                with T.serial(const(len(inner))) as t:
+                    window(T.Bind((t + const(inner[0])) * const(tile)), None)
+        else:
+            with T.serial(const(tiles)) as t:
+                window(T.Bind(t * const(tile)), None)
+
+
+def _inside_rows(start: Expr, taps: int, step: int, height: int, index: str) -> Expr:
+    total: Expr = tirx.const(0.0, "float32")
+    for i in range(taps):
+        at = start + tirx.const(i * step, index)
+        inside = tirx.all(at >= tirx.const(0, index), at < tirx.const(height, index))
+        total = total + T.Select(inside, tirx.const(1.0, "float32"), tirx.const(0.0, "float32"))
+    return total
+
+
+@template("global-mean")
+def global_mean(parameters: dict[str, Any], body: Body) -> None:
+    """Mean over all places of each channel, in blocks."""
+    v, index = body.vectors, body.index
+    (x,) = body.inputs
+    batch, blocks, *place, lanes = (int(d) for d in body.shapes[0])
+    size = math.prod(place)
+
+    def const(value: int) -> Expr:
+        return tirx.const(value, index)
+
+    wide = body.target.cores > 1 and batch * blocks * size * lanes >= 1 << 17
+    with (T.parallel if wide else T.serial)(const(batch * blocks)) as plane:
+        sums = v.registers(4, 0.0)
+        base = T.Bind(plane * const(size * lanes))
+
+        def add(at: Expr, which: int) -> None:
+            here = v.at(const(which * lanes))
+            T.buffer_store(sums, sums[here] + v.load(x, base + at * const(lanes)), [here])
+
+        with T.serial(const(size // 4)) as i:
+            for j in range(4):
+                add(T.Bind(i * const(4) + const(j)), j)
+        for j in range(size % 4):
+            add(const(size - size % 4 + j), j)
+        total = (sums[v.at(const(0))] + sums[v.at(const(lanes))]) + (
+            sums[v.at(const(2 * lanes))] + sums[v.at(const(3 * lanes))]
+        )
+        zeros = [const(0)] * (len(place) + 1)
+        item, block = tirx.floordiv(plane, const(blocks)), tirx.floormod(plane, const(blocks))
+        body.store(T.Bind(total * v.splat(1.0 / size)), [item, block, *zeros], None)
+
+
+@template("upsample")
+def upsample(parameters: dict[str, Any], body: Body) -> None:
+    """Each place repeated (rows, columns) times, in blocks."""
+    v, index = body.vectors, body.index
+    (x,) = body.inputs
+    rows, columns = parameters["factors"]
+    batch, blocks, height, width, lanes = (int(d) for d in body.shapes[0])
+
+    def const(value: int) -> Expr:
+        return tirx.const(value, index)
+
+    wide = body.target.cores > 1 and batch * blocks * height * width * lanes >= 1 << 15
+    with (T.parallel if wide else T.serial)(const(batch * blocks * height)) as row:
+        plane, at = T.Bind(tirx.floordiv(row, const(height))), T.Bind(tirx.floormod(row, const(height)))
+        item, block = T.Bind(tirx.floordiv(plane, const(blocks))), T.Bind(tirx.floormod(plane, const(blocks)))
+        with T.serial(const(rows)) as i, T.serial(const(width)) as column:
+            value = v.load(x, (row * const(width) + column) * const(lanes))
+            for j in range(columns):
+                place = [at * const(rows) + i, column * const(columns) + const(j)]
+                body.store(value, [item, block, *place, const(0)], None)
