@@ -121,6 +121,38 @@ def nest_of(function: tirx.PrimFunc) -> Nest:
     return Nest(axes, extents, store.value, tuple(function.params))
 
 
+def relax_pattern(nest: Nest) -> int | None:
+    """Relax's operator pattern of a nest: 0, elementwise, where an input is read at the output's own place, 1 where
+    inputs are only broadcast, None where elements move.
+    """
+    position = {axis: n for n, axis in enumerate(nest.axes)}
+    loads: list[TensorLoad] = []
+    collect_loads(nest.value, loads)
+    whole = False
+    for load in loads:
+        places = [position[i] for i in load.indices if i in position]
+        rest = [i for i in load.indices if i not in position]
+        if places != sorted(set(places)) or not all(isinstance(i, tirx.IntImm) and int(i) == 0 for i in rest):
+            return None
+        missing = [extent for n, extent in enumerate(nest.extents) if n not in places]
+        whole = whole or all(extent == 1 for extent in missing)
+    return 0 if whole else 1
+
+
+def collect_loads(e: Any, loads: list[TensorLoad]) -> None:
+    """Collect the loads in an expression."""
+    if isinstance(e, TensorLoad):
+        loads.append(e)
+        return
+    for name in ("a", "b", "value", "condition", "true_value", "false_value"):
+        part = getattr(e, name, None)
+        if isinstance(part, tvm.ir.Expr):
+            collect_loads(part, loads)
+    if isinstance(e, tvm.ir.Call):
+        for argument in e.args:
+            collect_loads(argument, loads)
+
+
 Source: TypeAlias = "Callable[[Sequence[Any]], Tree]"
 
 
@@ -219,14 +251,14 @@ def nested_source(nest: Nest, sources: Sequence[Source]) -> Source:
     return value
 
 
-def anchor_source(axes: Sequence[Any], dtype: str) -> Source:
+def anchor_source(axes: Sequence[Any], shape: Sequence[int], dtype: str) -> Source:
     """The value of the kernel whose epilogue this is: readable at the output's own place only."""
 
+    def own(i: Any, axis: Any, extent: int) -> bool:
+        return i.same_as(axis) or extent == 1 or bool(sym.Analyzer().can_prove_equal(i, axis))
+
     def value(indices: Sequence[Any]) -> Tree:
-        analyzer = sym.Analyzer()
-        if len(indices) != len(axes) or not all(
-            i.same_as(a) or analyzer.can_prove_equal(i, a) for i, a in zip(indices, axes, strict=True)
-        ):
+        if len(indices) != len(axes) or not all(map(own, indices, axes, shape)):
             raise NotElementwise("the epilogue reads other elements than its own")
         return Anchor(dtype)
 

@@ -44,11 +44,12 @@ def legalize(module: tvm.IRModule, target: Target) -> tvm.IRModule:
 
 def fuse(module: tvm.IRModule, target: Target) -> tvm.IRModule:
     """Loop nests -> fewer loop nests, and on a CPU kernels for those that a template takes."""
-    module = relax.transform.FuseOps()(module)
     if target.is_cpu:
-        from .templates import claim
+        from .templates import annotate, claim
 
-        module = claim(module, target)
+        module = claim(relax.transform.FuseOps()(annotate(module)), target)
+    else:
+        module = relax.transform.FuseOps()(module)
     module = relax.transform.FuseTIR()(module)
     if "gpu" in target.tvm().keys:
         module = tvm.s_tir.dlight.ApplyDefaultSchedule(*_gpu_rules())(module)

@@ -166,7 +166,7 @@ def _epilogue(calls: Sequence[_Call], params: Sequence[Any]) -> tuple[Tree, tupl
         if call.anchor is not None:
             if _static(call.out) != shape:
                 raise NotElementwise("the epilogue has another shape than its kernel")
-            sources[call.var] = elements.anchor_source(axes, str(call.out.dtype.dtype))
+            sources[call.var] = elements.anchor_source(axes, shape, str(call.out.dtype.dtype))
             continue
         nest = elements.nest_of(call.function)
         sources[call.var] = elements.nested_source(nest, [_source(a, sources) for a in call.arguments])
@@ -253,7 +253,26 @@ def _anchor_kernel(name: str, calls: Sequence[_Call], params: Sequence[Any], tar
     return _kernel(name, params, calls[-1].out, target, flops, write)
 
 
-# --- the phase --------------------------------------------------------------------------------------------------
+# --- the phases -------------------------------------------------------------------------------------------------
+
+
+def annotate(module: tvm.IRModule) -> tvm.IRModule:
+    """Call elementwise functions by their name: TVM takes one that reads place 0 of an axis of one element for a
+    broadcast or worse, and fuses it into nothing. Runs after AnnotateTIROpPattern.
+    """
+    result = tvm.IRModule(dict(module.functions_items()), attrs=module.attrs)
+    for variable, function in module.functions_items():
+        if isinstance(function, tirx.PrimFunc) and int((function.attrs or {}).get("op_pattern", 0)) in (1, 2, OPAQUE):
+            if "tirx.is_scheduled" in function.attrs or ANCHOR in function.attrs:
+                continue
+            try:
+                nest = elements.nest_of(function)
+            except NotElementwise:
+                continue
+            pattern = elements.relax_pattern(nest)
+            if pattern is not None:
+                result.update_func(variable, function.with_attr("op_pattern", pattern))
+    return result
 
 
 def claim(module: tvm.IRModule, target: Target) -> tvm.IRModule:

@@ -17,6 +17,7 @@ from .site import (
     Result,
     Site,
     const,
+    constant_of,
     converts,
     dtype_of,
     int64,
@@ -32,10 +33,20 @@ from .site import (
 
 
 def mapped(site: Site, function: Callable[..., Any], name: str, *inputs: tvm.ir.Expr) -> tvm.ir.Expr:
-    """A TIR expression of one element of each input, broadcast as ONNX does."""
+    """A TIR expression of one element of each input, broadcast as ONNX does. Constants of one element become part of
+    it: Relax fuses nothing into a function that reads a number from a tensor.
+    """
     out = list(shape_of(inputs[0]))
     for other in inputs[1:]:
         out = broadcast_dims(out, shape_of(other))
+    numbers = {place: number for place, i in enumerate(inputs) if (number := _number(i)) is not None}
+    if numbers and len(numbers) < len(inputs):
+        given, inner = inputs, function
+        inputs = tuple(i for place, i in enumerate(given) if place not in numbers)
+
+        def function(*rest: Any) -> Any:
+            left = iter(rest)
+            return inner(*(numbers[p] if p in numbers else next(left) for p in range(len(given))))
 
     def compute(*tensors: te.Tensor) -> te.Tensor:
         def pick(tensor: te.Tensor, index: tuple[tirx.Var, ...]) -> tirx.Expr:
@@ -53,6 +64,14 @@ def mapped(site: Site, function: Callable[..., Any], name: str, *inputs: tvm.ir.
         return te.compute(tuple(int64(d) for d in out), element, name=name)
 
     return site.te(compute, *inputs, name=name)
+
+
+def _number(expr: tvm.ir.Expr) -> tirx.Expr | None:
+    """The only element of a constant, in types that TIR has numbers of."""
+    array = constant_of(expr)
+    if array is None or array.size != 1 or dtype_of(expr) not in ("float32", "float64", "int32", "int64", "bool"):
+        return None
+    return tirx.const(array.reshape(-1)[0].item(), dtype_of(expr))
 
 
 def binary(site: Site, function: Callable[[Any, Any], Any], name: str) -> tvm.ir.Expr:
