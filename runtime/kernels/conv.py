@@ -1,0 +1,128 @@
+"""Convolution of float32 tensors with blocked channels: the choice among the templates, and a kernel that adds a bias.
+
+direct: any size, dense or with groups that fill whole vectors (`conv_direct`).
+depthwise: one input channel for each output channel (`conv_depthwise`).
+
+Layouts are in `conv_spec`. `emit` writes the loops and hands each finished vector to the caller, who stores it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from tvm import tirx
+from tvm.script.ir_builder import IRBuilder
+from tvm.tirx.script import builder as T
+
+from ...passes.base import Caches
+from ..target import InstructionSet
+from . import conv_depthwise, conv_direct
+from .conv_spec import ConvSpec, Emission, Finish
+from .vectors import Buffer, Expr, Vectors
+
+SYMBOL = "conv"
+OPAQUE = 8  # Relax's operator pattern of a function that nothing is fused into
+TEMPLATES = {"direct": conv_direct, "depthwise": conv_depthwise}
+
+
+def supported(spec: ConvSpec, isa: InstructionSet) -> str | None:
+    """None, or why no template takes this convolution."""
+    lanes = Vectors(isa).lanes
+    sizes = (*spec.in_size, *spec.out_size, *spec.kernel, *spec.strides, *spec.dilations)
+    if min(sizes) < 1 or min(spec.in_channels, spec.out_channels, spec.groups) < 1:
+        return f"a size below one in {spec}"
+    if spec.groups == 1:
+        return None
+    if spec.in_channels % spec.groups or spec.out_channels % spec.groups:
+        return f"{spec.groups} groups do not divide {spec.in_channels} and {spec.out_channels} channels"
+    if not spec.blocked_input:
+        return f"{spec.groups} groups of a plain input"
+    if spec.depthwise:
+        return None
+    each = (spec.in_channels // spec.groups, spec.out_channels // spec.groups)
+    if each[0] % lanes or each[1] % lanes:
+        return f"groups of {each[0]} to {each[1]} channels do not fill vectors of {lanes}"
+    return None
+
+
+def choose_algorithm(spec: ConvSpec, isa: InstructionSet, caches: Caches) -> tuple[str, str]:
+    """(algorithm, why), the reason usable in a report."""
+    if spec.depthwise:
+        return "depthwise", "one input channel for each output channel"
+    return "direct", "all taps are added in registers"
+
+
+def pack_weights(weight: np.ndarray, spec: ConvSpec, isa: InstructionSet, algorithm: str) -> np.ndarray:
+    """(O, I / groups, kernel height, kernel width) weights as the algorithm's kernel reads them, on one axis."""
+    expected = (spec.out_channels, spec.in_channels // spec.groups, *spec.kernel)
+    if weight.shape != expected:
+        raise ValueError(f"weights of shape {weight.shape}, expected {expected}")
+    return TEMPLATES[algorithm].pack(weight, spec, isa)
+
+
+def emit(
+    vectors: Vectors,
+    spec: ConvSpec,
+    algorithm: str,
+    x: Buffer,
+    w: Buffer,
+    finish: Finish,
+    threads: int,
+    index: str,
+    caches: Caches | None = None,
+) -> None:
+    """Emit the convolution of flat buffers `x` and `w` (from `pack_weights`) into the IR builder that is open.
+
+    index: integer type of offsets, wide enough for all of them. threads: what the kernel may count on.
+    """
+    emission = Emission(vectors, spec, x, w, finish, threads, index)
+    TEMPLATES[algorithm].emit(emission, caches or Caches())
+
+
+def conv(
+    spec: ConvSpec,
+    isa: InstructionSet,
+    threads: int = 1,
+    algorithm: str | None = None,
+    name: str | None = None,
+    caches: Caches | None = None,
+) -> tirx.PrimFunc:
+    """A kernel (x, w, bias, y) -> None over float32 tensors: y = convolution + bias, blocked.
+
+    x (N, an image's elements), w from `pack_weights`, bias (ceil(O/L)·L,), y (N, ceil(O/L)·H·W·L).
+    """
+    if reason := supported(spec, isa):
+        raise ValueError(reason)
+    vectors, caches = Vectors(isa), caches or Caches()
+    algorithm = algorithm or choose_algorithm(spec, isa, caches)[0]
+    lanes, (height, width) = vectors.lanes, spec.out_size
+    blocks = spec.out_blocks(lanes)
+    shape = (spec.out_channels, spec.in_channels // spec.groups, *spec.kernel)
+    count = pack_weights(np.zeros(shape, np.float32), spec, isa, algorithm).size
+    sizes = (spec.image(lanes), blocks * height * width * lanes)
+    small = spec.batch is not None and max(count, spec.batch * max(sizes)) < 1 << 30
+    index = "int32" if small else "int64"
+    with IRBuilder() as builder, T.prim_func(is_private=name is None, s_tir=True):
+        T.func_name(name or SYMBOL)
+        T.func_attr({"tirx.noalias": True, "op_pattern": OPAQUE, "tirx.is_scheduled": True})
+        n = tirx.Var("n", index) if spec.batch is None else tirx.const(spec.batch, index)
+        shapes = [(n, sizes[0]), (count,), (blocks * lanes,), (n, sizes[1])]
+        x, w, bias, y = (
+            T.match_buffer(T.arg(label, T.handle()), size, "float32")
+            for label, size in zip(("x", "w", "bias", "y"), shapes, strict=True)
+        )
+        x = T.decl_buffer((n * tirx.const(sizes[0], index),), "float32", data=x.data)
+        y = T.decl_buffer((n * tirx.const(sizes[1], index),), "float32", data=y.data)
+
+        def finish(value: Expr, place: Sequence[Expr]) -> None:
+            image, block, row, column = place
+            at = ((image * blocks + block) * height + row) * width + column
+            vectors.store(y, at * lanes, value + bias[vectors.at(block * lanes)])
+
+        with T.sblock("root"), vectors.prelude():
+            emit(vectors, spec, algorithm, x, w, finish, threads, index, caches)
+    return builder.get()
+
+
+__all__ = ["ConvSpec", "Finish", "choose_algorithm", "conv", "emit", "pack_weights", "supported"]

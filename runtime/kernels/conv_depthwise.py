@@ -1,0 +1,196 @@
+"""Depthwise convolution: a vector holds the channels of one pixel, so every multiply-add is of whole vectors.
+
+    for each task (n, channel block, rows)              over threads
+      for row, for tile of output pixels in it
+        for kernel row, for input pixel under the tile
+          tile[pixel] += x · w[kernel row][kernel column]   for each pixel it is a tap of
+
+A row whose taps are all inside the image in height has its kernel rows written out, with the weights in registers where
+they fit; rows at the border run a loop over those inside. Tiles at the left and right border have code of their own.
+Weights are packed [channel block][kernel row][kernel column][lane].
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+
+import numpy as np
+from tvm.tirx.script import builder as T
+
+from ...passes.base import Caches
+from ..target import InstructionSet
+from .conv_spec import Accumulators, ConvSpec, Emission, axis, split_evenly, taps_inside
+from .vectors import Expr, Vectors
+
+WRITTEN_OUT = 9  # taps up to which kernel rows are written out
+
+
+def pack(weight: np.ndarray, spec: ConvSpec, isa: InstructionSet) -> np.ndarray:
+    """(C, 1, kernel height, kernel width) weights as the kernel reads them, one axis."""
+    lanes = Vectors(isa).lanes
+    padded = axis(weight.reshape(spec.out_channels, spec.taps), 0, spec.out_blocks(lanes) * lanes)
+    blocked = padded.reshape(-1, lanes, spec.taps).transpose(0, 2, 1)
+    return np.ascontiguousarray(blocked, dtype=np.float32).reshape(-1)
+
+
+def widest(isa: InstructionSet, spec: ConvSpec) -> int:
+    """Pixels of the largest tile; beside it live the weights of a kernel row or of all."""
+    weights = spec.taps if spec.taps <= WRITTEN_OUT and isa.registers >= 32 else spec.kernel[1]
+    return max(4, min(14, isa.registers - weights - 2))
+
+
+class DepthwiseEmitter:
+    """Emits one depthwise convolution into the IR builder that is open."""
+
+    def __init__(self, emission: Emission) -> None:
+        self.e, self.spec, self.lanes = emission, emission.spec, emission.lanes
+        columns = self.spec.out_size[1]
+        widths = split_evenly(columns, -(-columns // widest(emission.vectors.isa, self.spec)))
+        starts = itertools.accumulate(widths, initial=0)
+        self.tiles: list[tuple[int, int, int]] = []  # (start, width, count) of equal neighbours
+        for start, width in zip(starts, widths, strict=False):
+            if self.tiles and self.tiles[-1][1] == width and self.inner(start, width):
+                first, _, count = self.tiles[-1]
+                if self.inner(first, width):
+                    self.tiles[-1] = (first, width, count + 1)
+                    continue
+            self.tiles.append((start, width, 1))
+        # Output rows [low, high) whose taps are all inside the image in height.
+        size = self.spec.out_size[0]
+        ranges = [
+            taps_inside(0, size, self.spec.strides[0], kh * self.spec.dilations[0] - self.spec.pads[0],
+                        self.spec.in_size[0])
+            for kh in range(self.spec.kernel[0])
+        ]  # fmt: skip
+        self.low = max(low for low, _ in ranges)
+        self.high = max(self.low, min(high for _, high in ranges))
+
+    def columns(self, start: int, width: int, kw: int) -> tuple[int, int]:
+        """The tile's pixels whose tap `kw` is inside."""
+        spec = self.spec
+        return taps_inside(start, width, spec.strides[1], kw * spec.dilations[1] - spec.pads[1], spec.in_size[1])
+
+    def inner(self, start: int, width: int) -> bool:
+        return all(self.columns(start, width, kw) == (0, width) for kw in range(self.spec.kernel[1]))
+
+    def emit(self) -> None:
+        e, spec = self.e, self.spec
+        blocks, height = spec.out_blocks(self.lanes), spec.out_size[0]
+        batch = e.batch()
+        row_blocks = self.row_blocks(blocks * (spec.batch or 1))
+        each = -(-height // row_blocks)
+        row_blocks = -(-height // each)
+        with e.tasks(batch, blocks * row_blocks) as task:
+            plane = task if row_blocks == 1 else T.Bind(task // e.const(row_blocks))
+            first: Expr = e.const(0)
+            rows: int | Expr = each
+            if row_blocks > 1:
+                first = T.Bind(task % e.const(row_blocks) * e.const(each))
+                rows = T.Bind(T.min(e.const(each), e.const(height) - first)) if height % each else each
+            n = T.Bind(plane // e.const(blocks)) if spec.batch != 1 else e.const(0)
+            block = T.Bind(plane % e.const(blocks)) if spec.batch != 1 else plane
+            image = T.Bind(plane * e.const(math.prod(spec.in_size) * self.lanes))
+            weights = T.Bind(block * e.const(spec.taps * self.lanes))
+            held = self.weights(weights, spec.taps) if spec.taps <= WRITTEN_OUT else None
+            with e.serial(rows) as i:
+                row = T.Bind(first + i)
+                self.row(n, block, image, weights, held, row)
+
+    def row_blocks(self, planes: int) -> int:
+        """Into how many parts the rows are cut so that threads have even shares."""
+        threads = self.e.threads
+        if threads == 1 or planes % threads == 0 or planes >= 8 * threads:
+            return 1
+        return min(self.spec.out_size[0], threads)
+
+    def weights(self, at: Expr, count: int) -> list[Expr]:
+        return [T.Bind(self.e.w[self.e.vectors.at(at + k * self.lanes)]) for k in range(count)]
+
+    def row(self, n: Expr, block: Expr, image: Expr, weights: Expr, held: list[Expr] | None, row: Expr) -> None:
+        """One output row."""
+        whole = self.low == 0 and self.high == self.spec.out_size[0]
+        if held is None or self.low == self.high:
+            self.border_row(n, block, image, weights, row)
+        elif whole:
+            self.inner_row(n, block, image, held, row)
+        else:
+            e = self.e
+            inside = T.bitwise_and(row >= e.const(self.low), row < e.const(self.high))
+            with T.If(inside):
+                with T.Then():
+                    self.inner_row(n, block, image, held, row)
+                with T.Else():
+                    self.border_row(n, block, image, weights, row)
+
+    def row_tiles(self) -> Iterator[tuple[Expr, int, int]]:
+        """(first column, its value in the first such tile, width) of each tile of a row, inside the loop over tiles."""
+        e = self.e
+        for start, width, count in self.tiles:
+            with e.serial(count) as t:
+                yield T.Bind(e.const(start) + t * e.const(width)), start, width
+
+    def inner_row(self, n: Expr, block: Expr, image: Expr, held: list[Expr], row: Expr) -> None:
+        e, spec = self.e, self.spec
+        top = T.Bind(row * e.const(spec.strides[0]) - e.const(spec.pads[0]))
+        for column, start, width in self.row_tiles():
+            acc = self.tile(width)
+            at = self.pixel(image, top, column)
+            for kh in range(spec.kernel[0]):
+                line = at + kh * spec.dilations[0] * spec.in_size[1] * self.lanes
+                self.kernel_row(acc, start, width, line, held[kh * spec.kernel[1] : (kh + 1) * spec.kernel[1]])
+            self.finish(acc, width, n, block, row, column)
+
+    def border_row(self, n: Expr, block: Expr, image: Expr, weights: Expr, row: Expr) -> None:
+        e, spec = self.e, self.spec
+        top = T.Bind(row * e.const(spec.strides[0]) - e.const(spec.pads[0]))
+
+        def below(limit: int) -> Expr:
+            """Kernel rows that read an input row below `limit`."""
+            rows = T.max(e.const(0), e.const(limit) - top)
+            rows = (rows + e.const(spec.dilations[0] - 1)) // e.const(spec.dilations[0])
+            return T.Bind(T.min(e.const(spec.kernel[0]), rows))
+
+        low = below(0)
+        count = T.Bind(below(spec.in_size[0]) - low)
+        for column, start, width in self.row_tiles():
+            acc = self.tile(width)
+            with T.serial(count) as k:
+                kh = T.Bind(low + k)
+                at = self.pixel(image, T.Bind(top + kh * e.const(spec.dilations[0])), column)
+                here = self.weights(T.Bind(weights + kh * e.const(spec.kernel[1] * self.lanes)), spec.kernel[1])
+                self.kernel_row(acc, start, width, at, here)
+            self.finish(acc, width, n, block, row, column)
+
+    def pixel(self, image: Expr, h: Expr, column: Expr) -> Expr:
+        """Offset of the leftmost tap of the output pixel in `column`, in input row `h`."""
+        e, spec = self.e, self.spec
+        w = column * e.const(spec.strides[1]) - e.const(spec.pads[1])
+        return T.Bind(image + (h * e.const(spec.in_size[1]) + w) * e.const(self.lanes))
+
+    def tile(self, width: int) -> Accumulators:
+        acc = Accumulators(self.e.vectors, 1, width)
+        for j in range(width):
+            acc.set(0, j, self.e.vectors.splat(0.0))
+        return acc
+
+    def kernel_row(self, acc: Accumulators, start: int, width: int, at: Expr, row: list[Expr]) -> None:
+        """Add the products of one kernel row: each input pixel is read once."""
+        spec = self.spec
+        uses: dict[int, list[tuple[int, int]]] = {}  # input column -> (output pixel, kernel column)
+        for kw in range(spec.kernel[1]):
+            for j in range(*self.columns(start, width, kw)):
+                uses.setdefault(j * spec.strides[1] + kw * spec.dilations[1], []).append((j, kw))
+        for column in sorted(uses):
+            value = T.Bind(self.e.x[self.e.vectors.at(at + column * self.lanes)])
+            for j, kw in uses[column]:
+                acc.add_product(0, j, value, row[kw])
+
+    def finish(self, acc: Accumulators, width: int, n: Expr, block: Expr, row: Expr, column: Expr) -> None:
+        for j in range(width):
+            self.e.finish(acc.get(0, j), (n, block, row, column + j))
+
+
+def emit(emission: Emission, caches: Caches) -> None:
+    DepthwiseEmitter(emission).emit()

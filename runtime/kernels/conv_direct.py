@@ -1,0 +1,408 @@
+"""Direct convolution: a tile of output pixels x channel vectors stays in registers while all taps are added to it.
+
+    for each task (n, group, rows, panels)              over threads
+      for panel of 1..4 output channel vectors
+        for row, for tile of output pixels in it
+          for input block, kernel row, kernel column, input channel
+            tile[pixel][vector] += x[pixel's tap, channel] · w[panel, channel][vector]
+
+No padded copy of the input is made: kernel rows outside are left out of the loop over them, and a tile at a border
+has code of its own, in which a pixel's taps outside do not occur. A 1x1 convolution of stride 1 has its pixels in one
+row, which is cut where tiles fit.
+
+Weights are packed [panel][input block][kernel row][kernel column][input channel][vector][lane]. All channels of a plain
+input are one block.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+from tvm.tirx.script import builder as T
+
+from ...passes.base import Caches
+from ..target import InstructionSet
+from .conv_spec import Accumulators, ConvSpec, Emission, axis, split_evenly, taps_inside
+from .vectors import Expr, Vectors
+
+UNROLL = 4  # input channels of one turn of the innermost loop
+
+
+@dataclass(frozen=True)
+class Taps:
+    """Kernel columns [first, first + count) that read inside the image for pixels [low, high) of a tile."""
+
+    first: int
+    count: int
+    low: int
+    high: int
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """`count` neighbouring tiles of `width` output pixels from column `start`, all with the same taps."""
+
+    start: int
+    width: int
+    count: int
+    taps: tuple[Taps, ...]
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """vectors: output vectors of a panel. panels: of one group; the last has `last` vectors. rows x columns: the output
+    pixels as tiles see them."""
+
+    vectors: int
+    panels: int
+    last: int
+    rows: int
+    columns: int
+    tiles: tuple[Tiles, ...]
+
+
+def flat(spec: ConvSpec) -> bool:
+    """Whether an output pixel is the input pixel of the same number."""
+    return spec.kernel == spec.strides == (1, 1) and spec.pads == (0, 0) and spec.in_size == spec.out_size
+
+
+def widest(isa: InstructionSet, vectors: int) -> int:
+    """Pixels of the largest tile of so many vectors: beside it live the weights and a value of x."""
+    others = vectors + 1 if isa.fma else vectors + 2
+    return max(1, min(28, (isa.registers - others) // vectors))
+
+
+@functools.cache
+def tiling(spec: ConvSpec, isa: InstructionSet) -> Tiling:
+    """The tiling with the fewest cycles by a plain model of two multiply-adds and two loads a cycle."""
+    lanes = Vectors(isa).lanes
+    blocks = spec.out_blocks(lanes) // spec.groups
+    steps = spec.taps * spec.in_channels // spec.groups
+    pixels = math.prod(spec.out_size)
+    shapes = [(pixels // w, w) for w in range(1, pixels + 1) if pixels % w == 0] if flat(spec) else [spec.out_size]
+    best: tuple[float, Tiling] | None = None
+    for vectors, (rows, columns) in itertools.product(range(1, min(4, blocks) + 1), shapes):
+        most = widest(isa, vectors)
+        if flat(spec) and columns > most and columns != spec.out_size[1]:
+            continue
+        panels = -(-blocks // vectors)
+        last = blocks - (panels - 1) * vectors
+        widths = split_evenly(columns, -(-columns // most))
+        cost = 0.0
+        for v, count in ((vectors, panels - 1), (last, 1)):
+            each = sum(_cycles(width, v, lanes, steps) for width in widths)
+            cost += count * each * rows
+        # A shorter last panel and a second width are code of their own.
+        cost *= 1 + 0.01 * (last != vectors) + 0.01 * (len(set(widths)) - 1)
+        if best is None or cost < best[0]:
+            best = cost, Tiling(vectors, panels, last, rows, columns, tuple(_tiles(spec, widths)))
+    assert best is not None
+    return best[1]
+
+
+def _cycles(width: int, vectors: int, lanes: int, steps: int) -> float:
+    """Of one tile. Weights that do not stay in the first cache come at 32 bytes a cycle."""
+    streamed = vectors * lanes * 4 / 32 if steps * vectors * lanes * 4 > 24 << 10 else 0.0
+    return steps * max(width * vectors / 2, (width + vectors) / 2, 4.0, streamed) + 2 * width * vectors + 20
+
+
+def _tiles(spec: ConvSpec, widths: list[int]) -> Iterator[Tiles]:
+    """Tiles of a row from left to right, equal neighbours together."""
+    starts = itertools.accumulate(widths, initial=0)
+    each = [(start, width, _taps(spec, start, width)) for start, width in zip(starts, widths, strict=False)]
+    for (width, taps), group in itertools.groupby(each, key=lambda tile: tile[1:]):
+        members = list(group)
+        yield Tiles(members[0][0], width, len(members), taps)
+
+
+def _taps(spec: ConvSpec, start: int, width: int) -> tuple[Taps, ...]:
+    if flat(spec):
+        return (Taps(0, 1, 0, width),)
+    ranges = [
+        taps_inside(start, width, spec.strides[1], kw * spec.dilations[1] - spec.pads[1], spec.in_size[1])
+        for kw in range(spec.kernel[1])
+    ]
+    result = []
+    for (low, high), group in itertools.groupby(range(len(ranges)), key=lambda kw: ranges[kw]):
+        columns = list(group)
+        if low < high:
+            result.append(Taps(columns[0], len(columns), low, high))
+    return tuple(result)
+
+
+def pack(weight: np.ndarray, spec: ConvSpec, isa: InstructionSet) -> np.ndarray:
+    """OIHW weights as the kernel reads them, one axis."""
+    lanes, plan = Vectors(isa).lanes, tiling(spec, isa)
+    out_each, in_each = spec.out_channels // spec.groups, spec.in_channels // spec.groups
+    in_padded = -(-in_each // lanes) * lanes if spec.blocked_input else in_each
+    out_padded = -(-out_each // lanes) * lanes
+    grouped = weight.reshape(spec.groups, out_each, in_each, *spec.kernel)
+    grouped = axis(axis(grouped, 1, out_padded), 2, in_padded)
+    pieces = []
+    for group in grouped:
+        for panel in range(plan.panels):
+            vectors = plan.last if panel == plan.panels - 1 else plan.vectors
+            first = panel * plan.vectors * lanes
+            part = group[first : first + vectors * lanes]
+            depth = lanes if spec.blocked_input else in_each
+            part = part.reshape(vectors * lanes, -1, depth, *spec.kernel).transpose(1, 3, 4, 2, 0)
+            pieces.append(part.reshape(-1))
+    return np.ascontiguousarray(np.concatenate(pieces), dtype=np.float32)
+
+
+@dataclass(frozen=True)
+class Split:
+    """How a convolution is cut into tasks: blocks of `rows` rows and of `panels` panels, and the input blocks that are
+    added up before the next row is taken."""
+
+    rows: int
+    row_blocks: int
+    panels: int
+    panel_blocks: int
+    chunk: int
+
+
+def split(spec: ConvSpec, plan: Tiling, lanes: int, caches: Caches, threads: int) -> Split:
+    """Rows whose input stays in half of the second cache, then even shares for threads with the least traffic."""
+    in_each = spec.in_channels // spec.groups
+    row_bytes = 4 * in_each * math.prod(spec.in_size) / plan.rows
+    most = max(1, min(plan.rows, int(caches.l2 / 2 / max(1.0, row_bytes)))) if plan.panels > 1 else plan.rows
+    weights = 4 * in_each * spec.taps * lanes * plan.vectors  # bytes of a panel
+    outer = (spec.batch or 1) * spec.groups
+    ideal = outer * plan.rows * plan.panels / threads
+    best: tuple[tuple[float, float], int, int] | None = None
+    for rows in range(1, most + 1):
+        row_blocks = -(-plan.rows // rows)
+        if -(-plan.rows // row_blocks) != rows:
+            continue
+        for panel_blocks in range(1, min(plan.panels, 4 * threads) + 1):
+            panels = -(-plan.panels // panel_blocks)
+            share = -(-outer * row_blocks * panel_blocks // threads) * rows * panels
+            traffic = row_blocks * plan.panels * weights + panel_blocks * plan.rows * row_bytes
+            key = (round(share / ideal * 20), traffic)
+            if best is None or key < best[0]:
+                best = key, rows, panels
+    assert best is not None
+    _, rows, panels = best
+    blocks = -(-in_each // lanes) if spec.blocked_input else 1
+    chunk = blocks
+    if weights > caches.l2 / 4 and rows * len(plan.tiles) > 1:
+        chunk = max(1, int(caches.l2 / 4 / (weights / blocks)))
+        chunk = -(-blocks // -(-blocks // chunk))
+    return Split(rows, -(-plan.rows // rows), panels, -(-plan.panels // panels), chunk)
+
+
+class DirectEmitter:
+    """Emits one direct convolution into the IR builder that is open."""
+
+    def __init__(self, emission: Emission, caches: Caches) -> None:
+        self.e, self.spec, self.lanes = emission, emission.spec, emission.lanes
+        self.plan = tiling(self.spec, emission.vectors.isa)
+        self.split = split(self.spec, self.plan, self.lanes, caches, emission.threads)
+        each = self.spec.in_channels // self.spec.groups
+        self.in_channels = each  # of a group
+        blocked = self.spec.blocked_input
+        self.depth = self.lanes if blocked else each  # channels of an input block
+        self.in_blocks = -(-each // self.depth)
+        # Input channels of one turn of the innermost loop.
+        self.unroll = UNROLL if blocked else max(u for u in range(1, UNROLL + 1) if each % u == 0)
+        # Elements between neighbouring pixels, and channels, of an input block.
+        plane = math.prod(self.spec.in_size)
+        self.pixel, self.channel = (self.lanes, 1) if blocked else (1, plane)
+        # Weights that one output vector reads from one input block.
+        self.block_weights = self.spec.taps * self.depth * self.lanes
+
+    def emit(self) -> None:
+        e, s, groups = self.e, self.split, self.spec.groups
+        batch = e.batch()
+        with e.tasks(batch, groups * s.row_blocks * s.panel_blocks) as task:
+            rest, panel_block = self.divide(task, s.panel_blocks)
+            rest, row_block = self.divide(rest, s.row_blocks)
+            n, group = self.divide(rest, groups)
+            image = T.Bind(n * e.const(self.spec.image(self.lanes)))
+            if groups > 1:
+                image = T.Bind(image + group * e.const(self.in_blocks * self.lanes * math.prod(self.spec.in_size)))
+            first_row = T.Bind(row_block * e.const(s.rows))
+            rows: int | Expr = s.rows
+            if self.plan.rows % s.rows:
+                rows = T.Bind(T.min(e.const(s.rows), e.const(self.plan.rows) - first_row))
+            out_blocks = (self.plan.panels - 1) * self.plan.vectors + self.plan.last
+            first_out = T.Bind(group * e.const(out_blocks))
+            for panel, vectors in self.panels(panel_block):
+                block = T.Bind(first_out + panel * e.const(self.plan.vectors))
+                weights = T.Bind(block * e.const(self.in_blocks * self.block_weights))
+                self.panel(n, image, weights, block, vectors, first_row, rows)
+
+    def divide(self, value: Expr, by: int) -> tuple[Expr, Expr]:
+        """Quotient and remainder."""
+        if by == 1:
+            return value, self.e.const(0)
+        return T.Bind(value // self.e.const(by)), T.Bind(value % self.e.const(by))
+
+    def panels(self, panel_block: Expr) -> Iterator[tuple[Expr, int]]:
+        """(number, vectors) of each panel of a block, inside the loop over them."""
+        e, plan, each = self.e, self.plan, self.split.panels
+        full = plan.panels - (plan.last != plan.vectors)
+        first = T.Bind(panel_block * e.const(each))
+        if full:
+            count: int | Expr = each if full % each == 0 and full == plan.panels else 0
+            if not count:
+                count = T.Bind(T.max(e.const(0), T.min(e.const(each), e.const(full) - first)))
+            with e.serial(count) as i:
+                yield first + i, plan.vectors
+        if full < plan.panels:
+            if self.split.panel_blocks == 1:
+                yield e.const(full), plan.last
+            else:
+                with T.If(panel_block == e.const(self.split.panel_blocks - 1)), T.Then():
+                    yield e.const(full), plan.last
+
+    def panel(
+        self, n: Expr, image: Expr, weights: Expr, block: Expr, vectors: int, first_row: Expr, rows: int | Expr
+    ) -> None:
+        """All rows of a task for one panel; in chunks of input blocks where its weights do not stay in a cache."""
+        e, chunk, blocks = self.e, self.split.chunk, self.in_blocks
+
+        def finish(row: Expr, column: Expr, vector: int, value: Expr) -> None:
+            e.finish(value, (n, block + vector, *self.place(row, column)))
+
+        if chunk >= blocks:
+            with e.serial(rows) as i:
+                row = T.Bind(first_row + i)
+                for column, tile in self.row_tiles():
+                    acc = Accumulators(e.vectors, tile.width, vectors)
+                    for j, v in itertools.product(range(tile.width), range(vectors)):
+                        acc.set(j, v, e.vectors.splat(0.0))
+                    self.reduce(acc, tile, vectors, image, weights, row, column, e.const(0), blocks)
+                    for j, v in itertools.product(range(tile.width), range(vectors)):
+                        finish(row, column + j, v, acc.get(j, v))
+            return
+        sums = T.alloc_buffer((self.split.rows * self.plan.columns * vectors * self.lanes,), "float32", scope="global")
+        each = vectors * self.lanes
+
+        def at(i: Expr, column: Expr, vector: int) -> Expr:
+            return (i * e.const(self.plan.columns) + column) * e.const(each) + vector * self.lanes
+
+        with e.serial(rows) as i, T.serial(e.const(self.plan.columns)) as column:
+            for v in range(vectors):
+                e.vectors.store(sums, at(i, column, v), e.vectors.splat(0.0))
+        with T.serial(e.const(-(-blocks // chunk))) as c:
+            first = T.Bind(c * e.const(chunk))
+            count: int | Expr = chunk
+            if blocks % chunk:
+                count = T.Bind(T.min(e.const(chunk), e.const(blocks) - first))
+            with e.serial(rows) as i:
+                row = T.Bind(first_row + i)
+                for column, tile in self.row_tiles():
+                    acc = Accumulators(e.vectors, tile.width, vectors)
+                    start = T.Bind(at(i, column, 0))
+                    for j, v in itertools.product(range(tile.width), range(vectors)):
+                        acc.set(j, v, sums[e.vectors.at(start + j * each + v * self.lanes)])
+                    self.reduce(acc, tile, vectors, image, weights, row, column, first, count)
+                    for j, v in itertools.product(range(tile.width), range(vectors)):
+                        e.vectors.store(sums, start + j * each + v * self.lanes, acc.get(j, v))
+        with e.serial(rows) as i, T.serial(e.const(self.plan.columns)) as column:
+            for v in range(vectors):
+                finish(T.Bind(first_row + i), column, v, e.vectors.load(sums, at(i, column, v)))
+
+    def place(self, row: Expr, column: Expr) -> tuple[Expr, Expr]:
+        """(h, w) of a pixel."""
+        if (self.plan.rows, self.plan.columns) == self.spec.out_size:
+            return row, column
+        pixel, width = row * self.e.const(self.plan.columns) + column, self.e.const(self.spec.out_size[1])
+        return pixel // width, pixel % width
+
+    def row_tiles(self) -> Iterator[tuple[Expr, Tiles]]:
+        """(first column, tile) of a row, inside the loop over tiles."""
+        for tiles in self.plan.tiles:
+            with self.e.serial(tiles.count) as t:
+                yield T.Bind(self.e.const(tiles.start) + t * self.e.const(tiles.width)), tiles
+
+    @contextmanager
+    def kernel_rows(self, row: Expr) -> Iterator[tuple[Expr, Expr]]:
+        """The loop over kernel rows inside the image: (kernel row, input row)."""
+        spec, e = self.spec, self.e
+        height, (stride, dilation, pad) = spec.in_size[0], (spec.strides[0], spec.dilations[0], spec.pads[0])
+        if flat(spec):
+            yield e.const(0), row
+            return
+        firsts = [o * stride - pad for o in range(spec.out_size[0])]
+        reach = (spec.kernel[0] - 1) * dilation
+        top = T.Bind(row * e.const(stride) - e.const(pad))
+        if min(firsts) >= 0 and max(firsts) + reach < height:
+            with e.serial(spec.kernel[0]) as kh:
+                yield kh, T.Bind(top + kh * e.const(dilation))
+            return
+
+        def below(limit: Expr) -> Expr:
+            """Kernel rows that read a row below `limit`."""
+            rows = T.max(e.const(0), limit - top)
+            if dilation > 1:
+                rows = (rows + e.const(dilation - 1)) // e.const(dilation)
+            return T.min(e.const(spec.kernel[0]), rows)
+
+        low = T.Bind(below(e.const(0)))
+        count = T.Bind(below(e.const(height)) - low)
+        with T.serial(count) as k:
+            kh = T.Bind(low + k)
+            yield kh, T.Bind(top + kh * e.const(dilation))
+
+    def reduce(
+        self, acc: Accumulators, tile: Tiles, vectors: int, image: Expr, weights: Expr, row: Expr, column: Expr,
+        first: Expr, count: int | Expr,
+    ) -> None:  # fmt: skip
+        """Add the taps of input blocks [first, first + count) to a tile."""
+        e, spec = self.e, self.spec
+        width = self.plan.columns if flat(spec) else spec.in_size[1]
+        plane = math.prod(spec.in_size)
+        if not tile.taps:
+            return
+        left = T.Bind(column * e.const(spec.strides[1]) - e.const(spec.pads[1]))
+        tap = self.depth * vectors * self.lanes  # weights of a tap
+        with e.serial(count) as i:
+            block = T.Bind(first + i)
+            x_block = T.Bind(image + block * e.const(plane * self.depth))
+            w_block = T.Bind(weights + block * e.const(self.block_weights * vectors))
+            with self.kernel_rows(row) as (kh, h):
+                x_row = T.Bind(x_block + (h * e.const(width) + left) * e.const(self.pixel))
+                w_row = T.Bind(w_block + kh * e.const(tap * spec.kernel[1]))
+                for taps in tile.taps:
+                    with e.serial(taps.count) as k:
+                        kw = T.Bind(e.const(taps.first) + k)
+                        x_tap = T.Bind(x_row + kw * e.const(spec.dilations[1] * self.pixel))
+                        w_tap = T.Bind(w_row + kw * e.const(tap))
+                        with self.channel_steps(block) as q:
+                            x_at = T.Bind(x_tap + q * e.const(self.unroll * self.channel))
+                            w_at = T.Bind(w_tap + q * e.const(self.unroll * vectors * self.lanes))
+                            for u in range(self.unroll):
+                                at = w_at + u * vectors * self.lanes
+                                self.step(acc, taps, vectors, x_at + u * self.channel, at)
+
+    def channel_steps(self, block: Expr) -> Expr:
+        """The loop over a block's channels, `unroll` at a time; the last block may have fewer."""
+        e, each = self.e, self.depth // self.unroll
+        steps = -(-self.in_channels // self.unroll)
+        if steps % each == 0:
+            return e.serial(each)
+        if steps < each:
+            return e.serial(steps)
+        return T.serial(T.Bind(T.min(e.const(each), e.const(steps) - block * e.const(each))))
+
+    def step(self, acc: Accumulators, taps: Taps, vectors: int, x_at: Expr, w_at: Expr) -> None:
+        """tile[pixel][vector] += x[pixel] · w[vector] for one input channel of one tap."""
+        e, each = self.e, self.spec.strides[1] * self.pixel
+        row = [T.Bind(e.w[e.vectors.at(w_at + v * self.lanes)]) for v in range(vectors)]
+        for j in range(taps.low, taps.high):
+            value = T.Bind(e.vectors.splat(e.x[x_at + j * each]))
+            for v in range(vectors):
+                acc.add_product(j, v, value, row[v])
+
+
+def emit(emission: Emission, caches: Caches) -> None:
+    DirectEmitter(emission, caches).emit()

@@ -1,0 +1,159 @@
+"""What the convolution kernels agree on: the description of a convolution, who finishes an output, and loops.
+
+A blocked tensor (N, C, H, W) is stored (N, ceil(C/L), H, W, L) with L = `Vectors.lanes`: a pixel's L neighbouring
+channels are one vector. Lanes beyond C hold anything finite; packed weights are zero there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+from tvm import tirx
+from tvm.tirx.script import builder as T
+
+from .vectors import Buffer, Expr, Vectors
+
+# finish(vector of L outputs, (n, c_block, h, w)): the caller's epilogue and store.
+Finish = Callable[[Expr, Sequence[Expr]], None]
+
+# Multiply-adds below which a parallel launch (up to 9 us) costs more than a second thread saves, by vector lanes.
+PARALLEL_VECTORS = 1 << 15
+
+
+@dataclass(frozen=True)
+class ConvSpec:
+    """A convolution of float32 tensors. 1-D convolutions have H = 1.
+
+    batch: None where it is known at run time. in_size, out_size: (H, W). pads: rows above and columns to the left;
+    those below and to the right follow from out_size, and a negative pad drops input. blocked_input: False where x is
+    plain (N, C, H, W), as for the first convolution of a model.
+    """
+
+    batch: int | None
+    in_channels: int
+    out_channels: int
+    in_size: tuple[int, int]
+    out_size: tuple[int, int]
+    kernel: tuple[int, int]
+    strides: tuple[int, int] = (1, 1)
+    dilations: tuple[int, int] = (1, 1)
+    pads: tuple[int, int] = (0, 0)
+    groups: int = 1
+    blocked_input: bool = True
+
+    @property
+    def taps(self) -> int:
+        return self.kernel[0] * self.kernel[1]
+
+    @property
+    def depthwise(self) -> bool:
+        """One input channel for each output channel."""
+        return self.groups > 1 and self.groups == self.in_channels == self.out_channels
+
+    @property
+    def multiply_adds(self) -> int:
+        """Of one image, padded taps included."""
+        channels = self.out_channels * self.in_channels // self.groups
+        return channels * self.taps * math.prod(self.out_size)
+
+    def in_blocks(self, lanes: int) -> int:
+        return -(-self.in_channels // lanes)
+
+    def out_blocks(self, lanes: int) -> int:
+        return -(-self.out_channels // lanes)
+
+    def image(self, lanes: int) -> int:
+        """Elements of one input image as it is stored."""
+        channels = self.in_blocks(lanes) * lanes if self.blocked_input else self.in_channels
+        return channels * math.prod(self.in_size)
+
+
+@dataclass(frozen=True)
+class Emission:
+    """What every part of an emitted convolution needs."""
+
+    vectors: Vectors
+    spec: ConvSpec
+    x: Buffer
+    w: Buffer
+    finish: Finish
+    threads: int
+    index: str
+
+    @property
+    def lanes(self) -> int:
+        return self.vectors.lanes
+
+    def const(self, value: int) -> Expr:
+        return tirx.const(value, self.index)
+
+    def batch(self) -> int | Expr:
+        if self.spec.batch is not None:
+            return self.spec.batch
+        flat = self.x.shape[0]
+        return T.Bind(T.Cast(self.index, flat) // self.const(self.spec.image(self.lanes)))
+
+    def serial(self, extent: int | Expr) -> AbstractContextManager[Expr]:
+        """A loop; none where there is one turn."""
+        if isinstance(extent, int):
+            return nullcontext(self.const(0)) if extent == 1 else T.serial(self.const(extent))
+        return T.serial(extent)
+
+    def tasks(self, batch: int | Expr, each: int) -> AbstractContextManager[Expr]:
+        """The loop over `each` independent tasks an image, over threads where that is worth a launch."""
+        known = batch if isinstance(batch, int) else 1
+        worth = known * self.spec.multiply_adds >= PARALLEL_VECTORS * self.lanes
+        if self.threads > 1 and worth and not (isinstance(batch, int) and batch * each == 1):
+            return T.parallel(batch * self.const(each))
+        return self.serial(batch * each)
+
+
+class Accumulators:
+    """rows x columns vectors in registers: buffers under 1024 bytes, which TVM leaves on the stack for LLVM."""
+
+    def __init__(self, vectors: Vectors, rows: int, columns: int) -> None:
+        self.vectors, self.columns = vectors, columns
+        self.each = min(rows * columns, 1023 // (4 * vectors.lanes))
+        count = rows * columns
+        sizes = [min(self.each, count - first) for first in range(0, count, self.each)]
+        self.buffers = [T.alloc_buffer((size * vectors.lanes,), "float32", scope="global") for size in sizes]
+
+    def _place(self, row: int, column: int) -> tuple[Buffer, Expr]:
+        buffer, slot = divmod(row * self.columns + column, self.each)
+        return self.buffers[buffer], self.vectors.at(slot * self.vectors.lanes)
+
+    def get(self, row: int, column: int) -> Expr:
+        buffer, at = self._place(row, column)
+        return buffer[at]
+
+    def set(self, row: int, column: int, value: Expr) -> None:
+        buffer, at = self._place(row, column)
+        T.buffer_store(buffer, value, [at])
+
+    def add_product(self, row: int, column: int, a: Expr, b: Expr) -> None:
+        self.set(row, column, self.vectors.fma(a, b, self.get(row, column)))
+
+
+def taps_inside(first: int, count: int, stride: int, offset: int, size: int) -> tuple[int, int]:
+    """The range of outputs o in [0, count) with 0 <= (first + o)·stride + offset < size; as (low, high)."""
+    inside = [o for o in range(count) if 0 <= (first + o) * stride + offset < size]
+    return (inside[0], inside[-1] + 1) if inside else (0, 0)
+
+
+def split_evenly(total: int, parts: int) -> list[int]:
+    """`total` as `parts` whole numbers that differ by at most one, larger ones first."""
+    low, more = divmod(total, parts)
+    return [low + 1] * more + [low] * (parts - more)
+
+
+def axis(weight: Any, dimension: int, size: int) -> Any:
+    """`weight` with zeros behind `dimension` up to `size`."""
+    import numpy as np
+
+    widths = [(0, 0)] * weight.ndim
+    widths[dimension] = (0, size - weight.shape[dimension])
+    return np.pad(weight, widths)
