@@ -57,7 +57,7 @@ class Tiles:
 @dataclass(frozen=True)
 class Tiling:
     """vectors: output vectors of a panel. panels: of one group; the last has `last` vectors. rows x columns: the output
-    pixels as tiles see them."""
+    pixels as tiles see them. cycles: of one image on one thread by a plain model."""
 
     vectors: int
     panels: int
@@ -65,6 +65,7 @@ class Tiling:
     rows: int
     columns: int
     tiles: tuple[Tiles, ...]
+    cycles: float
 
 
 def flat(spec: ConvSpec) -> bool:
@@ -101,15 +102,21 @@ def tiling(spec: ConvSpec, isa: InstructionSet) -> Tiling:
         # A shorter last panel and a second width are code of their own.
         cost *= 1 + 0.01 * (last != vectors) + 0.01 * (len(set(widths)) - 1)
         if best is None or cost < best[0]:
-            best = cost, Tiling(vectors, panels, last, rows, columns, tuple(_tiles(spec, widths)))
+            tiles, cycles = tuple(_tiles(spec, widths)), cost * spec.groups
+            best = cost, Tiling(vectors, panels, last, rows, columns, tiles, cycles)
     assert best is not None
     return best[1]
+
+
+def step_cycles(width: int, vectors: int) -> float:
+    """Of one input channel of a tile: two multiply-adds and two loads a cycle; each sum waits four for its last."""
+    return max(width * vectors / 2, (width + vectors) / 2, 4.0)
 
 
 def _cycles(width: int, vectors: int, lanes: int, steps: int) -> float:
     """Of one tile. Weights that do not stay in the first cache come at 32 bytes a cycle."""
     streamed = vectors * lanes * 4 / 32 if steps * vectors * lanes * 4 > 24 << 10 else 0.0
-    return steps * max(width * vectors / 2, (width + vectors) / 2, 4.0, streamed) + 2 * width * vectors + 20
+    return steps * max(step_cycles(width, vectors), streamed) + 2 * width * vectors + 20
 
 
 def _tiles(spec: ConvSpec, widths: list[int]) -> Iterator[Tiles]:
@@ -222,9 +229,9 @@ class DirectEmitter:
         e, s, groups = self.e, self.split, self.spec.groups
         batch = e.batch()
         with e.tasks(batch, groups * s.row_blocks * s.panel_blocks) as task:
-            rest, panel_block = self.divide(task, s.panel_blocks)
-            rest, row_block = self.divide(rest, s.row_blocks)
-            n, group = self.divide(rest, groups)
+            rest, panel_block = e.divide(task, s.panel_blocks)
+            rest, row_block = e.divide(rest, s.row_blocks)
+            n, group = e.divide(rest, groups)
             image = T.Bind(n * e.const(self.spec.image(self.lanes)))
             if groups > 1:
                 image = T.Bind(image + group * e.const(self.in_blocks * self.lanes * math.prod(self.spec.in_size)))
@@ -238,12 +245,6 @@ class DirectEmitter:
                 block = T.Bind(first_out + panel * e.const(self.plan.vectors))
                 weights = T.Bind(block * e.const(self.in_blocks * self.block_weights))
                 self.panel(n, image, weights, block, vectors, first_row, rows)
-
-    def divide(self, value: Expr, by: int) -> tuple[Expr, Expr]:
-        """Quotient and remainder."""
-        if by == 1:
-            return value, self.e.const(0)
-        return T.Bind(value // self.e.const(by)), T.Bind(value % self.e.const(by))
 
     def panels(self, panel_block: Expr) -> Iterator[tuple[Expr, int]]:
         """(number, vectors) of each panel of a block, inside the loop over them."""

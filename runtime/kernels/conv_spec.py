@@ -103,6 +103,12 @@ class Emission:
             return nullcontext(self.const(0)) if extent == 1 else T.serial(self.const(extent))
         return T.serial(extent)
 
+    def divide(self, value: Expr, by: int) -> tuple[Expr, Expr]:
+        """Quotient and remainder."""
+        if by == 1:
+            return value, self.const(0)
+        return T.Bind(value // self.const(by)), T.Bind(value % self.const(by))
+
     def tasks(self, batch: int | Expr, each: int) -> AbstractContextManager[Expr]:
         """The loop over `each` independent tasks an image, over threads where that is worth a launch."""
         known = batch if isinstance(batch, int) else 1

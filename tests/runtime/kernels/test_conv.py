@@ -168,6 +168,20 @@ DEPTHWISE = {
     "batch 2": spec_of((40, 40), (12, 12), (3, 3), pads=same(3), groups=40, batch=2),
     "pads wider than the kernel": spec_of((16, 16), (5, 6), (3, 3), pads=(4, 5, 4, 3), groups=16),
 }
+WINOGRAD = {
+    "even": spec_of((32, 48), (14, 14), (3, 3), pads=same(3)),
+    "odd": spec_of((16, 32), (7, 9), (3, 3), pads=same(3)),
+    "no padding": spec_of((16, 16), (9, 30), (3, 3)),
+    "pads wider than the kernel": spec_of((16, 16), (5, 6), (3, 3), pads=(4, 5, 3, 4)),
+    "pads on one side": spec_of((16, 32), (8, 8), (3, 3), pads=(0, 0, 2, 2)),
+    "one pixel": spec_of((16, 16), (1, 1), (3, 3), pads=same(3)),
+    "one row": spec_of((16, 16), (1, 20), (3, 3), pads=same(3)),
+    "channels around vectors": spec_of((17, 33), (12, 12), (3, 3), pads=same(3)),
+    "five output vectors": spec_of((24, 80), (15, 15), (3, 3), pads=same(3)),
+    "batch 2": spec_of((32, 32), (13, 13), (3, 3), pads=same(3), batch=2),
+    "batch at run time": spec_of((32, 32), (13, 13), (3, 3), pads=same(3), batch=None),
+    "several blocks of rows": spec_of((128, 32), (64, 64), (3, 3), pads=same(3)),
+}
 
 
 @pytest.mark.parametrize("case", DIRECT)
@@ -180,6 +194,12 @@ def test_direct(name: str, case: str) -> None:
 @pytest.mark.parametrize("name", X86)
 def test_depthwise(name: str, case: str) -> None:
     check(DEPTHWISE[case], runnable(name), algorithm="depthwise")
+
+
+@pytest.mark.parametrize("case", WINOGRAD)
+@pytest.mark.parametrize("name", X86)
+def test_winograd(name: str, case: str) -> None:
+    check(WINOGRAD[case], runnable(name), algorithm="winograd")
 
 
 @pytest.mark.parametrize("channels", [1, 15, 16, 17, 31, 33, 80, 112])
@@ -245,14 +265,16 @@ SIZES = st.integers(1, 20)
     st.tuples(st.integers(1, 40), st.integers(1, 70)), st.tuples(SIZES, SIZES),
     st.tuples(st.integers(1, 5), st.integers(1, 5)), st.tuples(st.integers(1, 3), st.integers(1, 3)),
     st.tuples(*[st.integers(0, 4)] * 4), st.tuples(st.integers(1, 2), st.integers(1, 2)),
-    st.sampled_from(["blocked", "plain", "depthwise"]), st.sampled_from(X86), st.integers(1, 3),
+    st.sampled_from(["blocked", "plain", "depthwise", "winograd"]), st.sampled_from(X86), st.integers(1, 3),
 )  # fmt: skip
 def test_any_convolution(channels, size, window, strides, pads, dilations, kind, name, batch) -> None:
+    if kind == "winograd":
+        window, strides, dilations = (3, 3), (1, 1), (1, 1)
     assume(all(size[i] + pads[i] + pads[i + 2] > (window[i] - 1) * dilations[i] for i in (0, 1)))
     groups = channels[0] if kind == "depthwise" else 1
     channels = (groups, groups) if kind == "depthwise" else channels
     spec = spec_of(channels, size, window, strides, pads, dilations, groups, batch, kind != "plain")
-    check(spec, runnable(name))
+    check(spec, runnable(name), algorithm={"winograd": "winograd", "depthwise": "depthwise"}.get(kind, "direct"))
 
 
 def test_what_is_not_supported_has_a_reason() -> None:
@@ -271,7 +293,12 @@ def test_choice_names_its_reason() -> None:
     target = Target.named("cpu-avx512")
     assert choose_algorithm(DEPTHWISE["3x3"], target.isa, target.caches)[0] == "depthwise"
     algorithm, reason = choose_algorithm(DIRECT["1x1"], target.isa, target.caches)
-    assert algorithm == "direct" and reason
+    assert algorithm == "direct" and "not a 3x3 kernel" in reason
+    large = spec_of((64, 64), (56, 56), (3, 3), pads=same(3))
+    algorithm, reason = choose_algorithm(large, target.isa, target.caches)
+    assert algorithm == "winograd" and "times as fast" in reason
+    algorithm, reason = choose_algorithm(DIRECT["one pixel"], target.isa, target.caches)
+    assert algorithm == "direct" and "of the time" in reason
 
 
 def test_weights_of_another_shape_are_refused() -> None:
@@ -284,6 +311,9 @@ def test_other_machines_compile(name: str) -> None:
     import tvm
 
     target = Target.named(name)
-    for spec in (DIRECT["3x3"], DIRECT["plain input"], DEPTHWISE["3x3"]):
-        function = conv(spec, target.isa, 2, name="conv", caches=target.caches)
+    for spec, algorithm in [
+        (DIRECT["3x3"], "direct"), (DIRECT["plain input"], "direct"), (DEPTHWISE["3x3"], "depthwise"),
+        (WINOGRAD["odd"], "winograd"),
+    ]:  # fmt: skip
+        function = conv(spec, target.isa, 2, algorithm, "conv", target.caches)
         assert tvm.compile(tvm.IRModule({"conv": function}), target.tvm())
