@@ -2,6 +2,7 @@
 
 direct: any size, dense or with groups that fill whole vectors (`conv_direct`).
 depthwise: one input channel for each output channel (`conv_depthwise`).
+winograd: 3x3 of stride 1 with fewer multiplications (`winograd`).
 
 Layouts are in `conv_spec`. `emit` writes the loops and hands each finished vector to the caller, who stores it.
 """
@@ -9,6 +10,7 @@ Layouts are in `conv_spec`. `emit` writes the loops and hands each finished vect
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from tvm import tirx
@@ -17,13 +19,14 @@ from tvm.tirx.script import builder as T
 
 from ...passes.base import Caches
 from ..target import InstructionSet
-from . import conv_depthwise, conv_direct
+from . import conv_depthwise, conv_direct, winograd
 from .conv_spec import ConvSpec, Emission, Finish
 from .vectors import Buffer, Expr, Vectors
 
 SYMBOL = "conv"
+WINOGRAD_GAIN = 1.15  # estimated, from which on the Winograd form is taken
 OPAQUE = 8  # Relax's operator pattern of a function that nothing is fused into
-TEMPLATES = {"direct": conv_direct, "depthwise": conv_depthwise}
+TEMPLATES = {"direct": conv_direct, "depthwise": conv_depthwise, "winograd": winograd}
 
 
 def supported(spec: ConvSpec, isa: InstructionSet) -> str | None:
@@ -50,7 +53,20 @@ def choose_algorithm(spec: ConvSpec, isa: InstructionSet, caches: Caches) -> tup
     """(algorithm, why), the reason usable in a report."""
     if spec.depthwise:
         return "depthwise", "one input channel for each output channel"
-    return "direct", "all taps are added in registers"
+    if refusal := winograd.refusal(spec):
+        return "direct", refusal
+    one = replace(spec, batch=1)
+    direct = conv_direct.tiling(one, isa).cycles + _memory(9, spec)
+    fewer = winograd.plan(one, isa, caches, 1).cycles + _memory(winograd.POSITIONS, spec)
+    gain = direct / fewer
+    if gain < WINOGRAD_GAIN:
+        return "direct", f"Winograd's form would take an estimated {1 / gain:.2f} of the time"
+    return "winograd", f"estimated {gain:.2f} times as fast as the direct form"
+
+
+def _memory(taps: int, spec: ConvSpec) -> float:
+    """Cycles until the weights have come from memory, half of them hidden behind arithmetic."""
+    return 4 * taps * spec.in_channels * spec.out_channels / 12
 
 
 def pack_weights(weight: np.ndarray, spec: ConvSpec, isa: InstructionSet, algorithm: str) -> np.ndarray:
@@ -88,9 +104,9 @@ def conv(
     name: str | None = None,
     caches: Caches | None = None,
 ) -> tirx.PrimFunc:
-    """A kernel (x, w, bias, y) -> None over flat float32 tensors: y = convolution + bias, blocked.
+    """A kernel (x, w, bias, y) -> None over float32 tensors: y = convolution + bias, blocked.
 
-    x (N·image), w from `pack_weights`, bias (ceil(O/L)·L), y (N·ceil(O/L)·H·W·L).
+    x (N, an image's elements), w from `pack_weights`, bias (ceil(O/L)·L,), y (N, ceil(O/L)·H·W·L).
     """
     if reason := supported(spec, isa):
         raise ValueError(reason)
@@ -107,11 +123,13 @@ def conv(
         T.func_name(name or SYMBOL)
         T.func_attr({"tirx.noalias": True, "op_pattern": OPAQUE, "tirx.is_scheduled": True})
         n = tirx.Var("n", index) if spec.batch is None else tirx.const(spec.batch, index)
-        flats = [n * tirx.const(sizes[0], index), count, blocks * lanes, n * tirx.const(sizes[1], index)]
+        shapes = [(n, sizes[0]), (count,), (blocks * lanes,), (n, sizes[1])]
         x, w, bias, y = (
-            T.match_buffer(T.arg(name, T.handle()), (size,), "float32")
-            for name, size in zip(("x", "w", "bias", "y"), flats, strict=True)
+            T.match_buffer(T.arg(label, T.handle()), size, "float32")
+            for label, size in zip(("x", "w", "bias", "y"), shapes, strict=True)
         )
+        x = T.decl_buffer((n * tirx.const(sizes[0], index),), "float32", data=x.data)
+        y = T.decl_buffer((n * tirx.const(sizes[1], index),), "float32", data=y.data)
 
         def finish(value: Expr, place: Sequence[Expr]) -> None:
             image, block, row, column = place

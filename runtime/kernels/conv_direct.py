@@ -10,8 +10,8 @@ No padded copy of the input is made: kernel rows outside are left out of the loo
 has code of its own, in which a pixel's taps outside do not occur. A 1x1 convolution of stride 1 has its pixels in one
 row, which is cut where tiles fit.
 
-Weights are packed [panel][input block][kernel row][kernel column][input channel][vector][lane]; those of a plain input
-[panel][channel][kernel row][kernel column][vector][lane].
+Weights are packed [panel][input block][kernel row][kernel column][input channel][vector][lane]. All channels of a plain
+input are one block.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tvm.tirx.script import builder as T
 from ...passes.base import Caches
 from ..target import InstructionSet
 from .conv_spec import Accumulators, ConvSpec, Emission, axis, split_evenly, taps_inside
-from .vectors import Buffer, Expr, Vectors
+from .vectors import Expr, Vectors
 
 UNROLL = 4  # input channels of one turn of the innermost loop
 
@@ -57,7 +57,7 @@ class Tiles:
 @dataclass(frozen=True)
 class Tiling:
     """vectors: output vectors of a panel. panels: of one group; the last has `last` vectors. rows x columns: the output
-    pixels as tiles see them."""
+    pixels as tiles see them. cycles: of one image on one thread by a plain model."""
 
     vectors: int
     panels: int
@@ -65,6 +65,7 @@ class Tiling:
     rows: int
     columns: int
     tiles: tuple[Tiles, ...]
+    cycles: float
 
 
 def flat(spec: ConvSpec) -> bool:
@@ -101,15 +102,21 @@ def tiling(spec: ConvSpec, isa: InstructionSet) -> Tiling:
         # A shorter last panel and a second width are code of their own.
         cost *= 1 + 0.01 * (last != vectors) + 0.01 * (len(set(widths)) - 1)
         if best is None or cost < best[0]:
-            best = cost, Tiling(vectors, panels, last, rows, columns, tuple(_tiles(spec, widths)))
+            tiles, cycles = tuple(_tiles(spec, widths)), cost * spec.groups
+            best = cost, Tiling(vectors, panels, last, rows, columns, tiles, cycles)
     assert best is not None
     return best[1]
+
+
+def step_cycles(width: int, vectors: int) -> float:
+    """Of one input channel of a tile: two multiply-adds and two loads a cycle; each sum waits four for its last."""
+    return max(width * vectors / 2, (width + vectors) / 2, 4.0)
 
 
 def _cycles(width: int, vectors: int, lanes: int, steps: int) -> float:
     """Of one tile. Weights that do not stay in the first cache come at 32 bytes a cycle."""
     streamed = vectors * lanes * 4 / 32 if steps * vectors * lanes * 4 > 24 << 10 else 0.0
-    return steps * max(width * vectors / 2, (width + vectors) / 2, 4.0, streamed) + 2 * width * vectors + 20
+    return steps * max(step_cycles(width, vectors), streamed) + 2 * width * vectors + 20
 
 
 def _tiles(spec: ConvSpec, widths: list[int]) -> Iterator[Tiles]:
@@ -150,10 +157,8 @@ def pack(weight: np.ndarray, spec: ConvSpec, isa: InstructionSet) -> np.ndarray:
             vectors = plan.last if panel == plan.panels - 1 else plan.vectors
             first = panel * plan.vectors * lanes
             part = group[first : first + vectors * lanes]
-            if spec.blocked_input:
-                part = part.reshape(vectors * lanes, -1, lanes, *spec.kernel).transpose(1, 3, 4, 2, 0)
-            else:
-                part = part.transpose(1, 2, 3, 0)
+            depth = lanes if spec.blocked_input else in_each
+            part = part.reshape(vectors * lanes, -1, depth, *spec.kernel).transpose(1, 3, 4, 2, 0)
             pieces.append(part.reshape(-1))
     return np.ascontiguousarray(np.concatenate(pieces), dtype=np.float32)
 
@@ -192,9 +197,9 @@ def split(spec: ConvSpec, plan: Tiling, lanes: int, caches: Caches, threads: int
                 best = key, rows, panels
     assert best is not None
     _, rows, panels = best
-    blocks = -(-in_each // lanes) if spec.blocked_input else in_each
+    blocks = -(-in_each // lanes) if spec.blocked_input else 1
     chunk = blocks
-    if spec.blocked_input and weights > caches.l2 / 4 and rows * len(plan.tiles) > 1:
+    if weights > caches.l2 / 4 and rows * len(plan.tiles) > 1:
         chunk = max(1, int(caches.l2 / 4 / (weights / blocks)))
         chunk = -(-blocks // -(-blocks // chunk))
     return Split(rows, -(-plan.rows // rows), panels, -(-plan.panels // panels), chunk)
@@ -209,17 +214,24 @@ class DirectEmitter:
         self.split = split(self.spec, self.plan, self.lanes, caches, emission.threads)
         each = self.spec.in_channels // self.spec.groups
         self.in_channels = each  # of a group
-        self.in_blocks = -(-each // self.lanes) if self.spec.blocked_input else each
+        blocked = self.spec.blocked_input
+        self.depth = self.lanes if blocked else each  # channels of an input block
+        self.in_blocks = -(-each // self.depth)
+        # Input channels of one turn of the innermost loop.
+        self.unroll = UNROLL if blocked else max(u for u in range(1, UNROLL + 1) if each % u == 0)
+        # Elements between neighbouring pixels, and channels, of an input block.
+        plane = math.prod(self.spec.in_size)
+        self.pixel, self.channel = (self.lanes, 1) if blocked else (1, plane)
         # Weights that one output vector reads from one input block.
-        self.block_weights = self.spec.taps * self.lanes * (self.lanes if self.spec.blocked_input else 1)
+        self.block_weights = self.spec.taps * self.depth * self.lanes
 
     def emit(self) -> None:
         e, s, groups = self.e, self.split, self.spec.groups
         batch = e.batch()
         with e.tasks(batch, groups * s.row_blocks * s.panel_blocks) as task:
-            rest, panel_block = self.divide(task, s.panel_blocks)
-            rest, row_block = self.divide(rest, s.row_blocks)
-            n, group = self.divide(rest, groups)
+            rest, panel_block = e.divide(task, s.panel_blocks)
+            rest, row_block = e.divide(rest, s.row_blocks)
+            n, group = e.divide(rest, groups)
             image = T.Bind(n * e.const(self.spec.image(self.lanes)))
             if groups > 1:
                 image = T.Bind(image + group * e.const(self.in_blocks * self.lanes * math.prod(self.spec.in_size)))
@@ -233,12 +245,6 @@ class DirectEmitter:
                 block = T.Bind(first_out + panel * e.const(self.plan.vectors))
                 weights = T.Bind(block * e.const(self.in_blocks * self.block_weights))
                 self.panel(n, image, weights, block, vectors, first_row, rows)
-
-    def divide(self, value: Expr, by: int) -> tuple[Expr, Expr]:
-        """Quotient and remainder."""
-        if by == 1:
-            return value, self.e.const(0)
-        return T.Bind(value // self.e.const(by)), T.Bind(value % self.e.const(by))
 
     def panels(self, panel_block: Expr) -> Iterator[tuple[Expr, int]]:
         """(number, vectors) of each panel of a block, inside the loop over them."""
@@ -356,38 +362,33 @@ class DirectEmitter:
         e, spec = self.e, self.spec
         width = self.plan.columns if flat(spec) else spec.in_size[1]
         plane = math.prod(spec.in_size)
-        pixel = self.lanes if spec.blocked_input else 1  # elements between neighbouring pixels
         if not tile.taps:
             return
         left = T.Bind(column * e.const(spec.strides[1]) - e.const(spec.pads[1]))
+        tap = self.depth * vectors * self.lanes  # weights of a tap
         with e.serial(count) as i:
             block = T.Bind(first + i)
-            x_block = T.Bind(image + block * e.const(plane * pixel))
+            x_block = T.Bind(image + block * e.const(plane * self.depth))
             w_block = T.Bind(weights + block * e.const(self.block_weights * vectors))
             with self.kernel_rows(row) as (kh, h):
-                x_row = T.Bind(x_block + (h * e.const(width) + left) * e.const(pixel))
-                w_row = T.Bind(w_block + kh * e.const(self.block_weights * vectors // spec.kernel[0]))
-                tap = self.block_weights * vectors // spec.taps
+                x_row = T.Bind(x_block + (h * e.const(width) + left) * e.const(self.pixel))
+                w_row = T.Bind(w_block + kh * e.const(tap * spec.kernel[1]))
                 for taps in tile.taps:
-                    if not spec.blocked_input:
-                        for kw in range(taps.first, taps.first + taps.count):
-                            at = x_row + e.const(kw * spec.dilations[1])
-                            self.step(acc, taps, vectors, at, w_row + e.const(kw * tap))
-                        continue
                     with e.serial(taps.count) as k:
                         kw = T.Bind(e.const(taps.first) + k)
-                        x_tap = T.Bind(x_row + kw * e.const(spec.dilations[1] * pixel))
+                        x_tap = T.Bind(x_row + kw * e.const(spec.dilations[1] * self.pixel))
                         w_tap = T.Bind(w_row + kw * e.const(tap))
                         with self.channel_steps(block) as q:
-                            x_at = T.Bind(x_tap + q * e.const(UNROLL))
-                            w_at = T.Bind(w_tap + q * e.const(UNROLL * vectors * self.lanes))
-                            for u in range(UNROLL):
-                                self.step(acc, taps, vectors, x_at + u, w_at + u * vectors * self.lanes)
+                            x_at = T.Bind(x_tap + q * e.const(self.unroll * self.channel))
+                            w_at = T.Bind(w_tap + q * e.const(self.unroll * vectors * self.lanes))
+                            for u in range(self.unroll):
+                                at = w_at + u * vectors * self.lanes
+                                self.step(acc, taps, vectors, x_at + u * self.channel, at)
 
     def channel_steps(self, block: Expr) -> Expr:
-        """The loop over UNROLL channels of a block; the last block may have fewer."""
-        e, each = self.e, self.lanes // UNROLL
-        steps = -(-self.in_channels // UNROLL)
+        """The loop over a block's channels, `unroll` at a time; the last block may have fewer."""
+        e, each = self.e, self.depth // self.unroll
+        steps = -(-self.in_channels // self.unroll)
         if steps % each == 0:
             return e.serial(each)
         if steps < each:
@@ -396,17 +397,13 @@ class DirectEmitter:
 
     def step(self, acc: Accumulators, taps: Taps, vectors: int, x_at: Expr, w_at: Expr) -> None:
         """tile[pixel][vector] += x[pixel] · w[vector] for one input channel of one tap."""
-        e, spec = self.e, self.spec
-        pixel = spec.strides[1] * (self.lanes if spec.blocked_input else 1)
+        e, each = self.e, self.spec.strides[1] * self.pixel
         row = [T.Bind(e.w[e.vectors.at(w_at + v * self.lanes)]) for v in range(vectors)]
         for j in range(taps.low, taps.high):
-            value = T.Bind(e.vectors.splat(e.x[x_at + j * pixel]))
+            value = T.Bind(e.vectors.splat(e.x[x_at + j * each]))
             for v in range(vectors):
                 acc.add_product(j, v, value, row[v])
 
 
 def emit(emission: Emission, caches: Caches) -> None:
     DirectEmitter(emission, caches).emit()
-
-
-__all__ = ["Buffer", "emit", "pack", "split", "tiling"]

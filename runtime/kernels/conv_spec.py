@@ -28,9 +28,9 @@ PARALLEL_VECTORS = 1 << 15
 class ConvSpec:
     """A convolution of float32 tensors. 1-D convolutions have H = 1.
 
-    batch: None where it is known at run time. in_size, out_size: (H, W). pads: rows above and columns to the left; those
-    below and to the right follow from out_size, and a negative pad drops input. blocked_input: False where x is plain
-    (N, C, H, W), as for the first convolution of a model.
+    batch: None where it is known at run time. in_size, out_size: (H, W). pads: rows above and columns to the left;
+    those below and to the right follow from out_size, and a negative pad drops input. blocked_input: False where x is
+    plain (N, C, H, W), as for the first convolution of a model.
     """
 
     batch: int | None
@@ -102,6 +102,12 @@ class Emission:
         if isinstance(extent, int):
             return nullcontext(self.const(0)) if extent == 1 else T.serial(self.const(extent))
         return T.serial(extent)
+
+    def divide(self, value: Expr, by: int) -> tuple[Expr, Expr]:
+        """Quotient and remainder."""
+        if by == 1:
+            return value, self.const(0)
+        return T.Bind(value // self.const(by)), T.Bind(value % self.const(by))
 
     def tasks(self, batch: int | Expr, each: int) -> AbstractContextManager[Expr]:
         """The loop over `each` independent tasks an image, over threads where that is worth a launch."""
