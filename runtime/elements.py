@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeGuard
 
 import tvm
 from tvm import sym, tirx
@@ -19,7 +19,7 @@ from tvm.ir import prim as ir_prim
 from tvm.tirx.script import builder as T
 
 from .kernels.functions import FUNCTIONS
-from .kernels.vectors import Buffer, Expr, Vectors
+from .kernels.vectors import COMPARISONS, Buffer, Expr, Vectors
 
 P = ir_prim.expr
 
@@ -347,6 +347,10 @@ def place_of(axes: Sequence[Expr], extents: Sequence[int], groups: Sequence[Sequ
     return place
 
 
+def _compares_floats(tree: Tree) -> TypeGuard[Apply]:
+    return isinstance(tree, Apply) and tree.op in COMPARISONS and tree.args[0].dtype == "float32"
+
+
 @dataclass
 class TreeEmitter:
     """Emits a tree as vectors into the IR builder that is open. buffers: the flat tensors that loads refer to."""
@@ -374,6 +378,10 @@ class TreeEmitter:
             return self._constant(tree.value, tree.dtype)
         elif isinstance(tree, Load):
             result = self._load(tree, place, count)
+        elif tree.op == "select" and _compares_floats(tree.args[0]) and tree.dtype == "float32":
+            comparison = tree.args[0]
+            sides = [self._emit(a, place, count, anchor) for a in (*comparison.args, *tree.args[1:])]
+            result = v.choose(comparison.op, *sides)
         else:
             args = [self._emit(a, place, count, anchor) for a in tree.args]
             if tree.op == "select":

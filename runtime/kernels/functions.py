@@ -61,7 +61,7 @@ def exp(v: Vectors, x: Expr) -> Expr:
     # 2^128 is no float: two steps.
     half = T.Bind(T.max(v.splat(0.0), n - v.splat(64.0)))
     y = v.times_power(T.Bind(v.times_power(m, n - half)), half)
-    return T.Bind(T.Select(x > v.splat(EXP_MOST), v.splat(float("inf")), y))
+    return v.choose("gt", x, v.splat(EXP_MOST), v.splat(float("inf")), y)
 
 
 def sigmoid(v: Vectors, x: Expr) -> Expr:
@@ -106,10 +106,10 @@ def log(v: Vectors, x: Expr) -> Expr:
     y = v.fma(n, v.splat(-2.12194440e-4), y)
     y = v.fma(square, v.splat(-0.5), y)
     y = T.Bind(v.fma(n, v.splat(0.693359375), f + y))
-    y = T.Select(x == v.splat(0.0), v.splat(float("-inf")), y)
-    y = T.Select(x == v.splat(float("inf")), v.splat(float("inf")), y)
-    # x is NaN or below 0: neither comparison with 0 holds.
-    return T.Bind(T.Select(x >= v.splat(0.0), y, v.splat(float("nan"))))
+    y = v.choose("eq", x, v.splat(0.0), v.splat(float("-inf")), y)
+    y = v.choose("eq", x, v.splat(float("inf")), v.splat(float("inf")), y)
+    # False for NaN.
+    return v.choose("ge", x, v.splat(0.0), y, v.splat(float("nan")))
 
 
 def _llvm(name: str) -> Function:

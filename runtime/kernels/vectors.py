@@ -101,6 +101,14 @@ class Vectors:
         n, t = self.split(x)
         return T.Bind(self.times_power(self.polynomial(t), n))
 
+    def choose(self, comparison: str, a: Expr, b: Expr, then: Expr, otherwise: Expr) -> Expr:
+        """Lane by lane `then` where a compares so with b, else `otherwise`.
+
+        comparison: lt, le, gt, ge, eq, ne; all but ne are false for NaN. Hidden from TVM, which takes every two floats
+        for ordered and so drops the branch that a NaN takes.
+        """
+        return T.Bind(T.call_extern(self.dtype, self._name(f"choose_{comparison}"), a, b, then, otherwise))
+
     def greatest(self, v: Expr) -> Expr:
         """The greatest lane, as a scalar. Whether a NaN is seen depends on its place."""
         return T.Bind(T.call_extern("float32", self._name("max"), v))
@@ -171,6 +179,8 @@ class Vectors:
             index=", ".join(f"i32 {i}" for i in range(lanes)),
         )
         text += _reduction("max", lanes) + _reduction("sum", lanes)
+        for name, word in COMPARISONS.items():
+            text += _CHOOSE.format(name=name, word=word, lanes=lanes, vector=vector, mask=mask)
         if self.isa.scalef:
             text += _SCALEF
         if self.isa.streaming:
@@ -223,6 +233,17 @@ define {vector} @gw_round_{lanes}({vector} %v) alwaysinline {{
 declare {vector} @llvm.masked.load.v{lanes}f32.p0(ptr, {mask}, {vector})
 declare void @llvm.masked.store.v{lanes}f32.p0({vector}, ptr, {mask})
 !0 = !{{i32 1}}
+"""
+
+# Comparison -> LLVM's predicate.
+COMPARISONS = {"lt": "olt", "le": "ole", "gt": "ogt", "ge": "oge", "eq": "oeq", "ne": "une"}
+
+_CHOOSE = """
+define {vector} @gw_choose_{name}_{lanes}({vector} %a, {vector} %b, {vector} %x, {vector} %y) alwaysinline {{
+  %c = fcmp {word} {vector} %a, %b
+  %r = select {mask} %c, {vector} %x, {vector} %y
+  ret {vector} %r
+}}
 """
 
 _SCALEF = """

@@ -90,6 +90,6 @@ def test_every_loop_nest_of_a_gpu_is_bound_to_threads() -> None:
     target = Target.named("cuda")
     where = target.tvm()
     with where:
-        module = phases.legalize(where)(importer.import_model(model(), target))
+        module = phases.fuse(phases.legalize(importer.import_model(model(), target), target), target)
     nests = [f for _, f in module.functions_items() if isinstance(f, tirx.PrimFunc)]
     assert nests and all("threadIdx.x" in nest.script() for nest in nests)

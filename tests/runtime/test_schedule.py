@@ -145,13 +145,13 @@ def elementwise(cases: Cases) -> None:
 
 
 def lowered(model: onnx.ModelProto, target: Target) -> Any:
-    """The model as fused loop nests that nobody has scheduled yet."""
+    """The model as fused loop nests, of which those that no kernel template has taken are not scheduled yet."""
     import tvm
     from graphwright.runtime import importer, phases
 
-    module, where = importer.import_model(model, target), target.tvm()
-    with where, tvm.transform.PassContext(opt_level=3):
-        return phases.legalize(where)(module)
+    module = importer.import_model(model, target)
+    with target.tvm(), tvm.transform.PassContext(opt_level=3):
+        return phases.fuse(phases.legalize(module, target), target)
 
 
 def run(module: Any, target: Target, feeds: Sequence[np.ndarray]) -> list[np.ndarray]:
