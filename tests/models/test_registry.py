@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from graphwright.models import assets, registry
 from graphwright.passes.errors import AssetError, OutputError, UsageError
 
-OFFLINE = ["mobilenet-v2", "vit-tiny"]
+OFFLINE = ["mobilenet-v2", "resnet-50", "vit-tiny", "vit-small"]
 COPIED = ["ocr-det", "ocr-cls", "magika", "silero-vad"]
 TEXT = ["minilm", "smollm2"]
 
@@ -77,6 +78,18 @@ def test_a_missing_package_says_how_to_install_it(tmp_path: Path, monkeypatch: p
     with pytest.raises(AssetError, match=r"^mobilenet-v2 needs torch, .* `pip install 'graphwright\[models\]'`$"):
         registry.export("mobilenet-v2", tmp_path / "model.onnx")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_that_is_a_file_has_no_torch_module() -> None:
+    with pytest.raises(UsageError, match="magika is an ONNX file, not a torch module"):
+        registry.torch_module("magika")
+
+
+def test_the_torch_module_takes_the_options_of_the_export() -> None:
+    for name in (*OFFLINE, *TEXT, "efficientnet-lite0"):
+        entry = registry.describe(name)
+        assert entry.module is not None
+        assert inspect.signature(entry.module).parameters.keys() == entry.options.keys()
 
 
 @pytest.mark.parametrize("name", OFFLINE)
