@@ -22,9 +22,8 @@ def seed_convolutions(model: Net, seed: int, image: int = 128) -> Net:
     generator = torch.Generator().manual_seed(seed)
     for module in model.modules():
         if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
-            fan_in = module.weight[0].numel()
-            if isinstance(module, nn.ConvTranspose2d):  # (inputs, outputs, k, k), k = stride: one tap an output
-                fan_in = module.in_channels
+            transposed = isinstance(module, nn.ConvTranspose2d)  # ours have kernel = stride: one tap an output
+            fan_in = module.in_channels if transposed else module.weight[0].numel()
             nn.init.normal_(module.weight, std=(2 / fan_in) ** 0.5, generator=generator)
             if module.bias is not None:
                 nn.init.normal_(module.bias, std=0.1, generator=generator)

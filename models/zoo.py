@@ -246,6 +246,77 @@ def build_vit_small(seed: int = 0) -> ir.Model:
     return _image_model("vit-small", vit_small_module(seed))
 
 
+def mobilenet_v3_small_module(seed: int = 0) -> torch.nn.Module:
+    from . import mobilenet_v3
+
+    return mobilenet_v3.seeded(seed)
+
+
+@register_model(
+    "mobilenet-v3-small",
+    description="MobileNetV3-Small: squeeze-and-excite and h-swish, with seeded random weights",
+    source="defined here",
+    licence="Apache-2.0",
+    inputs=IMAGE,
+    sizes={"batch": 1},
+    sample=samples.noise_images,
+    module=mobilenet_v3_small_module,
+)
+def build_mobilenet_v3_small(seed: int = 0) -> ir.Model:
+    return _image_model("mobilenet-v3-small", mobilenet_v3_small_module(seed))
+
+
+def unet_module(seed: int = 0) -> torch.nn.Module:
+    from . import unet
+
+    return unet.seeded(seed)
+
+
+@register_model(
+    "unet",
+    description="small U-Net: transposed convolutions, bilinear resizing, skips; seeded random weights",
+    source="defined here",
+    licence="Apache-2.0",
+    inputs=IMAGE,
+    sizes={"batch": 1},
+    sample=samples.noise_images,
+    module=unet_module,
+)
+def build_unet(seed: int = 0) -> ir.Model:
+    return _image_model("unet", unet_module(seed))
+
+
+def gpt_mini_module(seed: int = 0) -> torch.nn.Module:
+    from . import gpt
+
+    return gpt.seeded(seed)
+
+
+@register_model(
+    "gpt-mini",
+    description="decoder in the manner of GPT-2, 6 layers of width 384 over bytes, with seeded random weights",
+    source="defined here",
+    licence="Apache-2.0",
+    inputs={"input_ids": ("batch", "sequence")},
+    sizes={"batch": 1, "sequence": 128},
+    sample=samples.text_bytes,
+    module=gpt_mini_module,
+)
+def build_gpt_mini(seed: int = 0) -> ir.Model:
+    import torch
+
+    from . import export, gpt
+
+    return export.from_torch(
+        "gpt-mini",
+        gpt_mini_module(seed),
+        (torch.ones((2, 8), dtype=torch.int64),),
+        {"input_ids": ("batch", "sequence")},
+        ("logits",),
+        largest={"sequence": gpt.Sizes.positions},
+    )
+
+
 def _image_model(name: str, module: torch.nn.Module) -> ir.Model:
     """(batch, 3, 224, 224) -> logits, with the batch left open."""
     import torch

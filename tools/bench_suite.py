@@ -109,7 +109,8 @@ def prepare(name: str, sizes: Mapping[str, int], folder: Path) -> Prepared:
     from graphwright.models import registry
 
     registry.fetch(name)
-    options = {word: size for word, size in sizes.items() if word in registry.describe(name).options}
+    known = registry.describe(name).options
+    options: dict[str, Any] = {word: size for word, size in sizes.items() if word in known}
     key = _digest({"options": options, "sources": sources_digest("models"), "versions": _versions("torch")})
     path = folder / f"{name}-{key}.onnx"
     if not path.exists():

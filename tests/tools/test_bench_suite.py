@@ -117,7 +117,9 @@ def test_a_failure_is_a_row_and_the_rest_goes_on(
     assert data["failed"] == {"minilm": "no such luck"} and len(data["rows"]) == 2
 
 
-def test_a_wrong_result_is_marked_and_fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_result_is_marked_and_fails(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(bench_suite, "ask", lambda name, arguments: [{**ROW, "relative_error": 0.2}])
     assert bench_suite.main(["--models", "magika"]) == 4
     assert "2.0e-01 WRONG" in capsys.readouterr().out
