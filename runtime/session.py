@@ -266,8 +266,8 @@ class _Machine:
 
     def __init__(self, library: Any, device: Any, count: int) -> None:
         tvm = load_tvm()
-        machine = tvm.relax.VirtualMachine(library, device)
-        self.main = machine["main"]
+        self.vm = tvm.relax.VirtualMachine(library, device)
+        self.main = self.vm["main"]
         self._staging: list[_Staging | None] = [None] * count
 
     def staged(self, index: int, array: np.ndarray) -> Any:

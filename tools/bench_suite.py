@@ -268,7 +268,6 @@ def _measure_on(threads: int, model: Prepared, artifact: Compiled, plan: Plan) -
     start = time.perf_counter()
     session = Session(artifact.path, threads=threads)
     load_ms = (time.perf_counter() - start) * 1e3
-    manifest = session.artifact.manifest
     reference = onnxruntime_session(model, threads, plan.plain)
     feeds = dict(model.feeds)
 
@@ -286,7 +285,6 @@ def _measure_on(threads: int, model: Prepared, artifact: Compiled, plan: Plan) -
     settle = PLAIN_SETTLE if plan.plain or plan.with_torch else SETTLE  # OpenMP threads spin on too
     times = take_turns(runners, plan.effort, settle)
     pairs = [a / b for a, b in zip(times["onnxruntime"], times["graphwright"], strict=True)]
-    peaks = [getattr(region, "activation_bytes", None) for region in manifest.regions]
     relative = verdict.relative
     return Row(
         model.name,
@@ -299,7 +297,7 @@ def _measure_on(threads: int, model: Prepared, artifact: Compiled, plan: Plan) -
         relative if relative == relative and relative != float("inf") else None,
         load_ms,
         artifact.seconds,
-        max((peak for peak in peaks if peak is not None), default=None),
+        session.artifact.activation_bytes,
         session.artifact.native_nodes,
         Spread.of(times["torch"]) if "torch" in times else None,
     )
