@@ -183,8 +183,11 @@ def _end_with(parent: int) -> None:
 
 
 def main() -> None:
+    from .tvm_import import import_tvm
+
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     pipe = _Pipe(int(sys.argv[1]), os.dup(int(sys.argv[2])))
+    import_tvm()
     while True:
         try:
             name, *arguments = pipe.recv()
