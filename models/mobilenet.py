@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from .seeding import seed_convolutions
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -129,27 +131,8 @@ class InvertedResidualNet(nn.Module):
 
 
 def seeded(sizes: Sizes, seed: int) -> InvertedResidualNet:
-    """Random weights, with batch statistics measured on noise.
-
-    Most activations lie where ReLU6 is linear. With a bias of 0 they do not, and rounding errors grow tenfold on
-    their way through the 52 layers, which no trained network does.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    model = InvertedResidualNet(sizes).eval()
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            fan_in = module.weight[0].numel()
-            nn.init.normal_(module.weight, std=(2 / fan_in) ** 0.5, generator=generator)
-        elif isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.5, generator=generator)
-            nn.init.normal_(module.bias, mean=1.0, std=0.2, generator=generator)
-            module.momentum = 1.0  # the statistics of the last batch, not an average with the initial ones
-        elif isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=module.in_features**-0.5, generator=generator)
-            nn.init.normal_(module.bias, std=0.1, generator=generator)
-    with torch.no_grad():
-        model.train()(torch.randn((4, 3, 128, 128), generator=generator))
-    return model.eval()
+    """Random weights with measured batch statistics."""
+    return seed_convolutions(InvertedResidualNet(sizes), seed)
 
 
 def load_efficientnet_lite0(weights: Path) -> InvertedResidualNet:

@@ -17,10 +17,12 @@ from . import assets
 if TYPE_CHECKING:
     import numpy as np
     import onnx_ir as ir
+    import torch
 
     Feeds = dict[str, np.ndarray]
     Sample = Callable[[np.random.Generator, Mapping[str, int]], Feeds]
     Build = Callable[..., "ir.Model | Path"]
+    Module = Callable[..., "torch.nn.Module"]
 
 _MODELS: dict[str, ModelEntry] = {}
 
@@ -31,6 +33,7 @@ class ModelEntry:
 
     `inputs` gives each input's shape, a word standing for a size; `sizes` gives every such word its usual
     value. A word that is also a parameter of `build` is fixed at the export; the others stay dynamic.
+    `module` makes the torch module that is exported; None for a model that is an ONNX file already.
     """
 
     name: str
@@ -43,6 +46,7 @@ class ModelEntry:
     sample_assets: tuple[str, ...]
     sample: Sample
     build: Build
+    module: Module | None = None
 
     @property
     def options(self) -> dict[str, Any]:
@@ -86,18 +90,20 @@ def register_model(
     sample: Sample,
     needs_assets: tuple[str, ...] = (),
     sample_assets: tuple[str, ...] = (),
+    module: Module | None = None,
 ) -> Callable[[Build], Build]:
     """Enters the decorated function under `name`.
 
     The function's keyword parameters are the export options. It returns the model, or the path of a file
-    that is to be copied as it is. `needs_assets` are read by it, `sample_assets` by `sample`.
+    that is to be copied as it is. `needs_assets` are read by it, `sample_assets` by `sample`. `module` takes the same
+    parameters and returns the torch module.
     """
 
     def enter(build: Build) -> Build:
         if name in _MODELS:
             raise ValueError(f"two models are called {name!r}")
         _MODELS[name] = ModelEntry(
-            name, description, source, licence, inputs, sizes, needs_assets, sample_assets, sample, build
+            name, description, source, licence, inputs, sizes, needs_assets, sample_assets, sample, build, module
         )
         return build
 
@@ -167,6 +173,19 @@ def export(name: str, path: str | Path, *, overwrite: bool = False, **options: A
     else:
         io.save(built, path, overwrite=overwrite)
     return path
+
+
+def torch_module(name: str, **options: Any) -> torch.nn.Module:
+    """The module that `export` exports, in evaluation mode.
+
+    Raises UsageError for a model that torch does not define, AssetError if its weights or torch are absent.
+    """
+    entry = describe(name)
+    if entry.module is None:
+        raise UsageError(f"{name} is an ONNX file, not a torch module; see `graphwright models list`")
+    _require(entry, entry.needs_assets)
+    with _extra(name):
+        return entry.module(**options).eval()
 
 
 def fetch(name: str) -> list[Path]:

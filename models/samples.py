@@ -58,6 +58,13 @@ def text_tokens(rng: np.random.Generator, sizes: Sizes) -> Feeds:
     return {"input_ids": np.roll(body, -first)[np.arange(sizes["length"]) % len(body)][None]}
 
 
+def text_bytes(rng: np.random.Generator, sizes: Sizes) -> Feeds:
+    """Bytes of running text for a model whose tokens are the bytes; every row begins elsewhere."""
+    body = np.frombuffer(TEXT.encode(), np.uint8).astype(np.int64)
+    rows = [np.roll(body, -int(rng.integers(len(body)))) for _ in range(sizes["batch"])]
+    return {"input_ids": np.stack(rows)[:, np.arange(sizes["sequence"]) % len(body)]}
+
+
 def efficientnet_photos(rng: np.random.Generator, sizes: Sizes) -> Feeds:
     """Photos for EfficientNet-Lite0, the first of them the cat."""
     rows = [_CLASSIFIED_PHOTOS[i % len(_CLASSIFIED_PHOTOS)] for i in range(sizes["batch"])]

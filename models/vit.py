@@ -1,7 +1,7 @@
-"""ViT-tiny: a pre-norm vision transformer, 224 x 224 in patches of 16.
+"""ViT-tiny and ViT-small: pre-norm vision transformers, 224 x 224 in patches of 16.
 
-Source: Dosovitskiy et al., "An Image is Worth 16x16 Words", arXiv 2010.11929; tiny sizes of Touvron et al.,
-"DeiT", arXiv 2012.12877, table 1.
+Source: Dosovitskiy et al., "An Image is Worth 16x16 Words", arXiv 2010.11929; tiny and small sizes of
+Touvron et al., "DeiT", arXiv 2012.12877, table 1.
 Importing this file imports torch; `registry` does so only when the model is exported.
 Legend: batch b, sequence s = patches + 1, width d, heads h.
 """
@@ -22,6 +22,10 @@ class Sizes:
     layers: int = 12
     heads: int = 3
     classes: int = 1000
+
+
+TINY = Sizes()
+SMALL = Sizes(width=384, heads=6)
 
 
 class Layer(nn.Module):

@@ -17,6 +17,12 @@ if TYPE_CHECKING:
 IMAGE = {"image": ("batch", 3, 224, 224)}
 
 
+def minilm_module() -> torch.nn.Module:
+    from . import minilm
+
+    return minilm.load(assets.find("minilm-weights"))
+
+
 @register_model(
     "minilm",
     description="BERT encoder, 6 layers of width 384: token vectors and a sentence vector of length 1",
@@ -27,6 +33,7 @@ IMAGE = {"image": ("batch", 3, 224, 224)}
     sample=samples.sentences,
     needs_assets=("minilm-weights",),
     sample_assets=("minilm-tokenizer",),
+    module=minilm_module,
 )
 def build_minilm() -> ir.Model:
     import torch
@@ -36,12 +43,18 @@ def build_minilm() -> ir.Model:
     tokens = torch.ones((2, 8), dtype=torch.int64)
     return export.from_torch(
         "minilm",
-        minilm.load(assets.find("minilm-weights")),
+        minilm_module(),
         (tokens, tokens),
         {"input_ids": ("batch", "sequence"), "attention_mask": ("batch", "sequence")},
         ("last_hidden_state", "sentence_embedding"),
         largest={"sequence": minilm.Sizes.positions},
     )
+
+
+def efficientnet_lite0_module() -> torch.nn.Module:
+    from . import mobilenet
+
+    return mobilenet.load_efficientnet_lite0(assets.find("efficientnet-lite0-weights"))
 
 
 @register_model(
@@ -54,12 +67,16 @@ def build_minilm() -> ir.Model:
     sample=samples.efficientnet_photos,
     needs_assets=("efficientnet-lite0-weights",),
     sample_assets=("photos",),
+    module=efficientnet_lite0_module,
 )
 def build_efficientnet_lite0() -> ir.Model:
-    from . import mobilenet
+    return _image_model("efficientnet-lite0", efficientnet_lite0_module())
 
-    weights = assets.find("efficientnet-lite0-weights")
-    return _image_model("efficientnet-lite0", mobilenet.load_efficientnet_lite0(weights))
+
+def smollm2_module(length: int = 32) -> torch.nn.Module:
+    from . import llama
+
+    return llama.load_gguf(assets.find("smollm2-gguf"), length)
 
 
 @register_model(
@@ -71,18 +88,19 @@ def build_efficientnet_lite0() -> ir.Model:
     sizes={"length": 32},
     sample=samples.text_tokens,
     needs_assets=("smollm2-gguf",),
+    module=smollm2_module,
 )
 def build_smollm2(length: int = 32) -> ir.Model:
     import torch
 
-    from . import export, llama
+    from . import export
 
     context = 8192
     if not 1 <= length <= context:
         raise UsageError(f"smollm2: length is {length}, expected 1 to {context}")
     return export.from_torch(
         "smollm2",
-        llama.load_gguf(assets.find("smollm2-gguf"), length),
+        smollm2_module(length),
         (torch.ones((1, length), dtype=torch.int64),),
         {"input_ids": (1, length)},
         ("logits",),
@@ -148,6 +166,12 @@ def build_silero_vad() -> Path:
     return assets.find("silero-vad-onnx")
 
 
+def mobilenet_v2_module(seed: int = 0) -> torch.nn.Module:
+    from . import mobilenet
+
+    return mobilenet.seeded(mobilenet.MOBILENET_V2, seed)
+
+
 @register_model(
     "mobilenet-v2",
     description="MobileNetV2 at its published size with seeded random weights; needs no download",
@@ -156,11 +180,36 @@ def build_silero_vad() -> Path:
     inputs=IMAGE,
     sizes={"batch": 1},
     sample=samples.noise_images,
+    module=mobilenet_v2_module,
 )
 def build_mobilenet_v2(seed: int = 0) -> ir.Model:
-    from . import mobilenet
+    return _image_model("mobilenet-v2", mobilenet_v2_module(seed))
 
-    return _image_model("mobilenet-v2", mobilenet.seeded(mobilenet.MOBILENET_V2, seed))
+
+def resnet_50_module(seed: int = 0) -> torch.nn.Module:
+    from . import resnet
+
+    return resnet.seeded(seed)
+
+
+@register_model(
+    "resnet-50",
+    description="ResNet-50 with seeded random weights; needs no download",
+    source="defined here",
+    licence="Apache-2.0",
+    inputs=IMAGE,
+    sizes={"batch": 1},
+    sample=samples.noise_images,
+    module=resnet_50_module,
+)
+def build_resnet_50(seed: int = 0) -> ir.Model:
+    return _image_model("resnet-50", resnet_50_module(seed))
+
+
+def vit_tiny_module(seed: int = 0) -> torch.nn.Module:
+    from . import vit
+
+    return vit.seeded(seed, vit.TINY)
 
 
 @register_model(
@@ -171,11 +220,101 @@ def build_mobilenet_v2(seed: int = 0) -> ir.Model:
     inputs=IMAGE,
     sizes={"batch": 1},
     sample=samples.noise_images,
+    module=vit_tiny_module,
 )
 def build_vit_tiny(seed: int = 0) -> ir.Model:
+    return _image_model("vit-tiny", vit_tiny_module(seed))
+
+
+def vit_small_module(seed: int = 0) -> torch.nn.Module:
     from . import vit
 
-    return _image_model("vit-tiny", vit.seeded(seed))
+    return vit.seeded(seed, vit.SMALL)
+
+
+@register_model(
+    "vit-small",
+    description="vision transformer of 12 layers of width 384 with seeded random weights; needs no download",
+    source="defined here",
+    licence="Apache-2.0",
+    inputs=IMAGE,
+    sizes={"batch": 1},
+    sample=samples.noise_images,
+    module=vit_small_module,
+)
+def build_vit_small(seed: int = 0) -> ir.Model:
+    return _image_model("vit-small", vit_small_module(seed))
+
+
+def mobilenet_v3_small_module(seed: int = 0) -> torch.nn.Module:
+    from . import mobilenet_v3
+
+    return mobilenet_v3.seeded(seed)
+
+
+@register_model(
+    "mobilenet-v3-small",
+    description="MobileNetV3-Small: squeeze-and-excite and h-swish, with seeded random weights",
+    source="defined here",
+    licence="Apache-2.0",
+    inputs=IMAGE,
+    sizes={"batch": 1},
+    sample=samples.noise_images,
+    module=mobilenet_v3_small_module,
+)
+def build_mobilenet_v3_small(seed: int = 0) -> ir.Model:
+    return _image_model("mobilenet-v3-small", mobilenet_v3_small_module(seed))
+
+
+def unet_module(seed: int = 0) -> torch.nn.Module:
+    from . import unet
+
+    return unet.seeded(seed)
+
+
+@register_model(
+    "unet",
+    description="small U-Net: transposed convolutions, bilinear resizing, skips; seeded random weights",
+    source="defined here",
+    licence="Apache-2.0",
+    inputs=IMAGE,
+    sizes={"batch": 1},
+    sample=samples.noise_images,
+    module=unet_module,
+)
+def build_unet(seed: int = 0) -> ir.Model:
+    return _image_model("unet", unet_module(seed))
+
+
+def gpt_mini_module(seed: int = 0) -> torch.nn.Module:
+    from . import gpt
+
+    return gpt.seeded(seed)
+
+
+@register_model(
+    "gpt-mini",
+    description="decoder in the manner of GPT-2, 6 layers of width 384 over bytes, with seeded random weights",
+    source="defined here",
+    licence="Apache-2.0",
+    inputs={"input_ids": ("batch", "sequence")},
+    sizes={"batch": 1, "sequence": 128},
+    sample=samples.text_bytes,
+    module=gpt_mini_module,
+)
+def build_gpt_mini(seed: int = 0) -> ir.Model:
+    import torch
+
+    from . import export, gpt
+
+    return export.from_torch(
+        "gpt-mini",
+        gpt_mini_module(seed),
+        (torch.ones((2, 8), dtype=torch.int64),),
+        {"input_ids": ("batch", "sequence")},
+        ("logits",),
+        largest={"sequence": gpt.Sizes.positions},
+    )
 
 
 def _image_model(name: str, module: torch.nn.Module) -> ir.Model:

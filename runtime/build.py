@@ -23,6 +23,7 @@ from .artifact import (
     MODEL,
     WEIGHTS,
     Artifact,
+    KernelWork,
     Manifest,
     Parameter,
     RegionSpec,
@@ -36,6 +37,7 @@ from .artifact import (
 from .partition import ONNXRUNTIME, TVM, Region, cut, partition
 from .reference import ort_session
 from .target import Target
+from .work import Work, work_of
 from .worker import Compiled, Compiler
 
 log = logging.getLogger("graphwright")
@@ -319,7 +321,8 @@ def _place(
     weights.unlink(missing_ok=True)
     return RegionSpec(
         runtime=TVM, file=name, inputs=inputs, outputs=outputs, nodes=len(region.nodes), parameters=parameters,
-        sources=sources,
+        sources=sources, activation_bytes=result.work.activation_bytes,
+        kernels={kernel: KernelWork(**work) for kernel, work in result.work.kernels.items()},
     )  # fmt: skip
 
 
@@ -391,7 +394,8 @@ def compile_region(path: Path, target: Target, folder: Path) -> Compiled:
     from .link import export
 
     module = importer.import_model(onnx.load(path), target)
-    executable, constants = phases.compile_module(module, target)
+    seen: list[Work] = []
+    executable, constants = phases.compile_module(module, target, lambda lowered: seen.append(work_of(lowered)))
     files = export(executable, target, folder)
     weights = folder / WEIGHTS
     parameters: list[tuple[str, str, tuple[int, ...], int, int]] = []
@@ -402,5 +406,5 @@ def compile_region(path: Path, target: Target, folder: Path) -> Compiled:
             dtype = str(tensor.dtype)
             parameters.append((f"p{index}", dtype, tuple(map(int, tensor.shape)), file.tell(), array.nbytes))
             file.write(array.tobytes())
-    return Compiled(str(files[0]), str(weights), parameters, [str(f) for f in files[1:]])
+    return Compiled(str(files[0]), str(weights), parameters, [str(f) for f in files[1:]], seen[0])
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import tvm
@@ -14,10 +14,13 @@ LIFT = 64  # bytes; smaller constants stay inside the library
 MAIN = "main"
 
 
-def compile_module(module: tvm.IRModule, target: Target) -> tuple[Any, list[tvm.runtime.Tensor]]:
+def compile_module(
+    module: tvm.IRModule, target: Target, observe: Callable[[tvm.IRModule], None] = lambda lowered: None
+) -> tuple[Any, list[tvm.runtime.Tensor]]:
     """Compile a Relax module whose `main` takes the graph inputs.
 
-    Returns the executable, whose `main` takes one more argument, the tuple of the returned constants.
+    Returns the executable, whose `main` takes one more argument, the tuple of the returned constants. observe: sees
+    the lowered module before code is generated.
     """
     tvm_target = target.tvm()
     with tvm_target, tvm.transform.PassContext(opt_level=3):
@@ -26,6 +29,7 @@ def compile_module(module: tvm.IRModule, target: Target) -> tuple[Any, list[tvm.
         module = schedule(module, target)
         module, constants = lift_constants(module)
         module = lower()(module)
+    observe(module)
     return relax.build(module, tvm_target, relax_pipeline=None), constants
 
 

@@ -20,6 +20,7 @@ from .artifact import WEIGHTS, Artifact, Parameter, RegionSpec, TensorSpec
 from .partition import TVM
 from .reference import default_threads, run_session
 from .target import host_flags
+from .tvm_import import import_tvm
 
 if TYPE_CHECKING:
     import tvm
@@ -186,8 +187,7 @@ def _steps(artifact: Artifact, threads: int) -> list[Step]:
 
         return [emulated_step(artifact, region, threads) for region in artifact.manifest.regions]
     if target.kind == "cuda":
-        import tvm
-
+        tvm = load_tvm()
         if tvm.cuda(0).exist:
             return [_TvmStep(artifact, region, threads, tvm.cuda(0)) for region in artifact.manifest.regions]
     raise TargetError(f"{artifact.root}: built for {target.name}; this machine has no such device to run it on")
@@ -210,9 +210,7 @@ def load_tvm() -> Any:
     os.environ.setdefault("TVM_BIND_THREADS", "0")
     # TVM takes every second processor for a hyperthread and makes its pool half as large as the machine.
     os.environ.setdefault("TVM_NUM_THREADS", str(max(os.cpu_count() or 1, default_threads())))
-    import tvm
-
-    return tvm
+    return import_tvm()
 
 
 def use_threads(count: int) -> None:
@@ -266,8 +264,8 @@ class _Machine:
 
     def __init__(self, library: Any, device: Any, count: int) -> None:
         tvm = load_tvm()
-        machine = tvm.relax.VirtualMachine(library, device)
-        self.main = machine["main"]
+        self.vm = tvm.relax.VirtualMachine(library, device)
+        self.main = self.vm["main"]
         self._staging: list[_Staging | None] = [None] * count
 
     def staged(self, index: int, array: np.ndarray) -> Any:
@@ -281,6 +279,8 @@ class _Machine:
 class _TvmStep:
     def __init__(self, artifact: Artifact, region: RegionSpec, threads: int, device: Any = None) -> None:
         tvm = load_tvm()
+        import tvm_ffi
+
         self.region, self.threads = region, threads
         self.device = device or tvm.cpu()
         self.on_cpu = device is None
@@ -293,7 +293,7 @@ class _TvmStep:
             raise ArtifactError(f"{path}: cannot be loaded ({first_line(error)}); compile the model again") from error
         self._arrays = mapped_weights(artifact.root / WEIGHTS, region.parameters)
         weights = [self._tensor(array) for array in self._arrays]
-        self._weights = tvm.runtime.convert(weights)
+        self._weights = tvm_ffi.Array(weights)  # `tvm.runtime.convert` takes 0.2 s to find out what it was given
         self._constant = sorted(span for span in map(_span, weights) if span)
         self._sizes: set[tuple[Any, ...]] = set()
         self._clear = tvm.get_global_func("vm.builtin.memory_manager.clear")

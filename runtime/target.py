@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..passes.base import Caches
 from ..passes.errors import TargetError, UsageError, did_you_mean
+from .tvm_import import import_tvm
 
 if TYPE_CHECKING:
     import tvm
@@ -121,7 +122,7 @@ class Target:
 
     def tvm(self) -> tvm.target.Target:
         """The same thing as a TVM target."""
-        import tvm
+        tvm = import_tvm()
 
         # LLVM 22's loop vectoriser reads x[i % 2^k] as x[i] in some loops for AVX-512: wrong numbers without a word.
         # Loops are vectorised by their schedules instead.
@@ -212,7 +213,7 @@ def x86_attributes(named: Collection[str], flags: Collection[str]) -> tuple[str,
 @functools.cache
 def host() -> Target:
     """This machine's processor with exactly the features it has."""
-    import tvm
+    tvm = import_tvm()
     from tvm.target import codegen
 
     machine = platform.machine()

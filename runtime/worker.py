@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ..passes.errors import CompileError
+from .work import Work
 
 TIMEOUT = 3600.0  # seconds for one region
 
@@ -29,13 +30,15 @@ _sharing = threading.Lock()
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the child made in the region's folder. parameters: (name, dtype, shape, offset, nbytes) in `weights`."""
+    """What the child made in the region's folder. parameters: (name, dtype, shape, offset, nbytes) in `weights`.
+    work: of its kernels.
+    """
 
     library: str
     weights: str
     parameters: list[tuple[str, str, tuple[int, ...], int, int]]
     sources: list[str]
-    memory: dict[str, int] = field(default_factory=dict)
+    work: Work = field(default_factory=Work)
 
 
 class Crashed(CompileError):
@@ -180,8 +183,11 @@ def _end_with(parent: int) -> None:
 
 
 def main() -> None:
+    from .tvm_import import import_tvm
+
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     pipe = _Pipe(int(sys.argv[1]), os.dup(int(sys.argv[2])))
+    import_tvm()
     while True:
         try:
             name, *arguments = pipe.recv()

@@ -29,7 +29,10 @@ ONLY_WITH = {
     "tvm": (
         "runtime/importer.py", "runtime/importing/", "runtime/kernels/", "runtime/phases.py", "runtime/schedule.py",
     ),
-    "torch": ("models/llama.py", "models/minilm.py", "models/mobilenet.py", "models/vit.py"),
+    "torch": (
+        "models/gpt.py", "models/llama.py", "models/minilm.py", "models/mobilenet.py", "models/mobilenet_v3.py",
+        "models/resnet.py", "models/seeding.py", "models/unet.py", "models/vit.py",
+    ),
 }  # fmt: skip
 LATE = ("tools/bench", "tools/backend", "tools/config.py")
 

@@ -7,14 +7,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import click
+from graphwright.passes.errors import UsageError
 
 from .shell import (
     Command,
+    as_bytes,
     as_error,
+    count_of,
     print_json,
     print_table,
     progress,
     threads_option,
+    verbosity,
     verbosity_options,
     write_json,
 )
@@ -22,11 +26,13 @@ from .shell import (
 if TYPE_CHECKING:
     import numpy as np
     from graphwright.runtime.measure import Timing
+    from graphwright.runtime.profile import Profile
 
     from .opened import Opened
 
 RUNS = 50
 BUDGET = 60.0  # seconds
+KERNELS_SHOWN = 20
 
 
 @dataclass(frozen=True)
@@ -102,6 +108,61 @@ def bench_models(
             return Bench((_label(a), _label(b)), threads, timing, error, peaks)
 
 
+def profile_model(
+    candidate: str,
+    file: str | None = None,
+    *,
+    threads: int | None = None,
+    runs: int = RUNS,
+    seed: int = 0,
+) -> Profile:
+    """Where the time of an artifact goes, kernel by kernel; an ONNX file is compiled first.
+
+    Raises a GraphwrightError.
+    """
+    from graphwright.runtime.profile import profile
+
+    from .opened import choose_feeds, opened
+
+    with progress() as say:
+        say("load")
+        with opened(candidate, "tvm", threads=threads) as a:
+            feeds = choose_feeds(a, a, file, seed, sets=1)[0][0]
+            say(f"watch {runs} runs")
+            return profile(a.session, feeds, runs)
+
+
+def print_profile(found: Profile) -> None:
+    """The kernels, longest first, and what they come to. All of them with -v."""
+    data = found.to_json()
+    columns = ("kernel", "calls", "ms", "share", "GFLOP/s", "GB/s", "of limit")
+    shown = data["kernels"] if verbosity() > 0 else data["kernels"][:KERNELS_SHOWN]
+    print_table(columns, [_cells(row) for row in shown], right=columns[1:])
+    if len(shown) < len(data["kernels"]):
+        click.echo(f"and {count_of(len(data['kernels']) - len(shown), 'further kernel')}; -v shows all")
+    click.echo()
+    columns = ("operators", *columns[1:])
+    print_table(columns, [_cells(row) for row in data["operators"][:KERNELS_SHOWN]], right=columns[1:])
+    click.echo()
+    limit = f", {data['limit_ms']:.3f} ms if each ran at its limit" if data["limit_ms"] is not None else ""
+    click.echo(f"run {data['run_ms']:.3f} ms, kernels {data['kernels_ms']:.3f} ms{limit}")
+    peaks = [f"{found.peaks.flops / 1e9:.0f} GFLOP/s"]
+    peaks += [f"{level.name} {max(level.read, level.copy) / 1e9:.0f} GB/s" for level in found.peaks.levels]
+    click.echo(f"limits measured on {count_of(found.threads, 'thread')}: {', '.join(peaks)}")
+    if found.activation_bytes is not None:
+        click.echo(f"activations {as_bytes(found.activation_bytes)}")
+
+
+def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
+    def number(key: str, form: str) -> str:
+        return "" if row[key] is None else format(row[key], form)
+
+    return (
+        row["name"], str(row["calls"]), f"{row['ms']:.3f}", number("share", ".1%"), number("gflops_per_s", ".1f"),
+        number("gbytes_per_s", ".1f"), number("of_limit", ".0%"),
+    )  # fmt: skip
+
+
 def _label(model: Opened) -> str:
     return f"{model.name} ({'graphwright' if model.backend == 'tvm' else model.backend})"
 
@@ -126,6 +187,7 @@ def _difference(a: Opened, b: Opened, feeds: Mapping[str, np.ndarray]) -> float 
 @click.option("--json", "json_file", metavar="FILE", help="Also write the result here as JSON; - is stdout.")
 @click.option("--format", "form", type=click.Choice(["table", "json"]), default="table", show_default=True,
               help="How to print the result.")  # fmt: skip
+@click.option("--profile", is_flag=True, help="Where A's time goes: every kernel against what the machine can do.")
 @threads_option
 @verbosity_options
 def command(
@@ -137,6 +199,7 @@ def command(
     seed: int,
     json_file: str | None,
     form: str,
+    profile: bool,
     threads: int | None,
 ) -> None:
     """Time A, an artifact or ONNX file, against onnxruntime or another model on the same inputs and threads.
@@ -144,14 +207,23 @@ def command(
     Both alternate run by run; the ratio is reference / candidate of such pairs, so above 1 A is the faster. An
     artifact's own graph is the rewritten one: give the original file to --against to compare with that.
     """
-    measured = bench_models(candidate, against, file, backend=backend, threads=threads, runs=runs, seed=seed)
-    data = measured.to_json()
+    if profile:
+        if against != "onnxruntime" or backend == "onnxruntime":
+            raise UsageError("--profile looks at A on TVM alone; leave out --against and --backend")
+        found = profile_model(candidate, file, threads=threads, runs=runs, seed=seed)
+        data = found.to_json()
+    else:
+        measured = bench_models(candidate, against, file, backend=backend, threads=threads, runs=runs, seed=seed)
+        data = measured.to_json()
     if json_file is not None:
         write_json(data, json_file)
     if json_file == "-":
         return
     if form == "json":
         print_json(data)
+        return
+    if profile:
+        print_profile(found)
         return
     columns = ("", "median ms", "10 %", "90 %", "peak MB")
     rows = [

@@ -63,6 +63,7 @@ PAGE = """<!doctype html>
 
 {% if data.native %}
 <h2>Where it runs</h2>
+{% if data.native.activation_bytes %}<p>Activations take {{ data.native.activation_bytes|bytes }}.</p>{% endif %}
 <p>TVM runs {{ data.native.tvm }} of {{ data.native.all }} nodes{% if not data.native.fallback %}.</p>{% else %},
 onnxruntime these:</p>
 <table><tr><th>operator</th><th class="number">nodes</th><th>why</th><th>at</th></tr>

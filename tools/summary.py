@@ -134,6 +134,7 @@ def _native(artifact: Artifact | None) -> dict[str, Any] | None:
     return {
         "tvm": tvm,
         "all": everything,
+        "activation_bytes": artifact.activation_bytes,
         "fallback": group_reasons(reasons, _producers(artifact) if reasons else {}),
     }
 
@@ -198,7 +199,8 @@ def print_sites(report: Mapping[str, Any]) -> None:
 
 def print_native(native: Mapping[str, Any]) -> None:
     fallback = native["fallback"]
-    click.echo(f"TVM runs {native['tvm']} of {count_of(native['all'], 'node')} of the main graph")
+    memory = f"; activations take {as_bytes(native['activation_bytes'])}" if native["activation_bytes"] else ""
+    click.echo(f"TVM runs {native['tvm']} of {count_of(native['all'], 'node')} of the main graph{memory}")
     if not fallback:
         return
     shown = fallback if verbosity() > 0 else fallback[:REASONS_SHOWN]

@@ -41,31 +41,71 @@ def assert_equals_torch(path: Path, module: torch.nn.Module, feeds: Mapping[str,
         assert error <= 1e-5
 
 
-def image_module(name: str) -> torch.nn.Module:
-    from graphwright.models import mobilenet, vit
-
-    if name == "mobilenet-v2":
-        return mobilenet.seeded(mobilenet.MOBILENET_V2, 0)
-    if name == "vit-tiny":
-        return vit.seeded(0)
-    return mobilenet.load_efficientnet_lite0(assets.find("efficientnet-lite0-weights"))
-
-
 @pytest.mark.torch
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize(
-    "name", ["mobilenet-v2", "vit-tiny", pytest.param("efficientnet-lite0", marks=pytest.mark.assets)]
-)
+    "name",
+    [
+        "mobilenet-v2", "mobilenet-v3-small", "resnet-50", "unet", "vit-tiny",
+        pytest.param("vit-small", marks=pytest.mark.slow),
+        pytest.param("efficientnet-lite0", marks=pytest.mark.assets),
+    ],
+)  # fmt: skip
 def test_image_models_equal_torch_at_any_batch(name: str, batch: int, exported: Exported) -> None:
     path = exported(name)
-    assert_equals_torch(path, image_module(name), registry.sample_inputs(name, 1, {"batch": batch}))
+    assert_equals_torch(path, registry.torch_module(name), registry.sample_inputs(name, 1, {"batch": batch}))
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize(("name", "parameters"), [("mobilenet-v2", 3_504_872), ("vit-tiny", 5_717_416)])
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("mobilenet-v2", 3_504_872), ("mobilenet-v3-small", 2_542_856), ("resnet-50", 25_557_032),
+        ("vit-tiny", 5_717_416), ("vit-small", 22_050_664),
+    ],
+)  # fmt: skip
 def test_seeded_models_have_the_published_size(name: str, parameters: int) -> None:
-    """Sandler et al. give 3.4 M for MobileNetV2, Touvron et al. 5.7 M (timm: 5,717,416) for DeiT-Ti."""
-    assert sum(p.numel() for p in image_module(name).parameters()) == parameters
+    """Sandler et al. give 3.4 M for MobileNetV2, Howard et al. 2.5 M for V3-Small, Touvron et al. 5.7 and 22 M for
+    DeiT-Ti and DeiT-S; the exact numbers are those of torchvision and timm.
+    """
+    assert sum(p.numel() for p in registry.torch_module(name).parameters()) == parameters
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("name", ["mobilenet-v2", "mobilenet-v3-small", "resnet-50", "unet", "vit-tiny", "gpt-mini"])
+def test_seeded_models_keep_their_numbers_in_range(name: str) -> None:
+    """Logits of trained networks are between about 1 and 30; the exact numbers follow from the seed."""
+    import torch
+
+    feeds = [torch.from_numpy(array) for array in registry.sample_inputs(name).values()]
+    with torch.inference_mode():
+        first, again, other = (registry.torch_module(name, seed=seed)(*feeds) for seed in (0, 0, 1))
+    print(f"{name}: largest {first.abs().max():.2f}")
+    assert 1 < first.abs().max() < 30
+    assert torch.equal(first, again) and not torch.allclose(first, other, atol=0.1)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize(
+    ("name", "operators"),
+    [
+        ("mobilenet-v3-small", {"HardSwish", "HardSigmoid", "Conv", "ReduceMean"}),
+        ("unet", {"ConvTranspose", "Resize", "Concat", "MaxPool"}),
+        ("gpt-mini", {"Gather", "LayerNormalization", "Softmax", "Gelu"}),
+    ],
+)
+def test_exports_have_the_operators_they_are_there_for(
+    name: str, operators: set[str], exported: Exported
+) -> None:
+    assert operators <= {node.op_type for node in onnx.load(exported(name)).graph.node}
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize(("batch", "sequence"), [(1, 128), (3, 17), (1, 256)])
+def test_the_byte_decoder_equals_torch_at_any_batch_and_length(batch: int, sequence: int, exported: Exported) -> None:
+    path = exported("gpt-mini")
+    feeds = registry.sample_inputs("gpt-mini", 1, {"batch": batch, "sequence": sequence})
+    assert_equals_torch(path, registry.torch_module("gpt-mini"), feeds)
 
 
 @pytest.mark.torch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,17 +11,17 @@ import graphwright.models
 import numpy as np
 import onnx
 import pytest
-from graphwright.models import assets, registry
+from graphwright.models import assets, registry, samples
 from graphwright.passes.errors import AssetError, OutputError, UsageError
 
-OFFLINE = ["mobilenet-v2", "vit-tiny"]
+OFFLINE = ["mobilenet-v2", "resnet-50", "vit-tiny", "vit-small", "mobilenet-v3-small", "unet"]
 COPIED = ["ocr-det", "ocr-cls", "magika", "silero-vad"]
 TEXT = ["minilm", "smollm2"]
 
 
 def test_the_table_has_every_model_once_and_its_assets_exist() -> None:
     names = registry.names()
-    assert sorted(names) == sorted([*OFFLINE, *COPIED, *TEXT, "efficientnet-lite0"])
+    assert sorted(names) == sorted([*OFFLINE, "gpt-mini", *COPIED, *TEXT, "efficientnet-lite0"])
     for name in names:
         entry = registry.describe(name)
         assert set(entry.needs_assets + entry.sample_assets) <= set(assets.ASSETS)
@@ -79,13 +80,31 @@ def test_a_missing_package_says_how_to_install_it(tmp_path: Path, monkeypatch: p
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_model_that_is_a_file_has_no_torch_module() -> None:
+    with pytest.raises(UsageError, match="magika is an ONNX file, not a torch module"):
+        registry.torch_module("magika")
+
+
+def test_the_torch_module_takes_the_options_of_the_export() -> None:
+    for name in (*OFFLINE, *TEXT, "gpt-mini", "efficientnet-lite0"):
+        entry = registry.describe(name)
+        assert entry.module is not None
+        assert inspect.signature(entry.module).parameters.keys() == entry.options.keys()
+
+
 @pytest.mark.parametrize("name", OFFLINE)
-def test_seeded_models_have_samples_without_a_download(
+def test_seeded_image_models_have_samples_without_a_download(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("GRAPHWRIGHT_CACHE", str(tmp_path / "empty"))
     assert registry.fetch(name) == []
     assert registry.sample_inputs(name, dims={"batch": 2})["image"].shape == (2, 3, 224, 224)
+
+
+def test_a_byte_decoder_reads_the_text_of_the_samples() -> None:
+    ids = registry.sample_inputs("gpt-mini", 3, {"batch": 2, "sequence": 40})["input_ids"]
+    assert bytes(ids[0].astype(np.uint8).tolist()).decode() in samples.TEXT * 2
+    assert ids.shape == (2, 40) and not np.array_equal(ids[0], ids[1])
 
 
 @pytest.mark.assets

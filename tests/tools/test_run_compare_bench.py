@@ -254,3 +254,19 @@ def test_threads_of_onnxruntime_sleep_after_a_run(model: Path) -> None:
         options = ready.session.get_session_options()
     assert options.get_session_config_entry("session.force_spinning_stop") == "1"
     assert options.intra_op_num_threads == len(os.sched_getaffinity(0))
+
+
+@pytest.mark.tvm
+def test_bench_profile_shows_the_kernels_and_the_limits(cli: Cli, artifact: Path, inputs: Path) -> None:
+    arguments = ("bench", artifact, "--profile", "--runs", 3, "--threads", 1, "--input", inputs)
+    out = cli(*arguments).stdout
+    assert out.splitlines()[0].split() == ["kernel", "calls", "ms", "share", "GFLOP/s", "GB/s", "of", "limit"]
+    assert re.search(r"^run [\d.]+ ms, kernels [\d.]+ ms", out, re.MULTILINE)
+    assert re.search(r"^limits measured on 1 thread: \d+ GFLOP/s, .*memory \d+ GB/s$", out, re.MULTILINE)
+    data = json.loads(cli(*arguments, "--format", "json").stdout)
+    assert {"threads", "run_ms", "kernels_ms", "limit_ms", "peaks", "kernels", "operators"} <= data.keys()
+    assert any("matmul" in kernel["name"] for kernel in data["kernels"])
+
+
+def test_a_profile_has_no_reference(cli: Cli, model: Path) -> None:
+    assert "leave out --against" in cli("bench", model, "--profile", "--against", model, expect=2).stderr

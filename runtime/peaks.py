@@ -1,0 +1,112 @@
+"""What this machine can do at most, measured: multiply-adds a second, and bytes a second from each level of memory."""
+
+from __future__ import annotations
+
+import functools
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from .target import Target
+
+SECONDS = 0.001  # that one timed call should take: short enough to fall between the turns of other programs
+CALLS = 25
+
+
+@dataclass(frozen=True)
+class Level:
+    """A level of the memory. capacity: bytes that it holds for all threads. read, copy: bytes a second; copying
+    counts what is read and what is written.
+    """
+
+    name: str
+    capacity: int
+    read: float
+    copy: float
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """The limits for one number of threads. flops: float32 operations a second, a multiply-add being two."""
+
+    threads: int
+    flops: float
+    levels: tuple[Level, ...]
+
+    def level(self, nbytes: float) -> Level:
+        """The smallest level that holds so many bytes."""
+        return next((level for level in self.levels if nbytes <= level.capacity), self.levels[-1])
+
+    def seconds(self, flops: float | None, nbytes: float | None) -> float | None:
+        """The least time for so much work: computing and moving may overlap. None when neither is known."""
+        bounds = []
+        if flops is not None:
+            bounds.append(flops / self.flops)
+        if nbytes is not None:
+            level = self.level(nbytes)
+            bounds.append(nbytes / max(level.read, level.copy))
+        return max(bounds, default=None)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"threads": self.threads, "flops": self.flops, "levels": [asdict(level) for level in self.levels]}
+
+
+@functools.cache
+def peaks(target: Target, threads: int) -> Peaks:
+    """Measure, once a process: about a second. target: must run here."""
+    from .session import use_threads
+
+    use_threads(threads)
+    caches = target.caches
+    sizes = {  # name -> (bytes worked on, capacity)
+        "L2": (threads * caches.l2 // 2, threads * caches.l2),
+        "L3": (caches.last_level // 2, caches.last_level),
+        "memory": (max(4 * caches.last_level, 128 << 20), 1 << 62),
+    }
+    levels = [
+        Level(name, capacity, _bandwidth("read", target, threads, nbytes), _bandwidth("copy", target, threads, nbytes))
+        for name, (nbytes, capacity) in sizes.items()
+        if name == "memory" or nbytes > 0
+    ]
+    return Peaks(threads, _flops(target, threads), tuple(levels))
+
+
+def _flops(target: Target, threads: int) -> float:
+    from .kernels import probes
+
+    steps = 10_000
+    lanes = max(4, target.isa.lanes())
+    work = 2.0 * threads * steps * probes.ACCUMULATORS * lanes
+    probe = probes.multiply_adds(target.isa, threads, steps)
+    return work / _fastest(probe, target, (probes.ACCUMULATORS + 1) * lanes, threads * lanes)
+
+
+def _bandwidth(what: str, target: Target, threads: int, nbytes: int) -> float:
+    """nbytes: of all arrays that the probe touches."""
+    from .kernels import probes
+
+    arrays = 2 if what == "copy" else 1
+    lanes = max(4, target.isa.lanes())
+    part = threads * probes.UNROLLED * lanes
+    size = max(part, nbytes // 4 // arrays // part * part)
+    repeats = max(1, int(SECONDS * 50e9 / (size * 4 * arrays)))
+    probe = getattr(probes, what)(target.isa, threads, size, repeats)
+    outputs = size if what == "copy" else threads * lanes
+    return size * 4.0 * arrays * repeats / _fastest(probe, target, size, outputs)
+
+
+def _fastest(function: Any, target: Target, inputs: int, outputs: int) -> float:
+    """Seconds of a call: the second fastest, which neither another program nor one lucky reading moves."""
+    import numpy as np
+    import tvm
+
+    run = tvm.compile(tvm.IRModule({"probe": function}), target.tvm())["probe"]
+    x = tvm.runtime.tensor(np.arange(inputs, dtype=np.float32) % 7 / 8)  # below 1: sums stay finite
+    y = tvm.runtime.tensor(np.zeros(outputs, np.float32))
+    run(x, y)
+    times = []
+    for _ in range(CALLS):
+        start = time.perf_counter()
+        run(x, y)
+        times.append(time.perf_counter() - start)
+    return sorted(times)[1]

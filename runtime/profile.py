@@ -1,0 +1,202 @@
+"""Where the time of a run goes: every kernel's against the least that the machine could do its work in.
+
+TVM's virtual machine calls an observer before and after every instruction, which adds about half a microsecond to
+each call. The work of the kernels comes from the manifest, the limits from `peaks`.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..passes.errors import InputError
+from .artifact import Artifact, KernelWork, RegionSpec
+from .partition import TVM
+from .peaks import Peaks, peaks
+from .session import Session, Step, _TvmStep
+
+RUNS = 10
+WARMUP = 2
+BUILTIN = "vm."
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kernel, or a region on onnxruntime. calls: in one run. seconds: of all of them. limit: the least seconds that
+    they could take; None where their work is not known.
+    """
+
+    name: str
+    op: str
+    calls: int
+    seconds: float
+    flops: float | None
+    nbytes: float | None
+    limit: float | None
+
+    @property
+    def of_limit(self) -> float | None:
+        """1.0: as fast as the machine can. More than that: the work was overestimated, or done with less of it."""
+        return self.limit / self.seconds if self.limit is not None and self.seconds else None
+
+    def to_json(self, total: float) -> dict[str, Any]:
+        seconds = self.seconds or None
+        return {
+            "name": self.name, "op": self.op, "calls": self.calls, "ms": self.seconds * 1e3,
+            "share": self.seconds / total if total else None, "flops": self.flops, "bytes": self.nbytes,
+            "gflops_per_s": self.flops / seconds / 1e9 if seconds and self.flops is not None else None,
+            "gbytes_per_s": self.nbytes / seconds / 1e9 if seconds and self.nbytes is not None else None,
+            "of_limit": self.of_limit,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Of one artifact on one number of threads. run: seconds of a run that nobody watches. rows: longest first."""
+
+    threads: int
+    runs: int
+    run: float
+    rows: tuple[Row, ...]
+    peaks: Peaks
+    activation_bytes: int | None
+
+    @property
+    def kernels(self) -> float:
+        """Seconds of all rows."""
+        return sum(row.seconds for row in self.rows)
+
+    @property
+    def limit(self) -> float | None:
+        """Seconds of a run in which every kernel whose work is known runs at its limit, and nothing lies between."""
+        known = [row.limit for row in self.rows if row.limit is not None]
+        return sum(known) if known else None
+
+    def by_op(self) -> list[Row]:
+        """The rows with the same operators as one, longest first."""
+        groups: dict[str, list[Row]] = {}
+        for row in self.rows:
+            groups.setdefault(row.op, []).append(row)
+        joined = [
+            Row(op, op, sum(r.calls for r in rows), sum(r.seconds for r in rows), _sum(r.flops for r in rows),
+                _sum(r.nbytes for r in rows), _sum(r.limit for r in rows))
+            for op, rows in groups.items()
+        ]  # fmt: skip
+        return sorted(joined, key=lambda row: -row.seconds)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "threads": self.threads,
+            "runs": self.runs,
+            "run_ms": self.run * 1e3,
+            "kernels_ms": self.kernels * 1e3,
+            "limit_ms": self.limit * 1e3 if self.limit is not None else None,
+            "activation_bytes": self.activation_bytes,
+            "peaks": self.peaks.to_json(),
+            "kernels": [row.to_json(self.kernels) for row in self.rows],
+            "operators": [row.to_json(self.kernels) for row in self.by_op()],
+        }
+
+
+def _sum(values: Iterator[float | None]) -> float | None:
+    found = list(values)
+    known = [value for value in found if value is not None]
+    return sum(known) if len(known) == len(found) else None
+
+
+@dataclass
+class _Watch:
+    """The observer: seconds of every call of a kernel, in the order of the calls."""
+
+    calls: list[tuple[str, float]] = field(default_factory=list)
+    _start: float = 0.0
+
+    def __call__(self, function: Any, name: str, before: bool, result: Any, *arguments: Any) -> int:
+        if before:
+            self._start = time.perf_counter()
+        else:
+            self.calls.append((name, time.perf_counter() - self._start))
+        return 0  # go on
+
+
+def profile(session: Session, feeds: Mapping[str, Any], runs: int = RUNS) -> Profile:
+    """Run `feeds` a few times unwatched and a few times watched. Raises InputError for an artifact of a device."""
+    artifact = session.artifact
+    if not artifact.target.is_cpu or not artifact.target.runs_here:
+        raise InputError(f"{artifact.root}: built for {artifact.target.name}; expected a target of this processor")
+    for _ in range(WARMUP):
+        session.run(None, feeds)
+    unwatched = []
+    for _ in range(runs):
+        start = time.perf_counter()
+        session.run(None, feeds)
+        unwatched.append(time.perf_counter() - start)
+    watched = [_watched(session, feeds) for _ in range(WARMUP + runs)][WARMUP:]
+    most = peaks(artifact.target, session.threads)
+    return Profile(
+        session.threads, runs, statistics.median(unwatched), _rows(artifact, watched, most), most,
+        artifact.activation_bytes,
+    )  # fmt: skip
+
+
+def _watched(session: Session, feeds: Mapping[str, Any]) -> list[tuple[str, float]]:
+    """(kernel, seconds) of every call of one run."""
+    values = session._check(feeds)
+    calls: list[tuple[str, float]] = []
+    regions = session.artifact.manifest.regions
+    for index, (step, region) in enumerate(zip(session._steps, regions, strict=True)):
+        start = time.perf_counter()
+        if region.runtime == TVM:
+            with _watch(step) as watch:
+                values.update(step(values))
+            calls += [(_label(regions, index, name), s) for name, s in watch.calls if not name.startswith(BUILTIN)]
+        else:
+            values.update(step(values))
+            calls.append((f"region {index} on onnxruntime", time.perf_counter() - start))
+    return calls
+
+
+def _label(regions: Sequence[RegionSpec], index: int, name: str) -> str:
+    """The kernel's name, with its region's number where there are several: both may have a kernel of the name."""
+    return name if sum(region.runtime == TVM for region in regions) == 1 else f"{index}:{name}"
+
+
+@contextmanager
+def _watch(step: Step) -> Iterator[_Watch]:
+    """Lets a virtual machine of its own run the next call of the step."""
+    assert isinstance(step, _TvmStep)
+    watch, machine = _Watch(), step._machine()
+    machine.vm.set_instrument(watch)
+    step._idle.append(machine)
+    try:
+        yield watch
+    finally:
+        if machine in step._idle:  # not after an error
+            step._idle.remove(machine)
+
+
+def _rows(artifact: Artifact, watched: list[list[tuple[str, float]]], most: Peaks) -> tuple[Row, ...]:
+    """Calls of the same kernel as one row, each call's time the median of the runs."""
+    work: dict[str, KernelWork] = {}
+    regions = artifact.manifest.regions
+    for index, region in enumerate(regions):
+        work.update({_label(regions, index, name): known for name, known in region.kernels.items()})
+    names = [name for name, _ in watched[0]]
+    if any([name for name, _ in run] != names for run in watched):
+        raise InputError("the model takes another way through its branches in every run; nothing to average")
+    seconds: dict[str, list[float]] = {}
+    for index, name in enumerate(names):
+        seconds.setdefault(name, []).append(statistics.median(run[index][1] for run in watched))
+    rows = []
+    for name, times in seconds.items():
+        known, calls = work.get(name), len(times)
+        flops = known.flops * calls if known is not None and known.flops is not None else None
+        nbytes = known.bytes * calls if known is not None and known.bytes is not None else None
+        least = most.seconds(known.flops, known.bytes) if known is not None else None
+        limit = least * calls if least is not None else None
+        rows.append(Row(name, known.op if known else name, calls, sum(times), flops, nbytes, limit))
+    return tuple(sorted(rows, key=lambda row: -row.seconds))
