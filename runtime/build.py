@@ -243,9 +243,10 @@ def _compile_all(
             except CompileError as second:  # the look itself failed, or crashed
                 log.debug("region %d: no look at its nodes: %s", index, second)
                 blamed = {}
+            blamed = blamed or _culprits(region.nodes, part, target, work, error)
             if not blamed and not target.is_cpu:
                 raise
-            refused.update(blamed or _culprits(region.nodes, part, target, work, error))
+            refused.update(blamed or dict.fromkeys(region.nodes, str(error)))
             return None
         finally:
             path.unlink(missing_ok=True)
@@ -256,7 +257,7 @@ def _compile_all(
 def _culprits(
     region: Sequence[ir.Node], part: ir.Model, target: Target, work: Path, error: CompileError
 ) -> dict[ir.Node, str]:
-    """Which nodes of a region that failed do not compile alone; all of them when each does."""
+    """Which nodes of a region that failed do not compile alone; none when each does."""
     if len(region) == 1:
         return {region[0]: str(error)}
     log.info("looking for the nodes that do not compile: %s", error)
@@ -274,7 +275,7 @@ def _culprits(
         reason = probed[key]
         if reason is not None:
             found[original] = reason
-    return found or dict.fromkeys(region, str(error))
+    return found
 
 
 def _filling(node: ir.Node) -> tuple[Any, ...]:
