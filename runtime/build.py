@@ -69,11 +69,19 @@ def build(
     it raises leaves nothing behind.
     """
     model = model.clone()
+    defaults = [value for value in model.graph.inputs if value.is_initializer()]
+    names = [value.name for value in defaults]
     fix_outputs(model)
     ask_types(model)
     with Workplace(Path(out), overwrite) as folder:
         store = WeightStore(folder / WEIGHTS)
         regions = _compile_regions(model, target, folder, store, progress, distrust)
+        inputs = [tensor_spec(value) for value in model.graph.inputs]
+        # Compiled code has the default values in it; a run that gives others is for onnxruntime and this file.
+        model.graph.inputs.extend(
+            value for value, name in zip(defaults, names, strict=True)
+            if value.name == name and model.graph.initializers.get(name or "") is value
+        )  # fmt: skip
         _write_model(model, folder, store)
         manifest = Manifest(
             versions={name: metadata.version(name) for name in PACKAGES},
@@ -81,8 +89,8 @@ def build(
             source=source,
             pipeline=pipeline,
             reports=[report.to_json() for report in reports],
-            inputs=[_tensor_spec(value) for value in model.graph.inputs],
-            outputs=[_tensor_spec(value) for value in model.graph.outputs],
+            inputs=inputs,
+            outputs=[tensor_spec(value) for value in model.graph.outputs],
             regions=regions,
             files=file_specs(folder),
         )
@@ -351,7 +359,8 @@ def _write_model(model: ir.Model, folder: Path, store: WeightStore, name: str = 
     (folder / name).write_bytes(proto.SerializeToString())
 
 
-def _tensor_spec(value: ir.Value) -> TensorSpec:
+def tensor_spec(value: ir.Value) -> TensorSpec:
+    """How the manifest describes an input or output."""
     shape = None
     if value.shape is not None:
         shape = [dim if isinstance(dim, int) else dim.value for dim in value.shape]

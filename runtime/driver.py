@@ -150,6 +150,13 @@ def optimize(
     from .build import build
     from .session import Session
 
+    defaults = [value.name for value in rewritten.graph.inputs if value.is_initializer()]
+    if defaults:
+        log.warning(
+            "inputs with a default value are compiled in (%s%s); a run that gives one is onnxruntime's",
+            ", ".join(map(str, defaults[:3])), f" and {len(defaults) - 3} more" if len(defaults) > 3 else "",
+        )  # fmt: skip
+
     def check(artifact: Artifact) -> dict[str, object] | None:
         nonlocal verdict, unverified
         if tried is None:
