@@ -56,7 +56,7 @@ def build(
     pipeline: str = "",
     reports: Sequence[PassReport] = (),
     overwrite: bool = False,
-    distrust: str = "",
+    distrust: Callable[[ir.Node], str] = lambda node: "",
     check: Callable[[Artifact], dict[str, Any] | None] = lambda artifact: None,
     progress: Callable[[str], None] = lambda message: None,
 ) -> Artifact:
@@ -64,7 +64,7 @@ def build(
 
     Raises CompileError, naming the nodes, when a target other than a CPU cannot take all of them; OutputError when
     `out` cannot be written. On CPU targets such nodes run on onnxruntime inside the artifact.
-    distrust: why nothing is to be compiled by TVM; onnxruntime then runs the whole model inside the artifact.
+    distrust: why a node is not to be compiled by TVM, "" where it may be; onnxruntime runs it inside the artifact.
     check: sees the finished artifact before it takes its place; what it returns is recorded as the verdict, and what
     it raises leaves nothing behind.
     """
@@ -147,11 +147,12 @@ def ask_types(model: ir.Model) -> None:
 
 
 def _compile_regions(
-    model: ir.Model, target: Target, folder: Path, store: WeightStore, progress: Callable[[str], None], distrust: str
+    model: ir.Model, target: Target, folder: Path, store: WeightStore, progress: Callable[[str], None],
+    distrust: Callable[[ir.Node], str],
 ) -> list[RegionSpec]:
     with tempfile.TemporaryDirectory(prefix="graphwright-") as name:
         work = Path(name)
-        refused = {node: reason for node in model.graph if (reason := distrust or _unknown_type(node))}
+        refused = {node: reason for node in model.graph if (reason := distrust(node) or _unknown_type(node))}
         while True:
             if refused and not target.is_cpu:
                 raise CompileError(_cannot(target, refused))
