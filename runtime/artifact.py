@@ -9,8 +9,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import hashlib
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -30,6 +33,10 @@ MANIFEST, MODEL, WEIGHTS = "manifest.json", "model.onnx", "weights.bin"
 ALIGNMENT = 64
 HASHED = 1 << 18  # bytes read at a time
 LATER = ("kernels", "activation_bytes")  # fields of a region that older manifests lack, and their digests do not cover
+OLD = ".old"  # suffix of an artifact that is being replaced, where that takes two steps
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of renameat2(2)
+
+log = logging.getLogger("graphwright")
 
 
 class _Strict(BaseModel):
@@ -146,6 +153,8 @@ class Artifact:
         root = Path(root)
         path = root / MANIFEST
         if not path.is_file():
+            if not root.exists() and (old := set_aside(root)):
+                raise ArtifactError(f"{root}: was set aside by an interrupted replacement; rename {old[-1]} to {root}")
             raise ArtifactError(f"{root}: no {MANIFEST} in it; expected an artifact folder made by optimize --target")
         try:
             data = json.loads(path.read_text())
@@ -240,6 +249,41 @@ class WeightStore:
         return digest.digest()
 
 
+def exchange(a: Path, b: Path) -> bool:
+    """Let two folders swap names in one step. False where the system or the file system has no such step."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError):  # not Linux, or a C library without it
+        return False
+    if renameat2(AT_FDCWD, os.fsencode(a), AT_FDCWD, os.fsencode(b), RENAME_EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM):
+        return False
+    raise OSError(code, os.strerror(code), str(b))
+
+
+def set_aside(out: Path) -> list[Path]:
+    """Artifacts that an interrupted replacement of `out` has left under a hidden name, the newest last."""
+    try:
+        found = [p for p in out.absolute().parent.iterdir() if p.name.startswith(f".{out.name}.") and p.suffix == OLD]
+        return sorted(found, key=lambda p: p.stat().st_mtime)
+    except OSError:
+        return []
+
+
+def recover(out: Path) -> None:
+    """Put back what a replacement of `out` that was interrupted between its two renames has set aside."""
+    found = set_aside(out)
+    if not found or out.exists():
+        return
+    try:
+        os.rename(found[-1], out)
+    except OSError as error:
+        raise OutputError(f"{found[-1]}: is the former {out} and cannot be renamed ({error.strerror})") from error
+    log.warning("%s: put back after an interrupted replacement", out)
+
+
 class Workplace:
     """A folder beside the final one that takes its place when all is done and vanishes when it is not."""
 
@@ -247,6 +291,7 @@ class Workplace:
         self.out, self.overwrite = out, overwrite
 
     def __enter__(self) -> Path:
+        recover(self.out)
         check_output(self.out, self.overwrite)
         if (self.out.exists() or self.out.is_symlink()) and not self._replaceable():
             raise OutputError(f"{self.out}: is not an artifact folder and will not be replaced; choose another output")
@@ -270,17 +315,28 @@ class Workplace:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def _place(self) -> None:
-        old = self.folder.with_suffix(".old")
         if not self.overwrite or not self.out.exists():
             os.rename(self.folder, self.out)  # fails where something has come into being that is not empty
             return
+        if exchange(self.folder, self.out):
+            return  # the old one now has the temporary name and goes with it
+        old = self.folder.with_suffix(OLD)
         os.rename(self.out, old)
         try:
             os.rename(self.folder, self.out)
-        except OSError:
-            os.rename(old, self.out)
+        except BaseException:  # Ctrl-C too
+            if not self.out.exists():
+                self._put_back(old)
             raise
         shutil.rmtree(old)
+
+    def _put_back(self, old: Path) -> None:
+        try:
+            os.rename(old, self.out)
+        except OSError as error:
+            raise OutputError(
+                f"{self.out}: could not be replaced, and what was there is now {old} ({error.strerror}); rename it"
+            ) from error
 
     def _replaceable(self) -> bool:
         if self.out.is_symlink() or not self.out.is_dir():

@@ -58,7 +58,7 @@ def build(
     pipeline: str = "",
     reports: Sequence[PassReport] = (),
     overwrite: bool = False,
-    distrust: str = "",
+    distrust: Callable[[ir.Node], str] = lambda node: "",
     check: Callable[[Artifact], dict[str, Any] | None] = lambda artifact: None,
     progress: Callable[[str], None] = lambda message: None,
 ) -> Artifact:
@@ -66,16 +66,24 @@ def build(
 
     Raises CompileError, naming the nodes, when a target other than a CPU cannot take all of them; OutputError when
     `out` cannot be written. On CPU targets such nodes run on onnxruntime inside the artifact.
-    distrust: why nothing is to be compiled by TVM; onnxruntime then runs the whole model inside the artifact.
+    distrust: why a node is not to be compiled by TVM, "" where it may be; onnxruntime runs it inside the artifact.
     check: sees the finished artifact before it takes its place; what it returns is recorded as the verdict, and what
     it raises leaves nothing behind.
     """
     model = model.clone()
+    defaults = [value for value in model.graph.inputs if value.is_initializer()]
+    names = [value.name for value in defaults]
     fix_outputs(model)
     ask_types(model)
     with Workplace(Path(out), overwrite) as folder:
         store = WeightStore(folder / WEIGHTS)
         regions = _compile_regions(model, target, folder, store, progress, distrust)
+        inputs = [tensor_spec(value) for value in model.graph.inputs]
+        # Compiled code has the default values in it; a run that gives others is for onnxruntime and this file.
+        model.graph.inputs.extend(
+            value for value, name in zip(defaults, names, strict=True)
+            if value.name == name and model.graph.initializers.get(name or "") is value
+        )  # fmt: skip
         _write_model(model, folder, store)
         manifest = Manifest(
             versions={name: metadata.version(name) for name in PACKAGES},
@@ -83,8 +91,8 @@ def build(
             source=source,
             pipeline=pipeline,
             reports=[report.to_json() for report in reports],
-            inputs=[_tensor_spec(value) for value in model.graph.inputs],
-            outputs=[_tensor_spec(value) for value in model.graph.outputs],
+            inputs=inputs,
+            outputs=[tensor_spec(value) for value in model.graph.outputs],
             regions=regions,
             files=file_specs(folder),
         )
@@ -141,11 +149,12 @@ def ask_types(model: ir.Model) -> None:
 
 
 def _compile_regions(
-    model: ir.Model, target: Target, folder: Path, store: WeightStore, progress: Callable[[str], None], distrust: str
+    model: ir.Model, target: Target, folder: Path, store: WeightStore, progress: Callable[[str], None],
+    distrust: Callable[[ir.Node], str],
 ) -> list[RegionSpec]:
     with tempfile.TemporaryDirectory(prefix="graphwright-") as name:
         work = Path(name)
-        refused = {node: reason for node in model.graph if (reason := distrust or _unknown_type(node))}
+        refused = {node: reason for node in model.graph if (reason := distrust(node) or _unknown_type(node))}
         while True:
             if refused and not target.is_cpu:
                 raise CompileError(_cannot(target, refused))
@@ -245,9 +254,10 @@ def _compile_all(
             except CompileError as second:  # the look itself failed, or crashed
                 log.debug("region %d: no look at its nodes: %s", index, second)
                 blamed = {}
+            blamed = blamed or _culprits(region.nodes, part, target, work, error)
             if not blamed and not target.is_cpu:
                 raise
-            refused.update(blamed or _culprits(region.nodes, part, target, work, error))
+            refused.update(blamed or dict.fromkeys(region.nodes, str(error)))
             return None
         finally:
             path.unlink(missing_ok=True)
@@ -258,7 +268,7 @@ def _compile_all(
 def _culprits(
     region: Sequence[ir.Node], part: ir.Model, target: Target, work: Path, error: CompileError
 ) -> dict[ir.Node, str]:
-    """Which nodes of a region that failed do not compile alone; all of them when each does."""
+    """Which nodes of a region that failed do not compile alone; none when each does."""
     if len(region) == 1:
         return {region[0]: str(error)}
     log.info("looking for the nodes that do not compile: %s", error)
@@ -276,7 +286,7 @@ def _culprits(
         reason = probed[key]
         if reason is not None:
             found[original] = reason
-    return found or dict.fromkeys(region, str(error))
+    return found
 
 
 def _filling(node: ir.Node) -> tuple[Any, ...]:
@@ -353,7 +363,8 @@ def _write_model(model: ir.Model, folder: Path, store: WeightStore, name: str = 
     (folder / name).write_bytes(proto.SerializeToString())
 
 
-def _tensor_spec(value: ir.Value) -> TensorSpec:
+def tensor_spec(value: ir.Value) -> TensorSpec:
+    """How the manifest describes an input or output."""
     shape = None
     if value.shape is not None:
         shape = [dim if isinstance(dim, int) else dim.value for dim in value.shape]

@@ -16,7 +16,8 @@ import onnx_ir as ir
 
 from ..passes import io, registry
 from ..passes.base import PassContext, PassReport
-from ..passes.errors import InputError, ModelError, TargetError, VerificationError
+from ..passes.errors import ModelError, TargetError, VerificationError
+from ..passes.graph import site
 from ..passes.pipeline import Observer, Pipeline
 from . import verify as checks
 from .compare import Verdict
@@ -25,6 +26,8 @@ from .target import Target
 
 if TYPE_CHECKING:
     from .artifact import Artifact
+
+MOST_BLAMED = 3  # nodes that are compiled wrongly, before the whole model is left to onnxruntime
 
 log = logging.getLogger("graphwright")
 
@@ -148,7 +151,14 @@ def optimize(
         return Result(rewritten, tuple(reports), pipeline, None, path if writes else None, verdict, unverified)
 
     from .build import build
-    from .session import Session
+    from .culprit import find_wrong, judged
+
+    defaults = [value.name for value in rewritten.graph.inputs if value.is_initializer()]
+    if defaults:
+        log.warning(
+            "inputs with a default value are compiled in (%s%s); a run that gives one is onnxruntime's",
+            ", ".join(map(str, defaults[:3])), f" and {len(defaults) - 3} more" if len(defaults) > 3 else "",
+        )  # fmt: skip
 
     def check(artifact: Artifact) -> dict[str, object] | None:
         nonlocal verdict, unverified
@@ -156,32 +166,44 @@ def optimize(
             return None
         progress("compare")
         try:
-            session = Session(artifact, threads=threads, verify=False)
+            found = judged(artifact, tried, threads)
         except TargetError as error:
             unverified = f"the artifact cannot run here: {str(error).removeprefix(f'{artifact.root}: ')}"
             return None
-        names = [value.name for value in session.get_outputs()]
-        what = f"artifact for {artifact.target.name}"
-        try:
-            found = tried.judge(lambda one: dict(zip(names, session.run(None, one), strict=True)))
-        except InputError as error:  # the original took these inputs
-            raise VerificationError(f"{what}: {error}") from error
-        found.check(what)
+        if isinstance(found, VerificationError):
+            raise found
         verdict = found
         return found.to_json()
 
-    def built(distrust: str = "") -> Artifact:
+    def built(distrust: Callable[[ir.Node], str]) -> Artifact:
         return build(
             rewritten, goal, path, source=name, pipeline=str(pipeline), reports=reports, overwrite=overwrite,
             distrust=distrust, check=check, progress=progress,
         )  # fmt: skip
 
+    def built_around(error: VerificationError) -> Artifact:
+        """The rewritten model is right, it passed its own check. What the compiler makes of it is not."""
+        assert tried is not None  # nothing else can have failed
+        blamed: dict[str, str] = {}
+        while len(blamed) < MOST_BLAMED:
+            log.warning("%s; looking for the node that is compiled wrongly", error)
+            node = find_wrong(rewritten, goal, tried, known=blamed, threads=threads, progress=progress)
+            if node is None:
+                break
+            blamed[site(node)] = f"compiled by TVM, the result is wrong: {error}"
+            log.warning("%s (%s) is compiled wrongly; onnxruntime runs it instead", site(node), node.op_type)
+            try:
+                return built(lambda node: blamed.get(site(node), ""))
+            except VerificationError as again:
+                error = again
+        log.warning("%s; onnxruntime runs the whole model instead", error)
+        reason = f"compiled by TVM, the result is wrong: {error}"
+        return built(lambda node: reason)
+
     try:
-        artifact = built()
+        artifact = built(lambda node: "")
     except VerificationError as error:
         if not goal.runs_here:
             raise
-        # The rewritten model is right: it passed its own check. What the compiler made of it is not.
-        log.warning("%s; onnxruntime runs the whole model instead", error)
-        artifact = built(f"compiled by TVM, the result is wrong: {error}")
+        artifact = built_around(error)
     return Result(rewritten, tuple(reports), pipeline, artifact, path, verdict, unverified)

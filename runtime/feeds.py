@@ -34,8 +34,12 @@ class Unfed(InputError):
     """No inputs could be made up for a model."""
 
 
-def load_feeds(path: str | os.PathLike[str]) -> Feeds:
-    """The arrays of an .npz file by name. Raises InputError in one line when it is none."""
+def load_feeds(path: str | os.PathLike[str], model: ir.Model | None = None, *, samples: bool = False) -> Feeds:
+    """The arrays of an .npz file by name. Raises InputError in one line when it is none.
+
+    What the arrays say of themselves is checked before any is unpacked: against the memory that is free, and, with a
+    model, against the names and shapes of its inputs. samples: an array may hold several samples, so only names count.
+    """
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such file; expected an .npz with one array an input")
@@ -44,16 +48,72 @@ def load_feeds(path: str | os.PathLike[str]) -> Feeds:
         if not isinstance(data, np.lib.npyio.NpzFile):
             raise InputError(f"{path}: holds one array; expected an .npz with one array an input")
         with data:
+            sizes = _declared_sizes(path)
+            if model is not None:
+                check_names(sizes, model, str(path))
+                if not samples:
+                    _check_shapes(sizes, model, path)
+            total, free = sum(nbytes for _, nbytes in sizes.values()), free_memory()
+            if total > free:
+                raise InputError(
+                    f"{path}: its arrays take {total / 1e9:.1f} GB when unpacked, and {free / 1e9:.1f} GB of memory "
+                    "are free; expected smaller inputs"
+                )
             return {name: data[name] for name in data.files}
     except (ValueError, OSError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(f"{path}: cannot be read as .npz ({error}); write it with numpy.savez") from error
 
 
-def check_names(feeds: Mapping[str, np.ndarray], model: ir.Model, where: str) -> None:
-    """Raises InputError when the arrays are not exactly the model's inputs."""
+def _declared_sizes(path: Path) -> dict[str, tuple[tuple[int, ...], int]]:
+    """Shape and bytes of each array by its own header. Raises ValueError when the file holds another number of
+    bytes, or when one is no array.
+    """
+    with zipfile.ZipFile(path) as archive:
+        return {info.filename.removesuffix(".npy"): _declared_size(archive, info) for info in archive.infolist()}
+
+
+def _declared_size(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> tuple[tuple[int, ...], int]:
+    with archive.open(info) as file:
+        version = np.lib.format.read_magic(file)
+        if version not in ((1, 0), (2, 0)):  # 3.0 is for names of fields, which no input has
+            raise ValueError(f"{info.filename} is of format {version[0]}.{version[1]}")
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read(file)
+        nbytes = math.prod(shape) * dtype.itemsize
+        held = info.file_size - file.tell()
+    if held != nbytes and not dtype.hasobject:
+        raise ValueError(f"{info.filename} says it has {nbytes} bytes and has {held}")
+    return shape, nbytes
+
+
+def _check_shapes(sizes: Mapping[str, tuple[tuple[int, ...], int]], model: ir.Model, path: Path) -> None:
+    for value in model.graph.inputs:
+        if value.name is None or value.name not in sizes or value.shape is None:
+            continue
+        shape, dims = sizes[value.name][0], list(value.shape)
+        fits = len(shape) == len(dims) and all(
+            not isinstance(dim, int) or dim == size for dim, size in zip(dims, shape, strict=True)
+        )
+        if not fits:
+            expected = [dim if isinstance(dim, int) else dim.value for dim in dims]
+            raise InputError(f"{path}: input {value.name!r} has shape {list(shape)}; expected {expected}")
+
+
+def free_memory() -> float:
+    """Bytes that this machine can still give to a program; infinite where it does not say."""
+    try:
+        text = Path("/proc/meminfo").read_text()
+        return int(text.partition("MemAvailable:")[2].split()[0]) * 1024
+    except (OSError, IndexError, ValueError):
+        return math.inf
+
+
+def check_names(feeds: Mapping[str, object], model: ir.Model, where: str) -> None:
+    """Raises InputError when the arrays are not the model's inputs; those with a default value may be left out."""
     names = [value.name or "" for value in required_inputs(model)]
+    known = [value.name or "" for value in model.graph.inputs]
     for name in feeds:
-        if name not in names:
+        if name not in known:
             raise InputError(f"{where}: the model has no input {name!r}; {did_you_mean(name, names)}")
     for name in names:
         if name not in feeds:

@@ -25,7 +25,7 @@ from tvm.relax.frontend.onnx import onnx_frontend as frontend
 from ..passes.errors import CompileError
 from .importing import CONVERTERS, protos
 from .importing.protos import STANDARD
-from .importing.site import Declared, Refuse, Site, Value, dtype_of, int64, number, onnx_dtype, shape_of
+from .importing.site import Declared, Refuse, Site, Unfixed, Value, dtype_of, int64, number, onnx_dtype, shape_of
 from .importing.unify import unified
 from .lowering import lowering_for
 from .target import Target
@@ -46,6 +46,13 @@ UNSUPPORTED: dict[str, str] = {
     "ImageDecoder": "image files are not compiled",
 }  # fmt: skip
 
+
+# Sums whose terms are as many as the input has elements: a float16 sum of ones ends at 2048.
+IN_FLOAT32 = frozenset({"AveragePool", "Einsum", "GlobalAveragePool", "GlobalLpPool", "LpPool"})
+HALF = ("float16", "bfloat16")
+
+# What WebGPU's shading language has no words for.
+WIDE_TYPES = ("int64", "uint64", "float64")
 
 # TVM looks operators up without their domain; its converters of these names are of another domain's operators.
 NOT_STANDARD = frozenset({"Attention", "FastGelu", "BiasGelu", "SkipLayerNormalization", "EmbedLayerNormalization"})
@@ -114,6 +121,21 @@ def inline_unlowered(model: ModelProto, target: Target) -> ModelProto:
 
     InlinePass(criteria=unlowered)(converted)
     return ir.serde.serialize_model(converted)
+
+
+def _half_type(inputs: list[Value | None]) -> str | None:
+    """float16 or bfloat16, where the first input is that."""
+    first = inputs[0] if inputs else None
+    return dtype_of(first.expr) if first is not None and dtype_of(first.expr) in HALF else None
+
+
+def _no_converter(node: NodeProto) -> str:
+    """Why an operator of the standard is not compiled as it stands, and which pass replaces it where one does."""
+    from ..passes.prepare.decompose import SPELLED, WITH_BODY
+
+    if node.op_type in SPELLED or node.op_type in WITH_BODY:
+        return "no converter; the pass decompose replaces it where the shapes are known (--pin NAME=SHAPE)"
+    return "no converter, and the standard defines it by no other operators"
 
 
 @dataclass
@@ -203,7 +225,7 @@ class _Importer:
             raise Refuse("it is not a tensor")
         tensor = info.type.tensor_type
         if not tensor.HasField("shape"):
-            raise Refuse("its rank is not known")
+            raise Unfixed("its rank is not known")
         dims: list[Any] = []
         for index, dim in enumerate(tensor.shape.dim):
             if dim.HasField("dim_value"):
@@ -247,10 +269,25 @@ class _Importer:
                 if name:
                     item = results[index] if index < len(results) else None
                     scope.values[name] = self.checked(item, scope.declared.get(name))
+            self.check_device(node, inputs, scope)
         except ImportRefused:
             raise
         except Exception as error:  # converters and TVM raise errors of many classes
             raise ImportRefused(node.op_type, scope.path + protos.site_of(node), _first_line(error)) from error
+
+    def check_device(self, node: NodeProto, inputs: list[Value | None], scope: _Scope) -> None:
+        """Raises Refuse where the node computes with a type that the target's kernels cannot hold."""
+        if self.target.kind != "webgpu":
+            return
+        outputs = [scope.values[name] for name in node.output if name]
+        named = zip((*node.input, *filter(None, node.output)), (*inputs, *outputs), strict=True)
+        for name, value in named:
+            # Contents that are known are shapes: the host computes those.
+            if value is None or value.content is not None or protos.is_constant(value.expr):
+                continue
+            if dtype_of(value.expr) in WIDE_TYPES:
+                kind = dtype_of(value.expr)
+                raise Refuse(f"{name!r} is {kind}, and WebGPU has no 64-bit types; give the model 32-bit ones")
 
     def read(self, scope: _Scope, name: str) -> Value | None:
         if name and name not in scope.values:
@@ -269,13 +306,36 @@ class _Importer:
         if local is not None:
             return self.body(local, inputs, attrs, scope, node)
         if node.domain not in STANDARD:
-            raise Refuse(f"the domain {node.domain!r} has no lowering and the model has no body for it")
+            raise Refuse(
+                f"the domain {node.domain!r} has no lowering and the model has no body for it; export the model with "
+                "its functions"
+            )
         if node.op_type in UNSUPPORTED:
             raise Refuse(UNSUPPORTED[node.op_type])
         inputs = unified(self.bb, node.op_type, attrs, inputs)
         folded = protos.folded(node, list(attrs.values()), inputs, scope.opset)
         if folded is not None:
             return folded
+        if node.op_type in IN_FLOAT32 and (half := _half_type(inputs)):
+            wide = [v if v is None else self.widened(v) for v in inputs]
+            results = self.converted(node, wide, attrs, scope)
+            return [self.narrowed(result, half) for result in results]
+        return self.converted(node, inputs, attrs, scope)
+
+    def widened(self, value: Value) -> Value:
+        if value.wide is not None:
+            return Value(value.wide)
+        return Value(self.bb.emit(relax.op.astype(value.expr, "float32")))
+
+    def narrowed(self, result: Any, dtype: str) -> Value:
+        """A float32 result as float16 or bfloat16, which a node that computes in float32 reads unrounded."""
+        expr = self.bb.emit(result.expr if isinstance(result, Value) else result)
+        return Value(relax.op.astype(expr, dtype), wide=expr if dtype == "float16" else None)
+
+    def converted(
+        self, node: NodeProto, inputs: list[Value | None], attrs: Mapping[str, AttributeProto], scope: _Scope
+    ) -> list[Any]:
+        """The outputs of a standard operator by our converter, TVM's, or the standard's body."""
         if node.op_type in CONVERTERS:
             declared = [scope.declared.get(name) or protos.unknown() for name in node.output]
             values = protos.python_values(attrs.values())
@@ -320,7 +380,7 @@ class _Importer:
         promised = declared.shape
         if rank < 0:
             if promised is None:
-                raise Refuse("the rank of its output is not known")
+                raise Unfixed("the rank of its output is not known")
             rank = len(promised)
         if promised is None:
             promised = (None,) * rank
@@ -354,7 +414,7 @@ class _Importer:
         """A node through its function's body, in place."""
 
         if function is None:
-            raise Refuse("no converter and no function body")
+            raise Refuse(_no_converter(node))
         defaults = {a.name: a for a in function.attribute_proto}
         opsets = {entry.domain: entry.version for entry in function.opset_import} or outer.opsets
         scope = _Scope(opsets, attrs={**defaults, **attrs}, path=f"{outer.path}{protos.site_of(node)}/")

@@ -16,7 +16,7 @@ import numpy as np
 
 from ..passes.errors import ArtifactError, InputError, TargetError, did_you_mean
 from ..passes.io import first_line
-from .artifact import WEIGHTS, Artifact, Parameter, RegionSpec, TensorSpec
+from .artifact import MODEL, WEIGHTS, Artifact, Parameter, RegionSpec, TensorSpec
 from .partition import TVM
 from .reference import default_threads, run_session
 from .target import host_flags
@@ -63,6 +63,9 @@ class Step(Protocol):
 class Session:
     """An artifact, loaded. `run`, `get_inputs` and `get_outputs` are those of onnxruntime.
 
+    Inputs with a default value are compiled in and may be left out. A run that gives one is done by onnxruntime on the
+    artifact's model: right, but not by the compiled code.
+
     threads: how many a run uses, onnxruntime's regions included; None for all processors this process may use.
     Raises ArtifactError when the folder is damaged or altered, TargetError when this machine cannot run it.
     """
@@ -86,6 +89,25 @@ class Session:
     def get_outputs(self) -> list[NodeArg]:
         return [node_arg(spec) for spec in self.artifact.manifest.outputs]
 
+    def get_overridable_initializers(self) -> list[NodeArg]:
+        """Inputs that have a default value."""
+        return [node_arg(spec) for spec in self._optional.values()]
+
+    @functools.cached_property
+    def _optional(self) -> dict[str, TensorSpec]:
+        from ..passes import io
+        from .build import tensor_spec
+
+        graph = io.load(self.artifact.root / MODEL).graph
+        return {value.name or "": tensor_spec(value) for value in graph.inputs if value.is_initializer()}
+
+    @functools.cached_property
+    def _whole(self) -> _OrtStep:
+        """The whole model on onnxruntime, for runs that give an input that has a default value."""
+        inputs = [*self._inputs, *self._optional]
+        region = RegionSpec(runtime="onnxruntime", file=MODEL, inputs=inputs, outputs=self._outputs, nodes=0)
+        return _OrtStep(self.artifact, region, self.threads)
+
     def get_providers(self) -> list[str]:
         """The runtimes that take part, in onnxruntime's manner of naming them."""
         used = {region.runtime for region in self.artifact.manifest.regions}
@@ -108,7 +130,7 @@ class Session:
                 raise InputError(f"unknown output {name!r}; {did_you_mean(name, self._outputs)}")
         feeds = self._check(input_feed)
         values = dict(feeds)
-        for step in self._steps:
+        for step in self._steps if feeds.keys() <= self._inputs.keys() else [self._whole]:
             values.update(step(values))
         results = []
         for index, name in enumerate(names):
@@ -120,14 +142,18 @@ class Session:
     def _check(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
         if not isinstance(feeds, Mapping):
             raise InputError(f"input_feed is a {type(feeds).__name__}; expected a dict of arrays by input name")
+        given = dict(self._inputs)
         for name in feeds:
-            if name not in self._inputs:
-                raise InputError(f"unknown input {name!r}; {did_you_mean(name, self._inputs)}")
+            if name in self._inputs:
+                continue
+            if name not in self._optional:
+                raise InputError(f"unknown input {name!r}; {did_you_mean(name, [*self._inputs, *self._optional])}")
+            given[name] = self._optional[name]
         missing = [name for name in self._inputs if name not in feeds]
         if missing:
             raise InputError(f"input {missing[0]!r} is missing; expected {', '.join(self._inputs)}")
         symbols: dict[str, tuple[int, str]] = {}
-        return {name: _fit(feeds[name], spec, symbols) for name, spec in self._inputs.items()}
+        return {name: _fit(feeds[name], spec, symbols) for name, spec in given.items()}
 
 
 def _fit(value: Any, spec: TensorSpec, symbols: dict[str, tuple[int, str]]) -> Any:
@@ -398,11 +424,13 @@ class _OrtStep:
         except Exception as error:  # onnxruntime raises a family of its own
             raise ArtifactError(f"{path}: onnxruntime cannot load it ({first_line(error)})") from error
         self.inputs = [i.name for i in self.session.get_inputs()]
+        self.optional = [i.name for i in self.session.get_overridable_initializers()]
         self.outputs = region.outputs
 
     def __call__(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        names = [*self.inputs, *(name for name in self.optional if name in values)]
         try:
-            results = run_session(self.session, self.outputs, {name: values[name] for name in self.inputs})
+            results = run_session(self.session, self.outputs, {name: values[name] for name in names})
         except Exception as error:
             raise InputError(f"the model refused these inputs: {first_line(error)}") from error
         return dict(zip(self.outputs, results, strict=True))

@@ -20,7 +20,7 @@ def load_calibration(path: Path, model: ir.Model, pins: Mapping[str, Sequence[in
     one sample, or several when its first dimension is a multiple of the model's fixed one; an array with one
     dimension more holds samples along the first. Raises InputError when names or counts do not fit.
     """
-    from graphwright.runtime.feeds import check_names, load_feeds, required_inputs
+    from graphwright.runtime.feeds import load_feeds, required_inputs
 
     files = sorted(path.glob("*.npz")) if path.is_dir() else [path]
     if not files:
@@ -28,8 +28,7 @@ def load_calibration(path: Path, model: ir.Model, pins: Mapping[str, Sequence[in
     shapes = {value.name or "": _declared(value, pins) for value in required_inputs(model)}
     samples: dict[str, list[np.ndarray]] = {name: [] for name in shapes}
     for file in files:
-        feeds = load_feeds(file)
-        check_names(feeds, model, str(file))
+        feeds = load_feeds(file, model, samples=True)
         split = {name: _split(array, shapes[name], f"{file}: input {name!r}") for name, array in feeds.items()}
         counts = {name: len(parts) for name, parts in split.items()}
         if len(set(counts.values())) > 1:

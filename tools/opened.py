@@ -125,8 +125,8 @@ def choose_feeds(
     from graphwright.runtime.feeds import check_names, load_feeds, made_up, required_inputs
 
     if file is not None:
-        feeds = load_feeds(file)
-        for model in (reference, candidate):
+        feeds = load_feeds(file, reference.graph)
+        for model in (candidate,):
             check_names(feeds, model.graph, f"{file} for {model.name}")
         return [feeds], file
 

@@ -28,15 +28,14 @@ if TYPE_CHECKING:
 
 def run_model(model: str, file: str, *, backend: str | None = None, threads: int | None = None) -> dict[str, Any]:
     """Output name -> value of the model on the arrays of the .npz file. Raises a GraphwrightError."""
-    from graphwright.runtime.feeds import check_names, load_feeds
+    from graphwright.runtime.feeds import load_feeds
 
     from .opened import opened
 
-    feeds = load_feeds(file)
     with progress() as say:
         say("load")
         with opened(model, backend, threads=threads) as ready:
-            check_names(feeds, ready.graph, file)
+            feeds = load_feeds(file, ready.graph)
             say("run")
             return ready.run(feeds)
 

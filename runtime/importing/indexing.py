@@ -9,9 +9,9 @@ from tvm import relax, te, tirx
 from .shapes import reshaped
 from .site import (
     Dim,
-    Refuse,
     Result,
     Site,
+    Unfixed,
     converts,
     int64,
     onnx_dtype,
@@ -49,7 +49,7 @@ def gather_nd(site: Site) -> Result:
     batch = int(site.attr("batch_dims", 0))
     depth = where[-1]
     if not isinstance(depth, int):
-        raise Refuse("the length of its index tuples is not known")
+        raise Unfixed("the length of its index tuples is not known")
     out = [*where[:-1], *dims[batch + depth :]]
     inner = len(where) - 1
 
@@ -87,7 +87,7 @@ def one_hot(site: Site) -> Result:
     else:
         promised = site.promised().static
         if promised is None:
-            raise Refuse("its depth is computed at run time")
+            raise Unfixed("its depth is computed at run time")
         depth = promised[axis]
         site.require_content(1, [depth])
     dims = site.shape()

@@ -10,7 +10,7 @@ from tvm import relax
 
 from .reductions import mean, reduced
 from .shapes import reshaped, settled
-from .site import Dim, Refuse, Result, Site, const, converts, dtype_of, onnx_dtype, shape_of
+from .site import Dim, Refuse, Result, Site, Unfixed, const, converts, dtype_of, onnx_dtype, shape_of
 
 
 def _normalized(
@@ -80,7 +80,7 @@ def group_normalization(site: Site) -> Result:
     groups = int(site.attr("num_groups"))
     channels = dims[1]
     if not isinstance(channels, int):
-        raise Refuse("the number of channels is not known")
+        raise Unfixed("the number of channels is not known")
     stash = onnx_dtype(int(site.attr("stash_type", 1))) if site.opset >= 21 else dtype
     grouped: list[Dim] = [dims[0], groups, channels // groups, *dims[2:]]
     x = reshaped(site, site.cast(site.x(), stash), grouped)

@@ -12,7 +12,7 @@ from tvm import relax, te, tirx
 from .quantization import conv_pads
 from .reductions import mean
 from .shapes import reshaped
-from .site import NARROW_FLOATS, Dim, Refuse, Result, Site, const, converts, int64, is_float, np_dtype
+from .site import NARROW_FLOATS, Dim, Result, Site, Unfixed, const, converts, int64, is_float, np_dtype
 
 
 def pooled_sizes(
@@ -30,7 +30,7 @@ def pooled_sizes(
         room = size + before[axis] + after[axis] - dilations[axis] * (kernel[axis] - 1) - 1
         if site.attr("ceil_mode", 0):
             if not isinstance(room, int) or not isinstance(size, int):
-                raise Refuse("ceil_mode on a dynamic axis")
+                raise Unfixed("ceil_mode on a dynamic axis")
             steps = -(-room // strides[axis]) + 1
             # The last window must start inside the input or its left padding.
             out.append(steps - 1 if (steps - 1) * strides[axis] >= size + before[axis] else steps)

@@ -9,7 +9,7 @@ from tvm import relax
 
 from .quantization import conv_pads
 from .shapes import reshaped
-from .site import NARROW_FLOATS, Dim, Refuse, Result, Site, const, constant_of, converts, is_float
+from .site import NARROW_FLOATS, Dim, Refuse, Result, Site, Unfixed, const, constant_of, converts, is_float
 
 CONVOLUTIONS = {1: relax.op.nn.conv1d, 2: relax.op.nn.conv2d, 3: relax.op.nn.conv3d}
 TRANSPOSED = {1: relax.op.nn.conv1d_transpose, 2: relax.op.nn.conv2d_transpose, 3: relax.op.nn.conv3d_transpose}
@@ -73,7 +73,7 @@ def _attributes(site: Site) -> tuple[int, list[int], list[int], list[int]]:
         raise Refuse(f"a convolution over {rank} axes is not compiled")
     kernel = [k for k in site.shape(1)[2:] if isinstance(k, int)]
     if len(kernel) != rank:
-        raise Refuse("the size of its kernel is not known")
+        raise Unfixed("the size of its kernel is not known")
     strides = [int(s) for s in site.attr("strides", [1] * rank)]
     return rank, kernel, strides, [int(d) for d in site.attr("dilations", [1] * rank)]
 
@@ -113,7 +113,7 @@ def conv_transpose(site: Site) -> Result:
             if wanted is not None:
                 size = sizes[axis]
                 if not isinstance(size, int):
-                    raise Refuse("an output shape for a dynamic input")
+                    raise Unfixed("an output shape for a dynamic input")
                 total = strides[axis] * (size - 1) + extra[axis] + reach - int(list(wanted)[-rank:][axis])
             else:
                 total = reach + extra[axis] - strides[axis]

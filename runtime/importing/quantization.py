@@ -16,6 +16,7 @@ from .site import (
     Refuse,
     Result,
     Site,
+    Unfixed,
     converts,
     int64,
     normal_axis,
@@ -246,7 +247,7 @@ def conv_pads(
             out = -(-size // stride)
             total = max(0, (out - 1) * stride + dilation * (k - 1) + 1 - size)
         else:
-            raise Refuse("automatic padding of a dynamic axis")
+            raise Unfixed("automatic padding of a dynamic axis")
         less = total // 2
         before.append(less if auto == "SAME_UPPER" else total - less)
         after.append(total - before[-1])

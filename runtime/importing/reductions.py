@@ -17,6 +17,7 @@ from .site import (
     Refuse,
     Result,
     Site,
+    Unfixed,
     const,
     converts,
     dtype_of,
@@ -35,7 +36,7 @@ CHOICES = 24  # forms of an operator that may be computed side by side when an a
 def chosen(site: Site, options: Sequence[tuple[tvm.ir.Expr, Callable[[], tvm.ir.Expr]]]) -> tvm.ir.Expr:
     """The result of the option whose condition, a boolean scalar, holds at run time; an error when none does."""
     if not options or len(options) > CHOICES:
-        raise Refuse("its axes are computed at run time")
+        raise Unfixed("its axes are computed at run time")
     any_of = options[0][0]
     for condition, _ in options[1:]:
         any_of = site.emit(relax.op.logical_or(any_of, condition))
@@ -53,7 +54,7 @@ def axis_mask(site: Site, axes: tvm.ir.Expr, rank: int) -> tvm.ir.Expr:
     if count is None:
         axes, count = site.emit(relax.op.reshape(axes, [1])), 1
     if not isinstance(count, int):
-        raise Refuse("the number of its axes is not known")
+        raise Unfixed("the number of its axes is not known")
 
     def compute(given: te.Tensor) -> te.Tensor:
         def named(i: tirx.Var) -> tirx.Expr:
@@ -197,7 +198,7 @@ def _runtime_axes(site: Site, keep: bool) -> Result:
     dims, promised = site.shape(), site.promised().shape
     (count,) = site.static(1)
     if promised is None:
-        raise Refuse("its axes are computed at run time")
+        raise Unfixed("its axes are computed at run time")
     mask = axis_mask(site, site.x(1), len(dims))
     options = []
     for axes in itertools.combinations(range(len(dims)), count):
@@ -269,7 +270,7 @@ def top_k(site: Site) -> Result:
     if count is None:
         promised = site.promised().static
         if promised is None:
-            raise Refuse("k is computed at run time")
+            raise Unfixed("k is computed at run time")
         count = promised[axis]
         site.require_content(1, [count])
     if isinstance(size, int) and count > size:

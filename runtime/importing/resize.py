@@ -11,7 +11,7 @@ import numpy as np
 import tvm
 from tvm import relax, te, tirx
 
-from .site import Dim, Refuse, Result, Site, const, converts, dtype_of, int64, is_float, normal_axis, shape_of
+from .site import Dim, Refuse, Result, Site, Unfixed, const, converts, dtype_of, int64, is_float, normal_axis, shape_of
 
 F32 = "float32"
 
@@ -145,7 +145,7 @@ def _antialiased(site: Site, x: tvm.ir.Expr, axis: int, out: int, scale: float, 
     """One axis resized with a filter that widens as the image shrinks: the weights are a constant matrix."""
     size = shape_of(x)[axis]
     if not isinstance(size, int):
-        raise Refuse("antialiasing needs a known size")
+        raise Unfixed("antialiasing needs a known size")
     narrow = min(scale, 1.0)
     a = rule.cubic
 
@@ -249,9 +249,9 @@ def resize(site: Site) -> Result:
             continue
         if rule.antialias and mode != "nearest":
             if not isinstance(out[axis], int) or not isinstance(dims[axis], int):
-                raise Refuse("antialiasing needs known sizes")
+                raise Unfixed("antialiasing needs known sizes")
             if known is None and has_scales:
-                raise Refuse("antialiasing with scales computed at run time")
+                raise Unfixed("antialiasing with scales computed at run time")
             ratio = known if known is not None else int(out[axis]) / int(dims[axis])
             if ratio < 1:
                 x = _antialiased(site, x, axis, int(out[axis]), ratio, rule)
@@ -321,11 +321,11 @@ def _extents(
                 elif promised is not None:
                     out[axis] = promised[axis]
                 else:
-                    raise Refuse("a dynamic axis is scaled by a fraction")
+                    raise Unfixed("a dynamic axis is scaled by a fraction")
                 scale_of.append(_fixed(scale))
             return out, scale_of, []
         if promised is None or not all(isinstance(d, int) for d in dims):
-            raise Refuse("its scales are computed at run time")
+            raise Unfixed("its scales are computed at run time")
         given = site.cast(site.x(scales_at), F32)
         sizes = const(np.array([dims[a] for a in axes]), F32)
         expected = const(np.array([promised[a] for a in axes]), "int64")
@@ -341,7 +341,7 @@ def _extents(
     wanted = site.content(sizes_at)
     if policy != "stretch":
         if promised is None or not all(isinstance(dims[a], int) for a in axes):
-            raise Refuse("keeping the aspect ratio needs known sizes")
+            raise Unfixed("keeping the aspect ratio needs known sizes")
         return _keeping_ratio(site, axes, policy, wanted, sizes_at)
     if wanted is None:
         if promised is None:

@@ -19,6 +19,7 @@ from .site import (
     Refuse,
     Result,
     Site,
+    Unfixed,
     Value,
     const,
     constant_of,
@@ -156,7 +157,7 @@ def reshape(site: Site) -> Result:
     (length,) = shape_of(shape_tensor)
     if not isinstance(length, int):
         if promised is None:
-            raise Refuse("the length of its shape input is not known")
+            raise Unfixed("the length of its shape input is not known")
         length = len(promised)
         shape_tensor = site.bb.match_cast(shape_tensor, relax.TensorType([length], "int64"))
     minus, zero = const(-1, "int64"), const(0, "int64")
@@ -237,7 +238,7 @@ def squeeze(site: Site) -> Result:
             return _shape_by_axes(site, site.x(), dims, site.promised().static or ())
     if axes is None:
         if not all(isinstance(d, int) for d in dims):
-            raise Refuse("which of its dimensions are 1 is only known at run time")
+            raise Unfixed("which of its dimensions are 1 is only known at run time")
         axes = [i for i, d in enumerate(dims) if d == 1]
     gone = {normal_axis(int(a), len(dims)) for a in axes}
     for axis in gone:
@@ -275,7 +276,7 @@ def _shape_by_axes(site: Site, x: tvm.ir.Expr, wide: Sequence[Dim], narrow: Sequ
     promised = site.promised().static
     (count,) = site.static(1)
     if promised is None or len(wide) - len(narrow) != count:
-        raise Refuse("its axes are computed at run time")
+        raise Unfixed("its axes are computed at run time")
     mask = axis_mask(site, site.x(1), len(wide))
     fits: tvm.ir.Expr | None = None
     for axes in itertools.combinations([i for i, d in enumerate(wide) if isinstance(d, int) and d == 1], count):
@@ -337,7 +338,7 @@ def expand(site: Site) -> Result:
             site.require(site.emit(relax.op.logical_or(relax.op.equal(wanted, fixed), either)))
             return broadcast(site, site.x(), promised)
     if not isinstance(length, int):
-        raise Refuse("the length of its shape input is not known")
+        raise Unfixed("the length of its shape input is not known")
     rank = max(length, len(source))
     own = site.shape_tensor([1] * (rank - len(source)) + list(source))
     wanted = site.cast(site.x(1), "int64")
@@ -369,7 +370,7 @@ def broadcast_dims(a: Sequence[Dim], b: Sequence[Dim]) -> list[Dim]:
         elif isinstance(x, int) and isinstance(y, int):
             raise Refuse(f"sizes {x} and {y} do not broadcast")
         else:
-            raise Refuse(f"whether {x} and {y} broadcast is only known at run time")
+            raise Unfixed(f"whether {x} and {y} broadcast is only known at run time")
     return result
 
 

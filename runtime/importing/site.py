@@ -33,6 +33,13 @@ class Refuse(Exception):
     """A node that a converter cannot take; the message is the reason."""
 
 
+class Unfixed(Refuse):
+    """A node that a converter cannot take as long as a size or rank is only known at run time."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"{reason}; fixed input shapes (--pin NAME=SHAPE) may cure it")
+
+
 @dataclass(frozen=True)
 class Value:
     """One ONNX tensor during the import.
@@ -97,7 +104,7 @@ def shape_of(expr: tvm.ir.Expr) -> tuple[Dim, ...]:
     """Dimensions of a tensor expression. Raises Refuse where Relax does not know them."""
     shape = expr.ty.shape
     if not isinstance(shape, relax.ShapeExpr):
-        raise Refuse("its input's shape is not known")
+        raise Unfixed("its input's shape is not known")
     return tuple(number(d) for d in shape.values)
 
 
@@ -191,14 +198,14 @@ class Site:
     def rank(self, index: int = 0) -> int:
         ndim = int(self.x(index).ty.ndim)
         if ndim < 0:
-            raise Refuse(f"the rank of input {index} is not known")
+            raise Unfixed(f"the rank of input {index} is not known")
         return ndim
 
     def static(self, index: int = 0) -> tuple[int, ...]:
         """Shape of an input as numbers. Raises Refuse where a dimension is not one."""
         shape = self.shape(index)
         if not all(isinstance(d, int) for d in shape):
-            raise Refuse(f"input {index} has a dynamic shape {[str(d) for d in shape]}")
+            raise Unfixed(f"input {index} has a dynamic shape {[str(d) for d in shape]}")
         return tuple(int(d) for d in shape)
 
     def array(self, index: int) -> np.ndarray | None:
@@ -221,7 +228,7 @@ class Site:
     def need_ints(self, index: int, what: str) -> list[int]:
         ints = self.ints(index)
         if ints is None:
-            raise Refuse(f"{what} is computed at run time")
+            raise Unfixed(f"{what} is computed at run time")
         return ints
 
     # Attributes and promises.
@@ -312,7 +319,7 @@ class Site:
         tensor = self.cast(tensor, "int64")
         (length,) = shape_of(tensor)
         if not isinstance(length, int):
-            raise Refuse("a shape of unknown length is computed at run time")
+            raise Unfixed("a shape of unknown length is computed at run time")
         dims: list[Dim] = [tirx.Var(f"{name}_{i}", "int64") for i in range(length)]
         if not dims:
             return []

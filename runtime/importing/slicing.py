@@ -15,6 +15,7 @@ from .site import (
     Refuse,
     Result,
     Site,
+    Unfixed,
     Value,
     const,
     constant_of,
@@ -102,7 +103,7 @@ def _bounds(start: Dim, end: Dim, step: int, size: Dim) -> tuple[Dim, Dim]:
         first, last, step = _python_slice(start, end, step).indices(size)
         return first, max(0, -((first - last) // step) if step > 0 else -((last - first) // -step))
     if step != 1:
-        raise Refuse("a dynamic axis is sliced with a step")
+        raise Unfixed("a dynamic axis is sliced with a step")
     analyzer = tvm.sym.Analyzer()
     wide = int64(size)
 
@@ -175,7 +176,7 @@ def _spread(site: Site, axes: tvm.ir.Expr, values: tvm.ir.Expr, rank: int, defau
     """One value for each axis of a tensor: `values` at the axes that a runtime tensor names, else `default`."""
     (count,) = shape_of(axes)
     if not isinstance(count, int):
-        raise Refuse("the number of its axes is not known")
+        raise Unfixed("the number of its axes is not known")
 
     def compute(named: te.Tensor, given: te.Tensor) -> te.Tensor:
         def element(i: tirx.Var) -> tirx.Expr:
@@ -200,7 +201,7 @@ def split(site: Site) -> Result:
         if sizes is None:
             promised = [site.promised(i).static for i in range(count)]
             if any(p is None for p in promised):
-                raise Refuse("its sizes are computed at run time")
+                raise Unfixed("its sizes are computed at run time")
             sizes = [p[axis] for p in promised if p is not None]
             site.require_content(1, sizes)
     if count == 1:
@@ -208,7 +209,7 @@ def split(site: Site) -> Result:
     if sizes is None and not isinstance(size, int):
         promised_size = site.promised(0).static
         if promised_size is None or (count != 1 and "num_outputs" in site.attrs):
-            raise Refuse("a dynamic axis is split evenly")
+            raise Unfixed("a dynamic axis is split evenly")
         sizes = [promised_size[axis]] * count
     if sizes is None:
         part = -(-size // count)
@@ -230,7 +231,7 @@ def tile(site: Site) -> Result:
     if site.opset < 6:
         tiles, axis = site.array(1), site.array(2)
         if tiles is None or axis is None:
-            raise Refuse("its counts are computed at run time")
+            raise Unfixed("its counts are computed at run time")
         repeats: Sequence[Dim] = [int(tiles) if i == int(axis) else 1 for i in range(len(dims))]
     else:
         found = site.content(1)

@@ -9,7 +9,7 @@ import numpy as np
 from tvm import relax, te, tirx
 
 from .shapes import reshaped
-from .site import Dim, Refuse, Result, Site, const, converts, int64, onnx_dtype, shape_of
+from .site import Dim, Result, Site, Unfixed, const, converts, int64, onnx_dtype, shape_of
 
 
 @converts("Col2Im")
@@ -19,7 +19,7 @@ def col2im(site: Site) -> Result:
     if image is None:
         promised = site.promised().static
         if promised is None:
-            raise Refuse("its image shape is computed at run time")
+            raise Unfixed("its image shape is computed at run time")
         image = list(promised[2:])
         site.require_content(1, image)
     rank = len(image)
@@ -35,7 +35,7 @@ def col2im(site: Site) -> Result:
         (image[a] + pads[a] + pads[rank + a] - dilations[a] * (block[a] - 1) - 1) // strides[a] + 1 for a in range(rank)
     ]
     if not isinstance(columns, int):
-        raise Refuse("the number of its columns is not known")
+        raise Unfixed("the number of its columns is not known")
     channels = columns // math.prod(block)
     dtype = site.dtype()
 
@@ -70,7 +70,7 @@ def _block(
 ) -> list[int]:
     """The only block shape that fits the promised channels and the number of patches."""
     if promised is None or not isinstance(columns, int) or not isinstance(patches, int):
-        raise Refuse("its block shape is computed at run time")
+        raise Unfixed("its block shape is computed at run time")
     rank, size = len(image), columns // promised[1]
     found = []
 
@@ -89,7 +89,7 @@ def _block(
 
     search([], size)
     if len(found) != 1:
-        raise Refuse("its block shape is computed at run time")
+        raise Unfixed("its block shape is computed at run time")
     return found[0]
 
 
@@ -149,7 +149,7 @@ def window(site: Site) -> Result:
     if sizes is None:
         promised = site.promised().static
         if promised is None:
-            raise Refuse("its size is computed at run time")
+            raise Unfixed("its size is computed at run time")
         sizes = [promised[0]]
         site.require_content(0, sizes)
     size = sizes[0]
@@ -221,7 +221,7 @@ def mel_weight_matrix(site: Site) -> Result:
     """All inputs known during the import: a constant."""
     arrays = [site.array(i) for i in range(5)]
     if any(a is None for a in arrays):
-        raise Refuse("its inputs are computed at run time")
+        raise Unfixed("its inputs are computed at run time")
     bins, length, rate, low, high = (float(a.reshape(-1)[0]) for a in arrays if a is not None)
     dtype = onnx_dtype(int(site.attr("output_datatype", 1)))
     rows = int(length) // 2 + 1
@@ -250,7 +250,7 @@ def affine_grid(site: Site) -> Result:
         count = site.static(1)[0]
         batch, channels = site.shape(0)[0], tirx.Var("channels", "int64")
         if promised is None or len(promised) != count or not isinstance(batch, int):
-            raise Refuse("its size is computed at run time")
+            raise Unfixed("its size is computed at run time")
         size = [batch, 0, *promised[1:-1]]
         site.require_content(1, [batch, channels, *promised[1:-1]])
     extents = size[2:]

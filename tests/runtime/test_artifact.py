@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from graphwright.passes.errors import ArtifactError, OutputError
-from graphwright.runtime.artifact import ALIGNMENT, Artifact, WeightStore, Workplace, write_manifest
+from graphwright.runtime.artifact import ALIGNMENT, Artifact, WeightStore, Workplace, exchange, write_manifest
 from graphwright.runtime.session import Session
 from graphwright.runtime.target import Target
 
@@ -209,3 +210,74 @@ def test_an_empty_folder_may_be_filled(tmp_path: Path) -> None:
     with Workplace(tmp_path / "out", overwrite=True) as folder:
         (folder / "file").write_text("x")
     assert names(tmp_path / "out") == ["file"]
+
+
+def old_artifact(out: Path) -> Path:
+    out.mkdir()
+    (out / "manifest.json").write_text("old")
+    return out
+
+
+def test_two_folders_swap_names_in_one_step(tmp_path: Path) -> None:
+    a, b = old_artifact(tmp_path / "a"), tmp_path / "b"
+    b.mkdir()
+    if not exchange(a, b):
+        pytest.skip("this file system cannot")
+    assert names(a) == [] and names(b) == ["manifest.json"]
+    with pytest.raises(OSError):
+        exchange(a, tmp_path / "nothing")
+
+
+@pytest.fixture
+def no_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("graphwright.runtime.artifact.exchange", lambda a, b: False)
+
+
+@pytest.mark.usefixtures("no_exchange")
+def test_replacing_in_two_steps(tmp_path: Path) -> None:
+    out = old_artifact(tmp_path / "out")
+    with Workplace(out, overwrite=True) as folder:
+        (folder / "manifest.json").write_text("new")
+    assert (out / "manifest.json").read_text() == "new" and names(tmp_path) == ["out"]
+
+
+@pytest.mark.usefixtures("no_exchange")
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), KeyboardInterrupt()])
+def test_a_failure_between_the_two_steps_puts_the_old_one_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    out = old_artifact(tmp_path / "out")
+    failing(monkeypatch, lambda source, target: str(source).endswith(".part"), error)
+    with pytest.raises((OutputError, KeyboardInterrupt)), Workplace(out, overwrite=True) as folder:
+        (folder / "manifest.json").write_text("new")
+    assert (out / "manifest.json").read_text() == "old" and names(tmp_path) == ["out"]
+
+
+@pytest.mark.usefixtures("no_exchange")
+def test_an_old_one_that_cannot_be_put_back_is_named_and_comes_back_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = old_artifact(tmp_path / "out")
+    with monkeypatch.context() as patch:
+        failing(patch, lambda source, target: target == out, OSError(5, "Input/output error"))
+        with pytest.raises(OutputError, match=r"is now .*\.out\..*\.old"), Workplace(out, True) as folder:
+            (folder / "manifest.json").write_text("new")
+    assert not out.exists()
+    with pytest.raises(ArtifactError, match=r"set aside by an interrupted replacement; rename .*\.old to "):
+        Artifact.load(out)
+    with pytest.raises(OutputError, match="already exists"), Workplace(out, overwrite=False):
+        pytest.fail("must not get here")
+    assert "put back after an interrupted replacement" in caplog.text
+    assert (out / "manifest.json").read_text() == "old" and names(tmp_path) == ["out"]
+
+
+def failing(patch: pytest.MonkeyPatch, when: Callable[[Any, Any], bool], error: BaseException) -> None:
+    """Let os.rename fail where `when(source, target)` says."""
+    rename = os.rename
+
+    def wrong(source: Any, target: Any) -> None:
+        if when(source, target):
+            raise error
+        rename(source, target)
+
+    patch.setattr("graphwright.runtime.artifact.os.rename", wrong)

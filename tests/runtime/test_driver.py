@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import pytest
 from graphwright.passes.errors import InputError, ModelError
-from graphwright.runtime import session
+from graphwright.runtime import session, worker
 from onnx import TensorProto, helper, numpy_helper, parser
 
 import graphwright
@@ -38,6 +38,73 @@ def test_what_the_compiler_gets_wrong_runs_on_onnxruntime(tmp_path: Path, monkey
     assert result.verdict is not None and result.verdict.ok
     (region,) = result.artifact.manifest.regions
     assert region.runtime == "onnxruntime" and "the result is wrong" in region.reasons["y"]
+
+
+class InProcess(worker.Compiler):
+    """A compiler in this process, which a test can make mistakes in."""
+
+    def _ask(self, request: tuple[Any, ...], timeout: float) -> Any:
+        name, *arguments = request
+        return worker.REQUESTS[name](*arguments)
+
+
+def mistaken(monkeypatch: pytest.MonkeyPatch, *ops: str) -> None:
+    """Let the compiler add 1/8 to the results of these operators."""
+    from graphwright.runtime import importer
+    from tvm import relax
+
+    monkeypatch.setattr(worker.Compiler, "shared", lambda: InProcess())
+    right = importer._Importer.convert
+
+    def wrong(self: Any, node: onnx.NodeProto, inputs: Any, scope: Any) -> Any:
+        results = right(self, node, inputs, scope)
+        if node.op_type not in ops:
+            return results
+        first = getattr(results[0], "expr", results[0])
+        return [relax.op.add(self.bb.emit(first), relax.const(0.125, "float32"))]
+
+    monkeypatch.setattr(importer._Importer, "convert", wrong)
+
+
+CHAIN = """(float[4,8] x) => (float[4,8] y) {
+    a = Relu (x)
+    b = Sigmoid (a)
+    c = Mul (a, b)
+    d = Tanh (c)
+    e = Add (d, x)
+    f = Neg (e)
+    y = Exp (f)
+}"""
+
+
+@pytest.mark.tvm
+def test_only_the_node_that_is_compiled_wrongly_runs_on_onnxruntime(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    mistaken(monkeypatch, "Tanh")
+    result = graphwright.optimize(write(tmp_path / "m.onnx", CHAIN), target="cpu", out=tmp_path / "out")
+    assert result.verdict is not None and result.verdict.ok
+    reasons = {at: reason for region in result.artifact.manifest.regions for at, reason in region.reasons.items()}
+    assert list(reasons) == ["d"] and "compiled by TVM, the result is wrong" in reasons["d"]
+    assert result.artifact.native_nodes == (6, 7)
+    assert "d (Tanh) is compiled wrongly" in caplog.text
+
+
+@pytest.mark.tvm
+def test_two_nodes_that_are_compiled_wrongly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mistaken(monkeypatch, "Tanh", "Sigmoid")
+    result = graphwright.optimize(write(tmp_path / "m.onnx", CHAIN), target="cpu", out=tmp_path / "out")
+    assert result.verdict is not None and result.verdict.ok
+    assert result.artifact.native_nodes == (5, 7)
+
+
+@pytest.mark.tvm
+def test_when_too_many_are_wrong_onnxruntime_runs_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mistaken(monkeypatch, "Tanh", "Sigmoid")
+    monkeypatch.setattr("graphwright.runtime.driver.MOST_BLAMED", 1)
+    result = graphwright.optimize(write(tmp_path / "m.onnx", CHAIN), target="cpu", out=tmp_path / "out")
+    assert result.verdict is not None and result.verdict.ok
+    assert result.artifact.native_nodes == (0, 7)
 
 
 @pytest.mark.tvm

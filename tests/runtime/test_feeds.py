@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,39 @@ def test_files_that_are_none(tmp_path: Path, content: bytes | None, message: str
     with pytest.raises(InputError, match=message) as caught:
         load_feeds(path)
     assert "\n" not in str(caught.value)
+
+
+def packed_zeros(path: Path, shape: str, nbytes: int) -> None:
+    """An .npz of one float32 array `x` that says it is of `shape` and holds `nbytes` zeros, in a few kilobytes."""
+    header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}, }}"
+    text = header.ljust(117) + "\n"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive, archive.open("x.npy", "w", force_zip64=True) as f:
+        f.write(b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode())
+        for _ in range(nbytes >> 20):
+            f.write(bytes(1 << 20))
+
+
+def test_arrays_larger_than_memory_are_not_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed_zeros(tmp_path / "in.npz", "(1048576, 16)", 64 << 20)
+    monkeypatch.setattr("graphwright.runtime.feeds.free_memory", lambda: 30e6)
+    monkeypatch.setattr(np.lib.npyio.NpzFile, "__getitem__", lambda self, key: pytest.fail("was read"))
+    with pytest.raises(InputError, match=r"arrays take 0\.1 GB when unpacked, and 0\.0 GB of memory are free"):
+        load_feeds(tmp_path / "in.npz")
+
+
+def test_arrays_of_another_shape_are_not_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = model("(float[N, 4] x) => (float[N, 4] y) { y = Relu(x) }")
+    packed_zeros(tmp_path / "in.npz", "(1048576, 16)", 64 << 20)
+    monkeypatch.setattr(np.lib.npyio.NpzFile, "__getitem__", lambda self, key: pytest.fail("was read"))
+    with pytest.raises(InputError, match=r"input 'x' has shape \[1048576, 16\]; expected \['N', 4\]"):
+        load_feeds(tmp_path / "in.npz", whole)
+
+
+@pytest.mark.parametrize("shape", ["(4000000000, 16)", "(3, 5)"])
+def test_an_array_that_lies_about_its_size(tmp_path: Path, shape: str) -> None:
+    packed_zeros(tmp_path / "in.npz", shape, 1 << 20)
+    with pytest.raises(InputError, match=r"x.npy says it has \d+ bytes and has 1048576"):
+        load_feeds(tmp_path / "in.npz")
 
 
 def test_objects_in_a_file_are_not_run(tmp_path: Path) -> None:

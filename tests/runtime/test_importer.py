@@ -213,7 +213,8 @@ def test_a_refusal_inside_a_branch_names_the_node() -> None:
         BRANCHES.replace("r = Exp(h)", "r = my.Unknown(h)").replace('["": 18]', '["": 18, "my": 1]'), w=draw(3)
     )
     assert refusals(model, TARGET) == {
-        1: "Unknown at 'y/else/r': the domain 'my' has no lowering and the model has no body for it"
+        1: "Unknown at 'y/else/r': the domain 'my' has no lowering and the model has no body for it; "
+        "export the model with its functions"
     }
 
 
@@ -403,3 +404,65 @@ def test_a_large_filled_tensor_is_not_stored() -> None:
                   "{ z = ConstantOfShape(s) y = Add(x, z) }", s=np.array([100, 1000, 1000]))  # fmt: skip
     _, constants = phases.compile_module(import_model(model, TARGET), TARGET)
     assert sum(int(np.prod(c.shape)) for c in constants) == 0
+
+
+HALF_SUMS = {
+    "ReduceMean": "(float16[2, 4096] x) => (float16[2, 1] y) { y = ReduceMean <axes = [1]> (x) }",
+    "ReduceSum": "(float16[2, 4096] x, int64[1] axes) => (float16[2, 1] y) { y = ReduceSum (x, axes) }",
+    "GlobalAveragePool": "(float16[1, 2, 64, 64] x) => (float16[1, 2, 1, 1] y) { y = GlobalAveragePool (x) }",
+    "AveragePool": "(float16[1, 1, 64, 64] x) => (float16[1, 1, 1, 1] y) "
+    "{ y = AveragePool <kernel_shape = [64, 64]> (x) }",
+    "LpPool": "(float16[1, 1, 64, 64] x) => (float16[1, 1, 1, 1] y) "
+    "{ y = LpPool <kernel_shape = [64, 64], p = 1> (x) }",
+    "Einsum": "(float16[2, 4096] x, float16[4096, 1] w) => (float16[2, 1] y) "
+    """{ y = Einsum <equation = "ij,jk->ik"> (x, w) }""",
+}
+
+
+@pytest.mark.parametrize("op", HALF_SUMS)
+def test_long_sums_of_float16_are_added_up_in_float32(op: str) -> None:
+    """In float16 a sum of ones ends at 2048."""
+    opset = 17 if op == "ReduceMean" else 20
+    weights = {}
+    if op == "ReduceSum":
+        weights["axes"] = np.array([1])
+    if op == "Einsum":
+        weights["w"] = np.ones((4096, 1), np.float16)
+    model = parse(f'<ir_version: 8, opset_import: ["" : {opset}]> g {HALF_SUMS[op]}', **weights)
+    dims = [d.dim_value for d in model.graph.input[0].type.tensor_type.shape.dim]
+    (y,) = compiled(model)({"x": np.ones(dims, np.float16)})
+    assert y.dtype == np.float16
+    np.testing.assert_array_equal(y, np.full(y.shape, 4096 if op in ("ReduceSum", "Einsum", "LpPool") else 1))
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("(float[A, B, 8] x, float[1, 32, 8] w, float[1, 32, 8] r) => (y) { y = LSTM <hidden_size = 8> (x, w, r) }",
+         "no converter; the pass decompose replaces it where the shapes are known (--pin NAME=SHAPE)"),
+        ("(float[1, 1, N, 8] x) => (y) { y = MaxPool <kernel_shape = [3, 3], strides = [2, 2], ceil_mode = 1> (x) }",
+         "ceil_mode on a dynamic axis; fixed input shapes (--pin NAME=SHAPE) may cure it"),
+        ("(float[3] x) => (y) { y = my.domain.Thing (x) }",
+         "the domain 'my.domain' has no lowering and the model has no body for it; "
+         "export the model with its functions"),
+    ],
+)  # fmt: skip
+def test_a_reason_names_the_cure(text: str, reason: str) -> None:
+    from graphwright.runtime.importer import refusals
+
+    found = refusals(parse(f'<ir_version: 8, opset_import: ["" : 20, "my.domain" : 1]> g {text}'), TARGET)
+    assert found == {0: reason}
+
+
+def test_webgpu_refuses_64_bit_tensors_by_name() -> None:
+    from graphwright.runtime.importer import refusals
+
+    text = """(float[8, 4] x, int64[3] i) => (float[3, 4] y, float[4, 8] z) {
+        y = Gather (x, i)
+        z = Reshape (x, s)
+    }"""
+    model = parse(f'<ir_version: 8, opset_import: ["" : 20]> g {text}', s=np.array([4, 8]))
+    assert refusals(model, Target.named("webgpu")) == {
+        0: "'i' is int64, and WebGPU has no 64-bit types; give the model 32-bit ones"
+    }
+    assert refusals(model, TARGET) == {}

@@ -327,6 +327,28 @@ def test_defaults_of_inputs_are_constants(optimized: Optimize) -> None:
     check(optimized(onnx.parser.parse_model(text), w=X4), {"x": X4})
 
 
+def test_an_input_with_a_default_may_be_given(optimized: Optimize) -> None:
+    """As in onnxruntime: left out it has its default, given it counts, in the middle of the graph too."""
+    text = """defaults (float[N,8] x, float[8,4] w, float[4] b) => (float[N,4] y) {
+        h = MatMul(x, w)
+        s = Add(h, b)
+        t = Softmax <axis = -1> (s)
+        y = Mul(t, b)
+    }"""
+    b = np.arange(4, dtype=np.float32) + 1
+    built = optimized(text, {"passes": "two-pass-softmax"}, w=W, b=b)
+    session, original = Session(built.artifact), reference(built.model)
+    assert [i.name for i in session.get_inputs()] == ["x"]
+    mine, theirs = session.get_overridable_initializers(), original.get_overridable_initializers()
+    assert [(i.name, i.type, i.shape) for i in mine] == [(i.name, i.type, i.shape) for i in theirs]
+    for feeds in ({"x": X}, {"x": X, "w": W * 2}, {"x": X, "b": -b, "w": -W}, {"x": X}, {"x": X, "b": b}):
+        equal(original.run(None, feeds), session.run(None, feeds))
+    with pytest.raises(InputError, match=r"input 'b' has shape \[3\]; expected \[4\]"):
+        session.run(None, {"x": X, "b": b[:3]})
+    with pytest.raises(InputError, match="unknown input 'q'"):
+        session.run(None, {"x": X, "q": b})
+
+
 @pytest.mark.parametrize("passes", [None, {"preset": "none"}])
 @pytest.mark.parametrize("name", ["BFLOAT16", "FLOAT8E4M3FN", "INT4", "UINT4"])
 def test_weights_of_types_that_numpy_does_not_have(optimized: Optimize, name: str, passes: Any) -> None:

@@ -1,0 +1,88 @@
+"""Which node of a model the compiler gets wrong: found by halves, with the artifact's own verdict as the judge."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import time
+from collections.abc import Callable, Collection
+from pathlib import Path
+
+import onnx_ir as ir
+
+from ..passes.errors import GraphwrightError, InputError, VerificationError
+from ..passes.graph import site
+from .artifact import Artifact
+from .build import build
+from .compare import Verdict
+from .session import Session
+from .target import Target
+from .verify import Trial
+
+BUDGET = 600.0  # seconds that a search may take
+
+log = logging.getLogger("graphwright")
+
+
+def judged(artifact: Artifact, tried: Trial, threads: int | None = None) -> Verdict | VerificationError:
+    """The verdict on an artifact; the error that says how its results differ from what is expected when they do.
+
+    Raises TargetError when it cannot run on this machine.
+    """
+    session = Session(artifact, threads=threads, verify=False)
+    names = [value.name for value in session.get_outputs()]
+    what = f"artifact for {artifact.target.name}"
+    try:
+        verdict = tried.judge(lambda one: dict(zip(names, session.run(None, one), strict=True)))
+        verdict.check(what)
+    except InputError as error:  # the original took these inputs
+        return VerificationError(f"{what}: {error}")
+    except VerificationError as error:
+        return error
+    return verdict
+
+
+def find_wrong(
+    model: ir.Model,
+    target: Target,
+    tried: Trial,
+    *,
+    known: Collection[str] = (),
+    threads: int | None = None,
+    progress: Callable[[str], None] = lambda message: None,
+    budget: float = BUDGET,
+) -> ir.Node | None:
+    """The node of a wrongly compiled model that makes the difference between right and wrong.
+
+    The first k nodes are compiled and the others left to onnxruntime; of all k between none, which is right, and all,
+    which is wrong, the halves lead to one where a single node more turns the result wrong. That takes as many
+    compilations as the number of nodes has binary digits. known: sites of nodes that stay with onnxruntime throughout.
+    None when a trial cannot be built, or when `budget` seconds have not been enough.
+    """
+    nodes = [node for node in model.graph if site(node) not in known]
+    end = time.monotonic() + budget
+    right, wrong = 0, len(nodes)
+    while wrong - right > 1:
+        if time.monotonic() > end:
+            log.info("the search for the node that is compiled wrongly takes too long")
+            return None
+        middle = (right + wrong) // 2
+        progress(f"look for the wrong node: {wrong - right} left")
+        trusted = {site(node) for node in nodes[:middle]}
+        try:
+            if _is_wrong(model, target, tried, trusted, threads):
+                wrong = middle
+            else:
+                right = middle
+        except GraphwrightError as error:
+            log.info("no search for the node that is compiled wrongly: %s", error)
+            return None
+    return nodes[right] if nodes else None
+
+
+def _is_wrong(model: ir.Model, target: Target, tried: Trial, trusted: Collection[str], threads: int | None) -> bool:
+    with tempfile.TemporaryDirectory(prefix="graphwright-") as folder:
+        artifact = build(
+            model, target, Path(folder) / "trial", distrust=lambda node: "" if site(node) in trusted else "a trial"
+        )
+        return isinstance(judged(artifact, tried, threads), VerificationError)
