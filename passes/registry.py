@@ -24,6 +24,8 @@ PASSES: dict[str, str] = {
     "inline-functions": "graphwright.passes.prepare.inline_functions:InlineFunctions",
     "convert-opset": "graphwright.passes.prepare.convert_opset:ConvertOpset",
     "decompose": "graphwright.passes.prepare.decompose:Decompose",
+    "recognise-layer-norm": "graphwright.passes.recognise.layer_norm:RecogniseLayerNorm",
+    "recognise-rms-norm": "graphwright.passes.recognise.rms_norm:RecogniseRmsNorm",
     "two-pass-softmax": "graphwright.passes.attention.two_pass_softmax:TwoPassSoftmax",
 }
 
