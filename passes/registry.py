@@ -26,6 +26,9 @@ PASSES: dict[str, str] = {
     "decompose": "graphwright.passes.prepare.decompose:Decompose",
     "recognise-layer-norm": "graphwright.passes.recognise.layer_norm:RecogniseLayerNorm",
     "recognise-rms-norm": "graphwright.passes.recognise.rms_norm:RecogniseRmsNorm",
+    "recognise-gelu": "graphwright.passes.recognise.gelu:RecogniseGelu",
+    "recognise-swish": "graphwright.passes.recognise.swish:RecogniseSwish",
+    "recognise-hard-swish": "graphwright.passes.recognise.hard_swish:RecogniseHardSwish",
     "two-pass-softmax": "graphwright.passes.attention.two_pass_softmax:TwoPassSoftmax",
 }
 

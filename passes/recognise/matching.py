@@ -317,7 +317,7 @@ Polynomial = dict[int, float]
 
 
 def polynomial(value: ir.Value | None, x: ir.Value, depth: int = DEEPEST) -> Polynomial | None:
-    """`value` as a polynomial of `x`, degree -> factor; None when it is not one. No Div or Pow by anything but numbers."""
+    """`value` as a polynomial of `x`, degree -> factor; None when it is not one."""
     if value is None or depth == 0:
         return None
     if same(value, x):

@@ -120,11 +120,8 @@ def _divided(
         raise Refused(f"the mean square is followed by {root.op_type}, not by Sqrt")
     inverse = graph.is_op(root, "Pow") and power == -0.5
     following = user(root.outputs[0])
-    if graph.is_op(following, "Reciprocal") and following is not None and not inverse:
+    if not inverse and following is not None and _inverts(following, root.outputs[0]):
         inverse, root, following = True, following, user(following.outputs[0])
-    elif graph.is_op(following, "Div") and following is not None and same(following.inputs[1], root.outputs[0]):
-        if scalar(following.inputs[0], root.outputs[0]) == 1.0 and not inverse:
-            inverse, root, following = True, following, user(following.outputs[0])
     if epsilon < 0:
         raise Refused(f"epsilon {epsilon:g} is negative")
     r = root.outputs[0]
@@ -139,6 +136,13 @@ def _divided(
     if _is_difference(other, d):
         return following, epsilon, None
     return _scaled_first(following, other, d, x, mean, epsilon)
+
+
+def _inverts(node: ir.Node, value: ir.Value) -> bool:
+    """Whether `node` is 1 / value."""
+    if graph.is_op(node, "Reciprocal"):
+        return True
+    return graph.is_op(node, "Div") and same(node.inputs[1], value) and scalar(node.inputs[0], value) == 1.0
 
 
 def _is_difference(value: ir.Value | None, d: ir.Value) -> bool:
@@ -168,12 +172,16 @@ def _scaled_first(
             if not any(same(a, s) and same(b, mean) for a, b in operands(second)):
                 continue
             shift, total = user(second.outputs[0]), user(first.outputs[0])
-            if graph.is_op(shift, "Sub") and shift is not None and same(shift.inputs[1], second.outputs[0]):
-                if graph.is_op(total, "Add") and total is not None and total is user(shift.outputs[0]):
-                    return total, epsilon, (scale, shift.inputs[0])
-            if total is shift and graph.is_op(total, "Sub") and total is not None:
-                if same(total.inputs[0], first.outputs[0]):
-                    return total, epsilon, (scale, None)
+            if total is None or not graph.is_op(shift, "Sub") or shift is None:
+                continue
+            if (
+                same(shift.inputs[1], second.outputs[0])
+                and graph.is_op(total, "Add")
+                and total is user(shift.outputs[0])
+            ):
+                return total, epsilon, (scale, shift.inputs[0])
+            if total is shift and same(total.inputs[0], first.outputs[0]):
+                return total, epsilon, (scale, None)
     raise Refused("the input is not multiplied by the reciprocal of the root")
 
 
