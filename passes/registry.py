@@ -29,6 +29,7 @@ PASSES: dict[str, str] = {
     "recognise-gelu": "graphwright.passes.recognise.gelu:RecogniseGelu",
     "recognise-swish": "graphwright.passes.recognise.swish:RecogniseSwish",
     "recognise-hard-swish": "graphwright.passes.recognise.hard_swish:RecogniseHardSwish",
+    "recognise-attention": "graphwright.passes.recognise.attention:RecogniseAttention",
     "two-pass-softmax": "graphwright.passes.attention.two_pass_softmax:TwoPassSoftmax",
 }
 

@@ -8,7 +8,7 @@ that go in, and how to write it. Everything between must be used by nothing else
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -19,6 +19,7 @@ from .. import graph
 from ..base import Pass, PassContext, PassReport
 from ..prepare.convert_opset import ConvertOpset
 
+SHAPED = frozenset({"Expand", "Reshape", "Slice", "Split", "Squeeze", "Tile", "Unsqueeze"})  # the rest are sizes
 DEEPEST = 12  # nodes of a formula below or above the node it is found by
 
 
@@ -71,7 +72,7 @@ class Recogniser(Pass):
                     if producer is not None:
                         producer.metadata_props.setdefault(key, value)
                 graph.replace_value(output, new, keep_name=new.producer() in writer.nodes)
-                remove(inner)
+                remove(found, inner)
                 report.changed(found.rule, site, f"{len(inner)} nodes -> {len(writer.nodes)}")
         return report
 
@@ -127,7 +128,7 @@ class Writer:
         op_type: str,
         *inputs: ir.Value | None,
         dtype: ir.DataType | None = None,
-        shape: Sequence[Any] | None = None,
+        shape: Iterable[Any] | None = None,
         **attributes: Any,
     ) -> ir.Value:
         """A node with one output and that value, with what is known of its type and shape."""
@@ -186,7 +187,7 @@ def inside(found: Found) -> list[ir.Node]:
 
     def visit(node: ir.Node) -> None:
         seen.add(node)
-        for value in node.inputs:
+        for value in node.inputs[:1] if node.op_type in SHAPED else node.inputs:
             inner = None if value is None or value in leaves or graph.is_constant(value) else value.producer()
             if inner is not None and inner not in seen:
                 visit(inner)
@@ -210,22 +211,26 @@ def check_inside(found: Found) -> None:
                 raise Refused(f"{value.name} is used elsewhere too, so it has to be computed anyway")
 
 
-def remove(nodes: Sequence[ir.Node]) -> None:
-    """Remove the nodes of a site, users first, and the constants that nothing uses any more."""
-    constants: dict[ir.Value, None] = {}
+def remove(found: Found, nodes: Sequence[ir.Node]) -> None:
+    """Remove the nodes of a site, users first, and then what only it used: constants, and inputs it needs no more."""
+    rest: dict[ir.Value, None] = dict.fromkeys(found.inputs)
     for node in nodes:
         if any(graph.is_used(value) for value in node.outputs):
             continue  # an input of the new operator
-        constants.update((v, None) for v in node.inputs if v is not None and graph.is_constant(v))
+        rest.update((value, None) for value in node.inputs if value is not None)
         graph.remove_node(node)
-    for value in constants:
-        if graph.is_used(value):
+    values = list(rest)
+    while values:
+        value = values.pop()
+        producer = value.producer()
+        if producer is not None and producer.graph is not None:
+            if not any(map(graph.is_used, producer.outputs)):
+                values.extend(given for given in producer.inputs if given is not None)
+                graph.remove_node(producer)
             continue
-        node = value.producer()
-        if node is not None:
-            graph.remove_node(node)
-        elif isinstance(value.graph, ir.Graph) and value.name is not None:
-            value.graph.initializers.pop(value.name, None)
+        owner = value.graph
+        if isinstance(owner, ir.Graph) and value.name and graph.is_constant(value) and not graph.is_used(value):
+            owner.initializers.pop(value.name, None)
 
 
 # --- reading backwards

@@ -199,12 +199,13 @@ def _scaled(
         raise Refused(f"{x.dtype.name.lower()} input, the operator computes in float32")
     sizes = _sizes(x, len(axes))
     if held is not None:
-        scale, bias = held
-        dims = _fitted(scale, len(axes), sizes)
+        held_scale, bias = held
+        dims = _fitted(held_scale, len(axes), sizes)
         if dims is None or (bias is not None and _fitted(bias, len(axes), dims) is None):
             raise Refused("scale or bias does not have the shape of the normalized axes")
-        return Norm(x, len(axes), dims, epsilon, centred, norm, scale, bias)
-    last, parameters = norm, []
+        return Norm(x, len(axes), dims, epsilon, centred, norm, held_scale, bias)
+    last = norm
+    parameters: list[ir.Value | None] = []
     for op_type in ("Mul", "Add") if centred else ("Mul",):
         following = user(last.outputs[0])
         vector, dims = None, None
