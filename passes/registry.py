@@ -29,6 +29,8 @@ PASSES: dict[str, str] = {
     "recognise-gelu": "graphwright.passes.recognise.gelu:RecogniseGelu",
     "recognise-swish": "graphwright.passes.recognise.swish:RecogniseSwish",
     "recognise-hard-swish": "graphwright.passes.recognise.hard_swish:RecogniseHardSwish",
+    "recognise-softmax": "graphwright.passes.recognise.softmax:RecogniseSoftmax",
+    "recognise-rotary-embedding": "graphwright.passes.recognise.rotary_embedding:RecogniseRotaryEmbedding",
     "recognise-attention": "graphwright.passes.recognise.attention:RecogniseAttention",
     "two-pass-softmax": "graphwright.passes.attention.two_pass_softmax:TwoPassSoftmax",
 }
