@@ -25,8 +25,17 @@ LARGEST_SPARSE = 1 << 28  # elements of a sparse tensor that is made dense
 
 # Domains whose operators onnxruntime has without a function body in the model.
 RUNTIME_DOMAINS = frozenset(
-    {"ai.onnx.ml", "ai.onnx.training", "ai.onnx.preview", "ai.onnx.preview.training", "com.microsoft",
-     "com.microsoft.nchwc", "com.microsoft.experimental", "com.ms.internal.nhwc", "pkg.onnxscript.torch_lib"}
+    {
+        "ai.onnx.ml",
+        "ai.onnx.training",
+        "ai.onnx.preview",
+        "ai.onnx.preview.training",
+        "com.microsoft",
+        "com.microsoft.nchwc",
+        "com.microsoft.experimental",
+        "com.ms.internal.nhwc",
+        "pkg.onnxscript.torch_lib",
+    }
 )
 
 

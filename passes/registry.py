@@ -24,6 +24,14 @@ PASSES: dict[str, str] = {
     "inline-functions": "graphwright.passes.prepare.inline_functions:InlineFunctions",
     "convert-opset": "graphwright.passes.prepare.convert_opset:ConvertOpset",
     "decompose": "graphwright.passes.prepare.decompose:Decompose",
+    "recognise-layer-norm": "graphwright.passes.recognise.layer_norm:RecogniseLayerNorm",
+    "recognise-rms-norm": "graphwright.passes.recognise.rms_norm:RecogniseRmsNorm",
+    "recognise-gelu": "graphwright.passes.recognise.gelu:RecogniseGelu",
+    "recognise-swish": "graphwright.passes.recognise.swish:RecogniseSwish",
+    "recognise-hard-swish": "graphwright.passes.recognise.hard_swish:RecogniseHardSwish",
+    "recognise-softmax": "graphwright.passes.recognise.softmax:RecogniseSoftmax",
+    "recognise-rotary-embedding": "graphwright.passes.recognise.rotary_embedding:RecogniseRotaryEmbedding",
+    "recognise-attention": "graphwright.passes.recognise.attention:RecogniseAttention",
     "two-pass-softmax": "graphwright.passes.attention.two_pass_softmax:TwoPassSoftmax",
 }
 

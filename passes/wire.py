@@ -24,7 +24,6 @@ CHUNK = 4 << 20
 WINDOW = 64 << 10
 
 
-
 class _File:
     """A file read through a window that moves along: what is skipped costs no memory, not even a mapped page."""
 

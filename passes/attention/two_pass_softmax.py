@@ -174,8 +174,7 @@ def _check_softmax(node: ir.Node, scope: Scope) -> None:
         raise _Refused(f"axis {axis} is not the last axis of rank {dims}")
     if first >= dims or any(dim != 1 for dim in shape[first : dims - 1]):
         raise _Refused(
-            f"before opset {ALL_AXES} axis {axis} means all axes from it on, "
-            f"which are not only the last of rank {dims}"
+            f"before opset {ALL_AXES} axis {axis} means all axes from it on, which are not only the last of rank {dims}"
         )
 
 

@@ -1,0 +1,428 @@
+"""The pass `recognise-attention`: product, scale, mask, softmax and product -> Attention."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import numpy as np
+import onnx_ir as ir
+
+from .. import graph
+from ..base import Contract
+from .masks import ABSORBS, is_causal
+from .matching import Found, Recogniser, Refused, Writer, made_by, only_user, operands, producer, same, scalar, user
+
+ALL_AXES = 13  # from this opset on Softmax is over one axis
+SWAPPED = {3: (0, 2, 1), 4: (0, 1, 3, 2)}  # rank -> the last two axes change places
+
+Dim = int | ir.SymbolicDim
+
+
+@dataclass(frozen=True)
+class RecogniseAttention(Recogniser):
+    """Attention written out in small operators becomes Attention (opset 23).
+
+        T = Transpose <perm = [0, 1, 3, 2]> (K)
+        s = MatMul (Q, T)
+        c = Mul (s, scale)                         ->    Y = Attention <scale> (Q, K, V, mask)
+        m = Add (c, mask)
+        p = Softmax (m)
+        Y = MatMul (p, V)
+
+    Q, K and V are (batch, heads, length, width), or (batch, length, width), which gets one head. The scale may be on
+    Q, K, the product or several of them, Mul or Div. The mask may be added, or chosen by Where, in any number; a
+    mask that only hides what comes later becomes is_causal. A mask with one row for all queries is expanded, as
+    onnxruntime wants it. K may come transposed out of a larger permutation, which is rewritten; K and V that repeat
+    each head several times (Unsqueeze, Expand, Reshape: grouped queries) are taken before the repetition. A model of
+    an older opset is brought to 23.
+    A guard that turns rows of NaN into zeros, as exporters of PyTorch write it behind a softmax whose row may be
+    wholly hidden, is part of what Attention does.
+    Left alone: batches or heads that are not known to be equal, masks that may be larger than the product, weights
+    that are used elsewhere (an output of the attention matrix), other ranks.
+
+    Source: Vaswani et al., "Attention Is All You Need", arXiv 1706.03762; Ainslie et al., "GQA", arXiv 2305.13245.
+    """
+
+    name: ClassVar[str] = "recognise-attention"
+    contract: ClassVar[Contract] = Contract.ROUNDING
+    opset: ClassVar[int] = 23
+
+    def rule(self, node: ir.Node) -> str:
+        return "attention"
+
+    def find(self, node: ir.Node, scope: graph.Scope) -> Found | None:
+        if not graph.is_op(node, "Softmax") or graph.has_references(node):
+            return None
+        last = _weighted(node)
+        if last is None:
+            return None
+        if not graph.last_axis(node, -1 if scope.opset >= ALL_AXES else 1):
+            raise Refused("softmax is not known to be over the last axis")
+        scores = _read(node.inputs[0])
+        if scores is None:
+            raise Refused("softmax is not of a product with a scale and masks")
+        site = _site(node, last, scores)
+        return Found("attention", last, site.leaves, site.write)
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Added to the scores times `factor`; or, with `fill`, a condition that leaves scores where it is `keep`."""
+
+    value: ir.Value
+    factor: float = 1.0
+    fill: float | None = None
+    keep: bool = True
+
+
+@dataclass(frozen=True)
+class Scores:
+    """(q · kᵀ) times `scale` plus `masks`; `product` is the MatMul. wide: the softmax is in float32 between casts."""
+
+    product: ir.Node
+    scale: float = 1.0
+    masks: tuple[Mask, ...] = ()
+    wide: bool = False
+
+
+def _read(value: ir.Value | None, depth: int = 8) -> Scores | None:
+    """The scores as read backwards from the softmax. None when they do not come from a MatMul."""
+    node = producer(value)
+    if node is None or depth == 0 or value is None or graph.has_references(node):
+        return None
+    if graph.is_op(node, "MatMul"):
+        return Scores(node)
+    if graph.is_op(node, "Cast"):
+        inner = _read(node.inputs[0], depth - 1)
+        if inner is not None and graph.attribute(node, "to") == ir.DataType.FLOAT:
+            return replace(inner, wide=True)
+        return None
+    if graph.is_op(node, "Mul", "Div"):
+        for a, b in operands(node) if node.op_type == "Mul" else [(node.inputs[0], node.inputs[1])]:
+            number = scalar(b, a)
+            inner = None if number is None else _read(a, depth - 1)
+            if inner is not None and number:
+                number = number if node.op_type == "Mul" else 1 / number
+                masks = tuple(replace(mask, factor=mask.factor * number) for mask in inner.masks)
+                return replace(inner, scale=inner.scale * number, masks=masks)
+        return None
+    if graph.is_op(node, "Add"):
+        for a, b in operands(node):
+            inner = _read(a, depth - 1)
+            if inner is not None:
+                return replace(inner, masks=(*inner.masks, Mask(b)))
+        return None
+    if graph.is_op(node, "Where"):
+        condition, *choices = node.inputs
+        for keep in (True, False):
+            kept, other = choices if keep else choices[::-1]
+            fill = scalar(other, kept)
+            inner = None if fill is None or fill > ABSORBS else _read(kept, depth - 1)
+            if inner is not None and condition is not None:
+                return replace(inner, masks=(*inner.masks, Mask(condition, fill=fill, keep=keep)))
+    return None
+
+
+def _weighted(node: ir.Node) -> ir.Node | None:
+    """The MatMul that the weights go into, behind a cast or a guard against NaN. None when there is none."""
+    value = node.outputs[0]
+    for _ in range(3):
+        following = user(value) or _guard(value)
+        if following is None:
+            near = any(graph.is_op(u, "MatMul") and u.inputs[0] is value for u, _ in value.uses())
+            if near and _read(node.inputs[0]) is not None:
+                only_user(value)  # says why not
+            return None
+        if graph.is_op(following, "MatMul"):
+            return following if same(following.inputs[0], value) else None
+        if not graph.is_op(following, "Cast", "Where"):
+            return None
+        value = following.outputs[0]
+    return None
+
+
+def _guard(weights: ir.Value) -> ir.Node | None:
+    """Where(IsNaN(weights), 0, weights)"""
+    users = [node for node, _ in weights.uses()]
+    test = next((node for node in users if graph.is_op(node, "IsNaN")), None)
+    choice = None if test is None else user(test.outputs[0])
+    if choice is None or len(users) != 2 or weights.is_graph_output() or not graph.is_op(choice, "Where"):
+        return None
+    condition, zero, other = choice.inputs
+    right = same(condition, test.outputs[0] if test else None) and scalar(zero, weights) == 0.0 and same(other, weights)
+    return choice if right else None
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of Q, K and V: its value, how it is to be transposed, and the factor that was on it."""
+
+    value: ir.Value
+    perm: tuple[int, ...] | None = None
+    scale: float = 1.0
+
+    @property
+    def dims(self) -> list[Dim]:
+        shape = self.value.shape
+        assert shape is not None
+        return [shape[axis] for axis in self.perm or range(len(shape))]
+
+    def write(self, writer: Writer) -> ir.Value:
+        return self.value if self.perm is None else writer.transpose(self.value, self.perm)
+
+
+@dataclass(frozen=True)
+class Site:
+    q: Side
+    k: Side
+    v: Side
+    scale: float
+    masks: tuple[Mask, ...]
+    causal: tuple[Mask, ...]
+    wide: bool
+    last: ir.Node
+
+    @property
+    def leaves(self) -> tuple[ir.Value, ...]:
+        return (self.q.value, self.k.value, self.v.value, *(mask.value for mask in (*self.masks, *self.causal)))
+
+    def write(self, writer: Writer) -> ir.Value:
+        output = self.last.outputs[0]
+        flat = len(self.q.dims) == 3
+        q, k, v = (side.write(writer) for side in (self.q, self.k, self.v))
+        dims = [*self.q.dims[:-1], self.v.dims[-1]]
+        masks = [self._mask(writer, mask, q.dtype) for mask in self.masks]
+        if flat:
+            axis = writer.ints([1], "heads")
+            q, k, v = (
+                writer.op("Unsqueeze", value, axis, dtype=value.dtype, shape=_with_head(side.dims))
+                for value, side in ((q, self.q), (k, self.k), (v, self.v))
+            )
+            masks = [
+                writer.op("Unsqueeze", m, axis, dtype=m.dtype, shape=_with_head(list(m.shape)))
+                if m.shape is not None and len(m.shape) == 3
+                else m
+                for m in masks
+            ]
+            dims = _with_head(dims)
+        mask = masks[0] if masks else None
+        for other in masks[1:]:
+            mask = writer.op("Add", mask, other, dtype=other.dtype, shape=_broadcast(mask, other))
+        if mask is not None:
+            mask = self._expanded(writer, mask, q, k)
+        attributes: dict[str, float | int] = {"scale": self.scale}
+        if self.causal:
+            attributes["is_causal"] = 1
+        if self.wide:
+            attributes["softmax_precision"] = int(ir.DataType.FLOAT)
+        y = writer.op("Attention", q, k, v, mask, dtype=output.dtype, shape=dims, **attributes)
+        if flat:
+            y = writer.op("Squeeze", y, axis, dtype=output.dtype, shape=output.shape)
+        return y
+
+    def _mask(self, writer: Writer, mask: Mask, dtype: ir.DataType | None) -> ir.Value:
+        """The mask as numbers to add."""
+        kind = dtype or ir.DataType.FLOAT
+        if mask.fill is not None:
+            fill = max(mask.fill, float(np.finfo(np.float32).min)) if math.isfinite(mask.fill) else mask.fill
+            pair = [
+                writer.constant(np.array(x, kind.numpy()), name, kind) for x, name in ((0, "zero"), (fill, "hidden"))
+            ]
+            return writer.op(
+                "Where", mask.value, *(pair if mask.keep else pair[::-1]), dtype=kind, shape=mask.value.shape
+            )
+        if mask.factor != 1.0:
+            factor = writer.constant(np.array(mask.factor, kind.numpy()), "factor", kind)
+            return writer.op("Mul", mask.value, factor, dtype=kind, shape=mask.value.shape)
+        return mask.value
+
+    def _expanded(self, writer: Writer, mask: ir.Value, q: ir.Value, k: ir.Value) -> ir.Value:
+        """The mask with a row for each query and a column for each key."""
+        assert mask.shape is not None
+        wanted = [self.q.dims[-2], self.k.dims[-2]]
+        have: list[Dim] = [*[1] * (2 - len(mask.shape)), *list(mask.shape)[-2:]]
+        if len(mask.shape) >= 2 and all(_equal(a, b) for a, b in zip(have, wanted, strict=True)):
+            return mask
+        parts: list[int | ir.Value] = [1, 1]
+        for mine, whole, source in zip(have, wanted, (q, k), strict=True):
+            if _equal(mine, whole):
+                parts.append(1)
+            elif isinstance(whole, int):
+                parts.append(whole)
+            else:
+                parts.append(writer.op("Shape", source, start=2, end=3, dtype=ir.DataType.INT64, shape=[1]))
+        numbers = [part for part in parts if isinstance(part, int)]
+        if len(numbers) == len(parts):
+            target = writer.ints(numbers, "mask_shape")
+        else:
+            ends = [writer.ints([part], "one") if isinstance(part, int) else part for part in parts]
+            target = writer.op("Concat", *ends, axis=0, dtype=ir.DataType.INT64, shape=[4])
+        lead: list[Dim] = [*[1] * (4 - len(mask.shape)), *list(mask.shape)[:-2]] if len(mask.shape) >= 2 else [1, 1]
+        return writer.op("Expand", mask, target, dtype=mask.dtype, shape=[*lead, *wanted])
+
+
+def _with_head(dims: list[Dim]) -> list[Dim]:
+    return [dims[0], 1, *dims[1:]]
+
+
+def _broadcast(a: ir.Value | None, b: ir.Value) -> list[Dim] | None:
+    if a is None or a.shape is None or b.shape is None:
+        return None
+    count = max(len(a.shape), len(b.shape))
+    pairs = zip([1] * (count - len(a.shape)) + list(a.shape), [1] * (count - len(b.shape)) + list(b.shape), strict=True)
+    return [y if x == 1 else x for x, y in pairs]
+
+
+def _site(node: ir.Node, last: ir.Node, scores: Scores) -> Site:
+    """The site with everything checked. Raises Refused."""
+    q, k = _query(scores.product.inputs[0]), _key(scores.product.inputs[1])
+    v = Side(_given(last.inputs[1]))
+    rank = len(q.dims)
+    if rank not in SWAPPED or len(k.dims) != rank or len(v.dims) != rank:
+        raise Refused(f"query, key and value have ranks {rank}, {len(k.dims)} and {len(v.dims)}, not all 3 or all 4")
+    dtype = q.value.dtype
+    if dtype is not None and dtype not in (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16):
+        raise Refused(f"{dtype.name.lower()} input")
+    if rank == 4:
+        k, v = _ungrouped(q, k, v)
+    for name, side in (("key", k), ("value", v)):
+        if not _equal(q.dims[0], side.dims[0]):
+            raise Refused(
+                f"the batch of the query ({q.dims[0]}) is not known to be that of the {name} ({side.dims[0]})"
+            )
+    scale = scores.scale * q.scale * k.scale
+    if not scale > 0:
+        raise Refused(f"the scale {scale:g} is not positive")
+    whole = [*q.dims[:-1], k.dims[-2]]
+    masks, causal = [], []
+    for mask in scores.masks:
+        _check_mask(mask, whole, dtype)
+        if is_causal(mask.value, mask.keep, mask.fill is not None) and mask.factor > 0 and _equal(*whole[-2:]):
+            causal.append(mask)
+        else:
+            masks.append(mask)
+    return Site(q, k, v, float(np.float32(scale)), tuple(masks), tuple(causal), scores.wide, last)
+
+
+def _given(value: ir.Value | None) -> ir.Value:
+    if value is None or value.shape is None:
+        raise Refused("the rank of query, key or value is not known; run infer-shapes first")
+    return value
+
+
+def _unscaled(value: ir.Value | None) -> tuple[ir.Value | None, float]:
+    """The value without factors that nothing else needs, and their product."""
+    factor = 1.0
+    while value is not None and user(value) is not None:
+        node = made_by(value, "Mul", "Div")
+        if node is None:
+            break
+        pairs = operands(node) if node.op_type == "Mul" else [(node.inputs[0], node.inputs[1])]
+        found = next(((a, n) for a, b in pairs if (n := scalar(b, a)) is not None), None)
+        if found is None or not found[1]:
+            break
+        value, factor = found[0], factor * (found[1] if node.op_type == "Mul" else 1 / found[1])
+    return value, factor
+
+
+def _query(value: ir.Value | None) -> Side:
+    inner, scale = _unscaled(value)
+    return Side(_given(inner), scale=scale)
+
+
+def _key(value: ir.Value | None) -> Side:
+    """K from Kᵀ: what a transpose made, in the order (batch, heads, length, width), or Kᵀ transposed once more."""
+    inner, scale = _unscaled(value)
+    transposed = _given(inner)
+    rank = len(transposed.shape or ())
+    swap = SWAPPED.get(rank)
+    if swap is None:
+        raise Refused(f"the key has rank {rank}")
+    node = made_by(transposed, "Transpose")
+    source = _through_three_axes(transposed)
+    if node is not None and user(transposed) is not None:
+        first = graph.attribute(node, "perm")
+        if first is not None and node.inputs[0] is not None and node.inputs[0].shape is not None:
+            perm = tuple(first[axis] for axis in swap)
+            source, swap = node.inputs[0], (() if perm == tuple(range(rank)) else perm)
+    elif source is not None:
+        swap = ()
+    if source is None:
+        return Side(transposed, swap, scale)
+    if not swap:
+        source, more = _unscaled(source)
+        scale *= more
+        source = _given(source)
+    return Side(source, swap or None, scale)
+
+
+def _through_three_axes(value: ir.Value) -> ir.Value | None:
+    """K when its transpose goes through three axes: Reshape (·, T, D), Transpose, Reshape (B, H, D, T)."""
+    back = made_by(value, "Reshape")
+    swap = made_by(back.inputs[0] if back is not None else None, "Transpose")
+    flat = made_by(swap.inputs[0] if swap is not None else None, "Reshape")
+    if back is None or swap is None or flat is None or list(graph.attribute(swap, "perm") or ()) != [0, 2, 1]:
+        return None
+    k, three = flat.inputs[0], flat.outputs[0].shape
+    if k is None or k.shape is None or value.shape is None or three is None or len(k.shape) != 4 or len(three) != 3:
+        return None
+    wanted = [k.shape[0], k.shape[1], k.shape[3], k.shape[2]]
+    right = all(_equal(a, b) for a, b in zip(value.shape, wanted, strict=False)) and len(value.shape) == 4
+    return k if right and _equal(three[1], k.shape[2]) and _equal(three[2], k.shape[3]) else None
+
+
+def _ungrouped(q: Side, k: Side, v: Side) -> tuple[Side, Side]:
+    """K and V before their heads are repeated, when both are, as often. Raises Refused when heads do not fit."""
+    if k.perm is None:
+        first, second = _repeated(k.value), _repeated(v.value)
+        if first is not None and second is not None and first[1] == second[1]:
+            return replace(k, value=first[0]), replace(v, value=second[0])
+    if not all(_equal(side.dims[1], q.dims[1]) for side in (k, v)) and not (k.dims[1] == v.dims[1] == 1):
+        heads = ", ".join(str(side.dims[1]) for side in (q, k, v))
+        raise Refused(f"the heads of query, key and value ({heads}) are not known to be equal")
+    return k, v
+
+
+def _repeated(value: ir.Value) -> tuple[ir.Value, int] | None:
+    """(x, n) when the value is x (B, H, S, D) with each head n times: Reshape(Expand(x with an axis of 1 behind H))."""
+    merge = made_by(value, "Reshape")
+    expand = made_by(merge.inputs[0] if merge is not None else None, "Expand")
+    split = made_by(expand.inputs[0] if expand is not None else None, "Unsqueeze", "Reshape")
+    x = split.inputs[0] if split is not None else None
+    if expand is None or split is None or x is None or user(value) is None:
+        return None
+    shapes = [item.shape for item in (x, split.outputs[0], expand.outputs[0], value)]
+    if any(shape is None for shape in shapes):
+        return None
+    before, apart, many, after = ([] if shape is None else list(shape) for shape in shapes)
+    if [len(s) for s in (before, apart, many, after)] != [4, 5, 5, 4]:
+        return None
+    heads, count = before[1], many[2]
+    if not isinstance(heads, int) or not isinstance(count, int) or apart[2] != 1 or after[1] != heads * count:
+        return None
+    if not all(_equal(before[i], apart[j]) and _equal(before[i], many[j]) for i, j in ((0, 0), (1, 1), (2, 3), (3, 4))):
+        return None
+    unknown = [i for i in (0, 2, 3) if not _equal(before[i], after[i])]
+    return (x, count) if len(unknown) <= 1 else None  # one size is told by the number of elements
+
+
+def _check_mask(mask: Mask, whole: list[Dim], dtype: ir.DataType | None) -> None:
+    shape = mask.value.shape
+    if shape is None:
+        raise Refused(f"the shape of the mask {mask.value.name} is not known")
+    if len(shape) > len(whole):
+        raise Refused(f"the mask {mask.value.name} has rank {len(shape)}")
+    for mine, theirs in zip(list(shape)[::-1], whole[::-1], strict=False):
+        if mine != 1 and not _equal(mine, theirs):
+            raise Refused(
+                f"an axis of the mask {mask.value.name} ({mine}) is not known to be that of the product ({theirs})"
+            )
+    if mask.fill is None and mask.value.dtype not in (dtype, None):
+        raise Refused(f"the mask {mask.value.name} is of another type than the query")
+
+
+def _equal(a: Dim, b: Dim) -> bool:
+    """Whether two dimensions are certainly the same."""
+    return a == b and (isinstance(a, int) or a.value is not None)
