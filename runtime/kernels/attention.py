@@ -15,6 +15,7 @@ from tvm.tirx.script import builder as T
 
 from ...passes.base import Caches
 from ..target import InstructionSet
+from .attention_rows import FEW, RowEmitter
 from .attention_spec import AttentionSpec, Mask
 from .attention_tiles import Tensors, Tile, TileEmitter
 from .two_pass_softmax import OPAQUE
@@ -95,21 +96,38 @@ def _tensors(spec: AttentionSpec, index: str) -> Tensors:
 
 
 def _emit(vectors: VectorTiles, t: Tensors, caches: Caches, threads: int) -> None:
-    spec, tile = t.spec, Tile.of(vectors.isa)
-    if 0 in (spec.batch, spec.queries):
+    """Rows or tiles, by the number of queries."""
+    if 0 in (t.spec.batch, t.spec.queries):
         return
+    rows = RowEmitter(vectors, t, caches.l1)
+    if isinstance(t.queries, int):
+        if t.queries <= FEW:
+            rows.emit(threads)
+        else:
+            _tiles(vectors, t, caches, threads)
+        return
+    with T.If(t.queries <= t.const(FEW)):
+        with T.Then():
+            rows.emit(threads)
+        with T.Else():
+            _tiles(vectors, t, caches, threads)
+
+
+def _tiles(vectors: VectorTiles, t: Tensors, caches: Caches, threads: int) -> None:
+    """Blocks of queries of all heads, over threads where there is enough work."""
+    spec, tile = t.spec, Tile.of(vectors.isa)
     emitter = TileEmitter(vectors, t, tile, key_block(tile, vectors.lanes, caches))
     width = emitter.width
     blocks = -(-t.queries // width) if isinstance(t.queries, int) else T.Bind(
-        T.floordiv(t.queries + (width - 1), t.const(width))
+        # Never 0, by which TVM would see a division.
+        T.max(T.floordiv(t.queries + (width - 1), t.const(width)), t.const(1))
     )  # fmt: skip
 
     def task(n: Expr) -> None:
         emitter.allocate()
-        block = T.Bind(T.floormod(n, blocks))
         head = T.Bind(T.floordiv(n, blocks))
-        b, h = T.Bind(T.floordiv(head, t.const(spec.heads))), T.Bind(T.floormod(head, t.const(spec.heads)))
-        first = T.Bind(block * width)
+        b, h = (vectors.opaque(f(head, t.const(spec.heads))) for f in (T.floordiv, T.floormod))
+        first = vectors.opaque(T.floormod(n, blocks) * width)
         rest = t.queries % width if isinstance(t.queries, int) else None
         if isinstance(t.queries, int) and t.queries < width:
             emitter.emit(b, h, first, -(-t.queries // vectors.lanes), t.queries)
@@ -124,7 +142,7 @@ def _emit(vectors: VectorTiles, t: Tensors, caches: Caches, threads: int) -> Non
                 if rest is not None:
                     emitter.emit(b, h, first, -(-rest // vectors.lanes), rest)
                 else:
-                    emitter.emit(b, h, first, tile.queries, T.Bind(t.queries - first))
+                    emitter.emit(b, h, first, tile.queries, vectors.opaque(t.queries - first))
 
     total = t.batch * spec.heads * blocks
     total = t.const(total) if isinstance(total, int) else T.Bind(total)

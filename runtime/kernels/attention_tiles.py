@@ -140,19 +140,19 @@ class TileEmitter:
         kv = h if spec.group == 1 else T.Bind(T.floordiv(h, t.const(spec.group)))
         self.used, self.rows, self.first = vectors, rows, first
         self.stride = vectors * v.lanes
-        self.where = (b, h)
-        self.k_base = T.Bind(t.at("k", b, kv))
-        self.v_base = T.Bind(t.at("v", b, kv))
-        self.offset = T.Bind(first + t.offset) if spec.causal is not Causal.NO else None
-        self._take_queries(T.Bind(t.at("q", b, h, first)))
+        self.mask_base = v.opaque(t.mask_at(b, h, first)) if spec.mask is not Mask.NO else None
+        self.k_base = v.opaque(t.at("k", b, kv))
+        self.v_base = v.opaque(t.at("v", b, kv))
+        self.offset = v.opaque(first + t.offset) if spec.causal is not Causal.NO else None
+        self._take_queries(v.opaque(t.at("q", b, h, first)))
         stop: int | Expr = t.keys
         if self.offset is not None:
             # Keys that some query of the block sees, in whole tiles; none where the offset is negative.
             seen = self.offset + rows
             tiles = T.floordiv(seen + (self.tile.keys - 1), t.const(self.tile.keys))
-            stop = T.Bind(T.max(t.const(0), T.min(tiles * self.tile.keys, self._expr(t.keys))))
+            stop = v.opaque(T.max(t.const(0), T.min(tiles * self.tile.keys, self._expr(t.keys))))
         self._each_block(stop)
-        self._give_result(T.Bind(t.at("y", b, h, first)))
+        self._give_result(v.opaque(t.at("y", b, h, first)))
 
     def _expr(self, value: int | Expr) -> Expr:
         return self.tensors.const(value) if isinstance(value, int) else value
@@ -161,33 +161,38 @@ class TileEmitter:
         """Q' = scale · Q transposed; O = 0, l = 0, m the lowest float."""
         v, t, lanes = self.vectors, self.tensors, self.vectors.lanes
         size = t.spec.head_size
+
+        def take(w: Expr, c: Expr) -> None:
+            rows, row = self._vector(w)
+            offset = start + row * t.step("q", "s") + c * lanes
+            target = c * (lanes * self.stride) + w * lanes
+            columns = lanes if size % lanes == 0 else T.min(t.const(lanes), size - c * lanes)
+            v.transpose(
+                t.q, offset, t.step("q", "s"), rows, columns, self.queries, target, self.stride, t.spec.scale
+            )
+
+        # One place in the code: a transpose is a hundred instructions.
+        with T.serial(t.const(self.used)) as w, T.serial(t.const(self.head_vectors)) as c:
+            take(w, c)
         for w in range(self.used):
-            for c in range(self.head_vectors):
-                rows = self._left(self.rows, w)
-                offset = start + w * lanes * t.step("q", "s") + c * lanes
-                columns = min(lanes, size - c * lanes)
-                target = self._expr(c * lanes * self.stride + w * lanes)
-                if w and not isinstance(self.rows, int):
-                    offset = T.Select(rows > 0, offset, start + c * lanes)
-                    rows = T.max(rows, t.const(1))
-                v.transpose(
-                    t.q, offset, t.step("q", "s"), rows, columns, self.queries, target, self.stride, t.spec.scale
-                )
             here = v.at(self._expr(w * lanes))
             T.buffer_store(self.top, v.splat(LOWEST), [here])
             T.buffer_store(self.sums, v.splat(0.0), [here])
         with T.serial(t.const(self.stride * self.value_vectors)) as n:
             T.buffer_store(self.result, v.splat(0.0), [v.at(n * lanes)])
 
-    def _left(self, rows: int | Expr, w: int) -> int | Expr:
-        """Queries of the block from vector w on."""
-        return rows - w * self.vectors.lanes
+    def _vector(self, w: Expr) -> tuple[Expr, Expr]:
+        """Of the block's vector w: how many queries there are, at least 1, and the first one that is."""
+        left = self.vectors.opaque(self.rows - w * self.vectors.lanes)
+        if isinstance(self.rows, int):  # as many vectors as hold queries
+            return left, w * self.vectors.lanes
+        return T.max(left, self.tensors.const(1)), T.Select(left > 0, w * self.vectors.lanes, self.tensors.const(0))
 
     # -- a block of keys -------------------------------------------------------------------------------------
 
     def _each_block(self, stop: int | Expr) -> None:
         """All keys below `stop`."""
-        t = self.tensors
+        t, v = self.tensors, self.vectors
         if isinstance(stop, int):
             blocks, rest = divmod(stop, self.block)
             if blocks == 1 and not rest:
@@ -199,9 +204,9 @@ class TileEmitter:
             if rest:
                 self._block(t.const(blocks * self.block), rest)
             return
-        with T.serial(T.floordiv(stop + (self.block - 1), t.const(self.block))) as n:
+        with T.serial(v.opaque(T.floordiv(stop + (self.block - 1), t.const(self.block)))) as n:
             first = T.Bind(n * self.block)
-            self._block(first, T.Bind(T.min(t.const(self.block), stop - first)))
+            self._block(first, v.opaque(T.min(t.const(self.block), stop - first)))
 
     def _block(self, key: Expr, count: int | Expr) -> None:
         """Keys key .. key + count."""
@@ -211,33 +216,33 @@ class TileEmitter:
         best = [v.registers(1, LOWEST) for _ in range(self.used)]
         whole, rest = (count // mk, count % mk) if isinstance(count, int) else (
             T.floordiv(count, t.const(mk)), T.floormod(count, t.const(mk)))
+        if not isinstance(whole, int):
+            whole, rest = v.opaque(whole), v.opaque(rest)
         with T.serial(self._expr(whole)) as n:
             self._scores(key, n * mk, None, best)
         if isinstance(rest, int):
             if rest:
                 self._scores(key, self._expr(whole * mk), rest, best)
         elif not isinstance(t.keys, int) or t.keys % mk:
-            rest = T.Bind(rest)
             with T.If(rest > t.const(0)), T.Then():
                 self._scores(key, T.Bind(count - rest), rest, best)
-        self._exponentials(T.floordiv(self._expr(count) + (mk - 1), t.const(mk)), best)
+        tiles = T.floordiv(self._expr(count) + (mk - 1), t.const(mk))
+        self._exponentials(tiles if isinstance(count, int) else v.opaque(tiles), best)
         self._values(key, count)
 
     def _transpose_mask(self, key: Expr, count: int | Expr) -> None:
         """The block of the mask, transposed, where the scores are to be; finite elsewhere."""
         t, v, lanes = self.tensors, self.vectors, self.vectors.lanes
-        b, h = self.where
-        with T.serial(T.floordiv(self._expr(count) + (lanes - 1), t.const(lanes))) as n:
-            columns = T.Bind(T.min(t.const(lanes), count - n * lanes))
-            for w in range(self.used):
-                left = self._left(self.rows, w)
-                row: Any = self.first + w * lanes
-                if w and not isinstance(self.rows, int):
-                    row, left = T.Select(left > 0, row, self.first), T.max(left, t.const(1))
-                offset = t.mask_at(b, h, row) + key + n * lanes
+        base = v.opaque(self.mask_base + key)
+        step = v.opaque(self._expr(t.keys))
+        with T.serial(v.opaque(T.floordiv(self._expr(count) + (lanes - 1), t.const(lanes)))) as n:
+            columns = v.opaque(T.min(t.const(lanes), count - n * lanes))
+            with T.serial(t.const(self.used)) as w:
+                rows, row = self._vector(w)
+                offset = base + row * step + n * lanes
                 target = n * (lanes * self.stride) + w * lanes
                 keep = t.spec.mask is Mask.KEEP
-                v.transpose(t.mask, offset, t.keys, left, columns, self.scores, target, self.stride, 1.0, keep)
+                v.transpose(t.mask, offset, step, rows, columns, self.scores, target, self.stride, 1.0, keep)
 
     def _scores(self, key: Expr, slot: Expr, rest: int | Expr | None, best: list[Buffer]) -> None:
         """One tile of scores, of keys key + slot on; the block's greatest in `best`. rest: how many there are."""
@@ -247,7 +252,7 @@ class TileEmitter:
         # A key that is not there is read as the last one that is.
         places: list[Any] = [u if rest is None else min(u, rest - 1) if isinstance(rest, int) else
                              T.min(t.const(u), rest - 1) for u in range(mk)]
-        base = T.Bind(self.k_base + (key + slot) * step)
+        base = v.opaque(self.k_base + (key + slot) * step)
         with T.serial(t.const(t.spec.head_size)) as d:
             columns = [v.load(self.queries, d * self.stride + w * lanes) for w in range(self.used)]
             for u in range(mk):
@@ -295,8 +300,7 @@ class TileEmitter:
             return s
         if spec.mask_axes[2]:
             return s + self.scores[v.at(slot * self.stride + w * lanes)]
-        b, h = self.where
-        element = t.mask[t.mask_at(b, h, self.first) + key]
+        element = t.mask[self.mask_base + key]
         if spec.mask is Mask.KEEP:
             element = T.Select(T.Cast("bool", element), T.float32(0), T.float32(NEGATIVE_INFINITY))
         return s + v.splat(T.Bind(element))
@@ -336,7 +340,7 @@ class TileEmitter:
     def _values(self, key: Expr, count: int | Expr) -> None:
         """O = O · a + S' V over the block's keys."""
         t = self.tensors
-        base = T.Bind(self.v_base + key * t.step("v", "s"))
+        base = self.vectors.opaque(self.v_base + key * t.step("v", "s"))
         first = 0
         for size in self.groups:
             rows = self.tile.rows[size]
@@ -348,7 +352,7 @@ class TileEmitter:
                 if rest:
                     self._output(t.const(whole * rows), rest, first, size, base, count)
             else:
-                with T.serial(T.floordiv(self.rows + (rows - 1), t.const(rows))) as n:
+                with T.serial(self.vectors.opaque(T.floordiv(self.rows + (rows - 1), t.const(rows)))) as n:
                     self._output(n * rows, rows, first, size, base, count)
             first += size
 

@@ -44,6 +44,18 @@ class VectorTiles(Vectors):
         """The sums of `lanes` vectors, each over its lanes, as one vector."""
         return T.Bind(T.call_extern(self.dtype, self._name("totals"), *values))
 
+    def kept(self, buffer: Buffer, offset: Expr, count: Expr | int) -> Expr:
+        """0 for each True, -infinity for each False of the first `count` booleans at `offset`; the rest -infinity."""
+        return T.Bind(
+            T.call_extern(self.dtype, self._name("kept"), T.address_of(buffer[offset]), _int32(count))
+        )
+
+    def opaque(self, value: Expr) -> Expr:
+        """An integer whose origin TVM does not see. It would follow sizes and offsets through every loop nest, which
+        takes minutes; for LLVM it is the value itself."""
+        dtype = str(value.ty.dtype) if hasattr(value, "ty") else "int32"
+        return T.Bind(T.call_extern(dtype, f"gw_opaque_{dtype}", value))
+
     def numbers(self, first: Expr | int) -> Expr:
         """first, first + 1, ... as int32."""
         return T.ramp(_int32(first), 1, self.lanes)
@@ -51,7 +63,17 @@ class VectorTiles(Vectors):
     def _ir(self) -> str:
         lanes = self.lanes
         extra = f"declare <{lanes} x i8> @llvm.masked.load.v{lanes}i8.p0(ptr, <{lanes} x i1>, <{lanes} x i8>)\n"
-        return super()._ir() + _transpose(lanes, False) + _transpose(lanes, True) + _totals(lanes) + extra
+        return super()._ir() + _transpose(lanes, False) + _transpose(lanes, True) + _totals(lanes) + _kept(lanes) + _OPAQUE + extra
+
+
+_OPAQUE = """
+define i32 @gw_opaque_int32(i32 %x) alwaysinline {
+  ret i32 %x
+}
+define i64 @gw_opaque_int64(i64 %x) alwaysinline {
+  ret i64 %x
+}
+"""
 
 
 def _int64(value: Expr | int) -> Any:
@@ -110,6 +132,19 @@ def _transpose(lanes: int, keep: bool) -> str:
             f"  store {vector} %v{rounds}_{r}, ptr %q{r}, align 4",
         ]
     return "\n".join([*lines, "  ret i32 0", "}", ""])
+
+
+def _kept(lanes: int) -> str:
+    vector, mask = f"<{lanes} x float>", f"<{lanes} x i1>"
+    return f"""
+define {vector} @gw_kept_{lanes}(ptr %p, i32 %n) alwaysinline {{
+  %m = call {mask} @gw_mask_{lanes}(i32 %n)
+  %b = call <{lanes} x i8> @llvm.masked.load.v{lanes}i8.p0(ptr align 1 %p, {mask} %m, <{lanes} x i8> zeroinitializer)
+  %e = icmp eq <{lanes} x i8> %b, zeroinitializer
+  %v = select {mask} %e, {vector} splat (float 0xFFF0000000000000), {vector} zeroinitializer
+  ret {vector} %v
+}}
+"""
 
 
 def _totals(lanes: int) -> str:
