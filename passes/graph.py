@@ -122,12 +122,16 @@ def static_shape(value: ir.Value | None) -> tuple[int, ...] | None:
     return dims if len(dims) == len(value.shape) else None
 
 
+def same_dim(a: int | ir.SymbolicDim, b: int | ir.SymbolicDim) -> bool:
+    """Whether two dimensions are certainly equal: numbers, or symbols by name."""
+    return a == b and (isinstance(a, int) or a.value is not None)
+
+
 def same_shape(a: ir.Value | None, b: ir.Value | None) -> bool:
     """Whether both shapes are known and equal, symbols by name; an unnamed dimension equals nothing."""
     if a is None or b is None or a.shape is None or b.shape is None or len(a.shape) != len(b.shape):
         return False
-    pairs = zip(a.shape, b.shape, strict=True)
-    return all(x == y and (isinstance(x, int) or x.value is not None) for x, y in pairs)
+    return all(same_dim(x, y) for x, y in zip(a.shape, b.shape, strict=True))
 
 
 def last_axis(node: ir.Node, default: int = -1) -> bool:

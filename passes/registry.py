@@ -35,11 +35,18 @@ PASSES: dict[str, str] = {
     "two-pass-softmax": "graphwright.passes.attention.two_pass_softmax:TwoPassSoftmax",
 }
 
+# Formulas in small operators become the standard's large ones: larger patterns may hold what smaller ones find.
+RECOGNISE = (
+    "recognise-layer-norm,recognise-rms-norm,recognise-gelu,recognise-swish,recognise-hard-swish,recognise-softmax,"
+    "recognise-rotary-embedding,recognise-attention"
+)
+
 PRESETS: dict[str, str] = {
     # Cleans a model for any runtime.
     "default": "pin-shapes,infer-shapes,fold-constants,simplify,dedupe-initializers,common-subexpressions,dead-code",
-    # What a compiler needs: one opset, no functions, no constants as nodes, only operators it has.
-    "compile": "inline-functions,pin-shapes,convert-opset,infer-shapes,fold-constants,decompose,infer-shapes,"
+    # What a compiler needs: one opset, no functions, no constants as nodes, large operators, only those it has.
+    "compile": "inline-functions,pin-shapes,convert-opset,infer-shapes,fold-constants,simplify,infer-shapes,"
+    f"fold-constants,simplify,{RECOGNISE},infer-shapes,fold-constants,decompose,infer-shapes,"
     "fold-constants,simplify,lift-constants,dedupe-initializers,common-subexpressions,dead-code,infer-shapes",
     "none": "",
 }

@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from .. import graph
 from ..base import Contract, Pass, PassContext, PassReport
-from . import quantized, recurrent
+from . import quantized, recurrent, transformer
 from .bodies import inline_call
 from .body_builder import Body
 from .evaluate import Refusal
@@ -26,11 +26,19 @@ SPELLED: dict[str, Callable[[ir.Node, int, int], Body]] = {
     "QLinearConv": quantized.qlinear_conv,
     "QLinearMatMul": quantized.qlinear_matmul,
 }
+# Shorter than the standard's body, for the forms that are usual.
+SHORT: dict[str, Callable[[ir.Node, int, int], Body]] = {
+    "Attention": transformer.attention,
+    "RotaryEmbedding": transformer.rotary_embedding,
+}
 WITH_BODY = frozenset(
     {"Attention", "BlackmanWindow", "CausalConvWithState", "Celu", "CenterCropPad", "HammingWindow", "HannWindow",
      "LinearAttention", "NegativeLogLikelihoodLoss", "RotaryEmbedding", "SoftmaxCrossEntropyLoss", "SwiGLU",
      "Swish"}
 )  # fmt: skip
+
+# Operators that are left whole for targets of that name, or whose name begins with it and a dash: there is a kernel.
+KERNELS: dict[str, frozenset[str]] = {}
 
 
 @dataclass(frozen=True)
@@ -43,7 +51,8 @@ class Decompose(Pass):
     LSTM, GRU and RNN are unrolled when their number of steps is fixed (all directions, activations, peepholes,
     clip, sequence lengths, both layouts). QLinearConv, QLinearMatMul and ConvInteger become float operators on
     the same whole numbers. Attention, RotaryEmbedding, Swish, Celu and other standard operators that the
-    standard defines by a body get that body.
+    standard defines by a body get that body, or a shorter one where they have their usual form.
+    Operators that the target has a kernel for, and those named by `keep`, stay.
     Left alone, with the reason: recurrences of free length or of more than max_steps steps, and bodies that
     need what is not known. Meant for compiling: onnxruntime has kernels for these operators.
     """
@@ -53,20 +62,22 @@ class Decompose(Pass):
 
     max_steps: int = 256  # longest recurrence that is unrolled; each step is about ten nodes
     ops: tuple[str, ...] = ()  # further standard operators to replace by the body that the standard gives
+    keep: tuple[str, ...] = ()  # operators to leave whole, besides those that the target has kernels for
 
     def run(self, model: ir.Model, ctx: PassContext) -> PassReport:
         report = self.report()
         refused: set[ir.Node] = set()
-        while self._round(model, refused, report):
+        wanted = frozenset({*SPELLED, *WITH_BODY, *self.ops}) - kept_whole(ctx.target) - set(self.keep)
+        while self._round(model, wanted, refused, report):
             InferShapes().run(model, ctx)  # bodies hold operators that are decomposed in turn, by their types
         return report
 
-    def _round(self, model: ir.Model, refused: set[ir.Node], report: PassReport) -> bool:
+    def _round(self, model: ir.Model, wanted: frozenset[str], refused: set[ir.Node], report: PassReport) -> bool:
         """Replace what there is now. Returns whether the bodies hold more."""
         names: graph.Names | None = None
         more = False
         for scope in graph.scopes(model):
-            for node in [node for node in scope.graph if self._wants(node) and node not in refused]:
+            for node in [node for node in scope.graph if _wants(node, wanted) and node not in refused]:
                 site, op_type = graph.site(node), node.op_type
                 try:
                     function = self._body(node, scope)
@@ -78,17 +89,27 @@ class Decompose(Pass):
                 outputs = [value for value in node.outputs if value.name]
                 made = inline_call(node, function, names, outputs)
                 report.changed("decompose", site, f"{op_type}: {len(made)} nodes")
-                more = more or any(map(self._wants, made))
+                more = more or any(_wants(node, wanted) for node in made)
         return more
-
-    def _wants(self, node: ir.Node) -> bool:
-        if node.domain != "":
-            return False
-        return node.op_type in SPELLED or node.op_type in WITH_BODY or node.op_type in self.ops
 
     def _body(self, node: ir.Node, scope: graph.Scope) -> ir.Function:
         if graph.has_references(node):
             raise Refusal("its attributes are parameters of the function; run inline-functions first")
         if node.op_type in SPELLED:
             return SPELLED[node.op_type](node, scope.opset, self.max_steps).function(node)
+        if node.op_type in SHORT:
+            try:
+                return SHORT[node.op_type](node, scope.opset, self.max_steps).function(node)
+            except Refusal:
+                pass  # a form that only the standard's body covers
         return standard_body(node, scope.opset)
+
+
+def kept_whole(target: str | None) -> frozenset[str]:
+    """The operators that the target has kernels for."""
+    names = [] if target is None else [name for name in KERNELS if target == name or target.startswith(f"{name}-")]
+    return frozenset().union(*(KERNELS[name] for name in names))
+
+
+def _wants(node: ir.Node, wanted: frozenset[str]) -> bool:
+    return node.domain == "" and node.op_type in wanted

@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from .. import graph
 from ..base import Contract
+from ..graph import same_dim
 from .masks import ABSORBS, is_causal
 from .matching import Found, Recogniser, Refused, Writer, made_by, only_user, operands, producer, same, scalar, user
 
@@ -243,11 +244,11 @@ class Site:
         assert mask.shape is not None
         wanted = [self.q.dims[-2], self.k.dims[-2]]
         have: list[Dim] = [*[1] * (2 - len(mask.shape)), *list(mask.shape)[-2:]]
-        if len(mask.shape) >= 2 and all(_equal(a, b) for a, b in zip(have, wanted, strict=True)):
+        if len(mask.shape) >= 2 and all(same_dim(a, b) for a, b in zip(have, wanted, strict=True)):
             return mask
         parts: list[int | ir.Value] = [1, 1]
         for mine, whole, source in zip(have, wanted, (q, k), strict=True):
-            if _equal(mine, whole):
+            if same_dim(mine, whole):
                 parts.append(1)
             elif isinstance(whole, int):
                 parts.append(whole)
@@ -288,7 +289,7 @@ def _site(node: ir.Node, last: ir.Node, scores: Scores) -> Site:
     if rank == 4:
         k, v = _ungrouped(q, k, v)
     for name, side in (("key", k), ("value", v)):
-        if not _equal(q.dims[0], side.dims[0]):
+        if not same_dim(q.dims[0], side.dims[0]):
             raise Refused(
                 f"the batch of the query ({q.dims[0]}) is not known to be that of the {name} ({side.dims[0]})"
             )
@@ -299,7 +300,7 @@ def _site(node: ir.Node, last: ir.Node, scores: Scores) -> Site:
     masks, causal = [], []
     for mask in scores.masks:
         _check_mask(mask, whole, dtype)
-        if is_causal(mask.value, mask.keep, mask.fill is not None) and mask.factor > 0 and _equal(*whole[-2:]):
+        if is_causal(mask.value, mask.keep, mask.fill is not None) and mask.factor > 0 and same_dim(*whole[-2:]):
             causal.append(mask)
         else:
             masks.append(mask)
@@ -369,8 +370,8 @@ def _through_three_axes(value: ir.Value) -> ir.Value | None:
     if k is None or k.shape is None or value.shape is None or three is None or len(k.shape) != 4 or len(three) != 3:
         return None
     wanted = [k.shape[0], k.shape[1], k.shape[3], k.shape[2]]
-    right = all(_equal(a, b) for a, b in zip(value.shape, wanted, strict=False)) and len(value.shape) == 4
-    return k if right and _equal(three[1], k.shape[2]) and _equal(three[2], k.shape[3]) else None
+    right = all(same_dim(a, b) for a, b in zip(value.shape, wanted, strict=False)) and len(value.shape) == 4
+    return k if right and same_dim(three[1], k.shape[2]) and same_dim(three[2], k.shape[3]) else None
 
 
 def _ungrouped(q: Side, k: Side, v: Side) -> tuple[Side, Side]:
@@ -379,7 +380,7 @@ def _ungrouped(q: Side, k: Side, v: Side) -> tuple[Side, Side]:
         first, second = _repeated(k.value), _repeated(v.value)
         if first is not None and second is not None and first[1] == second[1]:
             return replace(k, value=first[0]), replace(v, value=second[0])
-    if not all(_equal(side.dims[1], q.dims[1]) for side in (k, v)) and not (k.dims[1] == v.dims[1] == 1):
+    if not all(same_dim(side.dims[1], q.dims[1]) for side in (k, v)) and not (k.dims[1] == v.dims[1] == 1):
         heads = ", ".join(str(side.dims[1]) for side in (q, k, v))
         raise Refused(f"the heads of query, key and value ({heads}) are not known to be equal")
     return k, v
@@ -402,9 +403,11 @@ def _repeated(value: ir.Value) -> tuple[ir.Value, int] | None:
     heads, count = before[1], many[2]
     if not isinstance(heads, int) or not isinstance(count, int) or apart[2] != 1 or after[1] != heads * count:
         return None
-    if not all(_equal(before[i], apart[j]) and _equal(before[i], many[j]) for i, j in ((0, 0), (1, 1), (2, 3), (3, 4))):
+    if not all(
+        same_dim(before[i], apart[j]) and same_dim(before[i], many[j]) for i, j in ((0, 0), (1, 1), (2, 3), (3, 4))
+    ):
         return None
-    unknown = [i for i in (0, 2, 3) if not _equal(before[i], after[i])]
+    unknown = [i for i in (0, 2, 3) if not same_dim(before[i], after[i])]
     return (x, count) if len(unknown) <= 1 else None  # one size is told by the number of elements
 
 
@@ -415,14 +418,9 @@ def _check_mask(mask: Mask, whole: list[Dim], dtype: ir.DataType | None) -> None
     if len(shape) > len(whole):
         raise Refused(f"the mask {mask.value.name} has rank {len(shape)}")
     for mine, theirs in zip(list(shape)[::-1], whole[::-1], strict=False):
-        if mine != 1 and not _equal(mine, theirs):
+        if mine != 1 and not same_dim(mine, theirs):
             raise Refused(
                 f"an axis of the mask {mask.value.name} ({mine}) is not known to be that of the product ({theirs})"
             )
     if mask.fill is None and mask.value.dtype not in (dtype, None):
         raise Refused(f"the mask {mask.value.name} is of another type than the query")
-
-
-def _equal(a: Dim, b: Dim) -> bool:
-    """Whether two dimensions are certainly the same."""
-    return a == b and (isinstance(a, int) or a.value is not None)

@@ -57,9 +57,7 @@ def _keeps_matrix(node: ir.Node) -> bool:
         return False
     if any(dim != 1 for dim in [*list(before)[:-2], *list(after)[:-2]]):
         return False
-    return all(
-        a == b and (isinstance(a, int) or a.value is not None) for a, b in zip(before[-2:], after[-2:], strict=True)
-    )
+    return all(graph.same_dim(a, b) for a, b in zip(before[-2:], after[-2:], strict=True))
 
 
 def _triangle(node: ir.Node, keep: bool, condition: bool) -> bool:
@@ -103,17 +101,12 @@ def _condition(node: ir.Node, keep: bool, depth: int) -> bool:
     if graph.is_op(node, "Cast"):
         return is_causal(node.inputs[0], keep, True, depth - 1)
     if graph.is_op(node, "Slice"):
-        return _from_start(node) and is_causal_before_slice(node.inputs[0], keep, depth)
+        return _from_start(node) and is_causal(node.inputs[0], keep, True, depth - 1)
     return False
 
 
-def is_causal_before_slice(value: ir.Value | None, keep: bool, depth: int) -> bool:
-    """The first rows and columns of a causal mask are causal."""
-    return is_causal(value, keep, True, depth - 1)
-
-
 def _from_start(node: ir.Node) -> bool:
-    """Whether a Slice takes the first elements of the last axes, in order."""
+    """Whether a Slice takes the first elements of its axes, in order: the first rows of a triangle are a triangle."""
     starts = graph.constant_ints(graph.input_of(node, 1))
     steps = graph.constant_ints(graph.input_of(node, 4)) if graph.input_of(node, 4) is not None else [1]
     return starts is not None and not any(starts) and steps is not None and all(step == 1 for step in steps)

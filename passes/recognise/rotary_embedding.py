@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from .. import graph
 from ..base import Contract
+from ..graph import same_dim
 from .matching import Found, Recogniser, Refused, Writer, made_by, only_user, operands, same, scalar
 
 TABLE = 64 << 20  # bytes of a table of angles that is read to see whether its halves are equal
@@ -149,9 +150,9 @@ def _check(concat: ir.Node, x: ir.Value, cos: ir.Value, sin: ir.Value) -> None:
         if table.shape is None or len(table.shape) < 2 or len(table.shape) > 4:
             raise Refused(f"the shape of {table.name} is not known; run infer-shapes first")
         dims = [*[1] * (4 - len(table.shape)), *table.shape]
-        if dims[1] != 1 or not _equal(dims[2], x.shape[2]):
+        if dims[1] != 1 or not same_dim(dims[2], x.shape[2]):
             raise Refused(f"{table.name} {table.shape} is not one row for each position of x {x.shape}")
-        if dims[0] != 1 and not _equal(dims[0], x.shape[0]):
+        if dims[0] != 1 and not same_dim(dims[0], x.shape[0]):
             raise Refused(f"the batch of {table.name} ({dims[0]}) is not known to be that of x ({x.shape[0]})")
         if table.dtype not in (None, x.dtype):
             raise Refused(f"{table.name} is of another type than x")
@@ -238,7 +239,7 @@ def _table(writer: Writer, x: ir.Value, table: ir.Value) -> ir.Value:
     elif len(dims) == 2:
         table = writer.op("Unsqueeze", table, writer.ints([0], "batch"), dtype=table.dtype, shape=[1, *dims])
     batch = x.shape[0]
-    if table.shape is not None and _equal(table.shape[0], batch):
+    if table.shape is not None and same_dim(table.shape[0], batch):
         return table
     if isinstance(batch, int):
         target = writer.ints([batch, 1, 1], "sizes")
@@ -246,8 +247,3 @@ def _table(writer: Writer, x: ir.Value, table: ir.Value) -> ir.Value:
         count = writer.op("Shape", x, start=0, end=1, dtype=ir.DataType.INT64, shape=[1])
         target = writer.op("Concat", count, writer.ints([1, 1], "ones"), axis=0, dtype=ir.DataType.INT64, shape=[3])
     return writer.op("Expand", table, target, dtype=table.dtype, shape=[batch, *dims[-2:]])
-
-
-def _equal(a: int | ir.SymbolicDim, b: int | ir.SymbolicDim) -> bool:
-    """Whether two dimensions are certainly the same."""
-    return a == b and (isinstance(a, int) or a.value is not None)

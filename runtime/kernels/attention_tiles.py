@@ -130,7 +130,10 @@ class TileEmitter:
         self.top, self.sums, self.scale = (self._scratch(self.width + spare) for _ in range(3))
 
     def _scratch(self, size: int) -> Buffer:
-        return T.alloc_buffer((size,), "float32", scope="global")
+        buffer = T.alloc_buffer((size,), "float32", scope="global")
+        # TVM cuts a buffer down to the elements that it sees used; those behind a pointer it does not see.
+        T.buffer_store(buffer, T.float32(0), [self._expr(size - 1)])
+        return buffer
 
     # -- a block of queries ----------------------------------------------------------------------------------
 

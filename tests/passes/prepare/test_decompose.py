@@ -122,3 +122,35 @@ def _runtime_has(text: str, feeds: dict[str, np.ndarray]) -> bool:
     except Exception:  # NotImplemented of the pybind module
         return False
     return True
+
+
+def test_operators_with_a_kernel_stay(monkeypatch: pytest.MonkeyPatch, check) -> None:
+    """By option, or by the table of what targets have kernels for; names of targets cover their variants."""
+    from graphwright.passes.base import PassContext
+    from graphwright.passes.prepare import decompose
+
+    text = HEAD.format(opset=24) + "g (float[2,3] x) => (float[2,3] y) { y = Swish (x) }"
+    feeds = {"x": numbers(0, -3, 3, (2, 3), np.float32)}
+    model, (report,) = check(text, "decompose:keep=Swish", feeds, 0)
+    assert not report.changes and [node.op_type for node in model.graph] == ["Swish"]
+    monkeypatch.setitem(decompose.KERNELS, "cpu", frozenset({"Swish"}))
+    for target, left in (("cpu", True), ("cpu-avx2", True), ("cuda", False), (None, False)):
+        changes = decompose.Decompose().run(model.clone(), PassContext(target=target)).changes
+        assert (not changes) == left, target
+
+
+@pytest.mark.parametrize("mask", ["float[4,6] m", "float[2,1,4,6] m", "float[1,4,6] m"])
+def test_rows_that_a_mask_hides_wholly_are_zeros(mask: str, check) -> None:
+    """As the standard says, where the plain formula gives NaN."""
+    text = HEAD.format(opset=24) + (
+        f"g (float[2,3,4,8] q, float[2,3,6,8] k, float[2,3,6,5] v, {mask}) => (float[2,3,4,5] y)"
+        " { y = Attention <scale = 0.3> (q, k, v, m) }"
+    )
+    random = np.random.default_rng(0)
+    shapes = {"q": (2, 3, 4, 8), "k": (2, 3, 6, 8), "v": (2, 3, 6, 5)}
+    feeds = {key: random.standard_normal(shape).astype(np.float32) for key, shape in shapes.items()}
+    sizes = tuple(int(size) for size in mask.partition("[")[2].partition("]")[0].split(","))
+    m = np.where(random.random(sizes) < 0.4, -np.inf, 0).astype(np.float32)
+    m[..., 2, :] = -np.inf
+    model, _ = check(text, "infer-shapes,decompose", {**feeds, "m": m}, 2e-6)
+    assert len(model.graph) < 15, "the short body"
