@@ -14,7 +14,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import tvm
 from tvm import relax, tirx
@@ -23,6 +23,7 @@ from tvm.tirx.script import builder as T
 
 from . import elements
 from .elements import NotElementwise, Source, Tree
+from .kernels import moves
 from .kernels.elementwise import emit_elementwise
 from .kernels.vectors import Buffer, Expr, Vectors
 from .target import Target
@@ -212,6 +213,8 @@ def _elementwise_kernel(name: str, calls: Sequence[_Call], params: Sequence[Any]
     tree, shape = _epilogue(calls, params)
     small, extents, _ = elements.collapsed(tree, shape)
     v = Vectors(target.isa)
+    if _transposes(small, extents):
+        return _transposition(name, small, extents, params, calls[-1].out, target)
     elements.check_vectors(small, extents, v.lanes)
     if extents and extents[-1] < v.lanes and math.prod(extents) > v.lanes:
         raise NotElementwise("its last axis is shorter than a vector")
@@ -220,6 +223,28 @@ def _elementwise_kernel(name: str, calls: Sequence[_Call], params: Sequence[Any]
         emit_elementwise(v, tree, shape, inputs, y, target.cores, index)
 
     return _kernel(name, params, calls[-1].out, target, math.prod(shape), write)
+
+
+def _transposes(tree: Tree, extents: Sequence[int]) -> TypeGuard[elements.Load]:
+    """Whether a tree is one load whose contiguous axis is not the output's."""
+    return (
+        isinstance(tree, elements.Load)
+        and tree.dtype == "float32"
+        and len(extents) > 1
+        and tree.strides[-1] > 1
+        and any(stride == 1 and extent > 1 for stride, extent in zip(tree.strides, extents, strict=True))
+    )
+
+
+def _transposition(
+    name: str, load: elements.Load, extents: Sequence[int], params: Sequence[Any], out: Any, target: Target
+) -> tirx.PrimFunc:
+    def write(v: Vectors, inputs: Sequence[Buffer], y: Buffer, index: str) -> None:
+        with moves.prelude(v):
+            x = inputs[load.source]
+            moves.emit_transpose(v, x, load.base, load.strides, extents, y, target.cores, index)
+
+    return _kernel(name, params, out, target, 0, write)
 
 
 def _anchor_kernel(name: str, calls: Sequence[_Call], params: Sequence[Any], target: Target) -> tirx.PrimFunc:
@@ -258,12 +283,16 @@ def _anchor_kernel(name: str, calls: Sequence[_Call], params: Sequence[Any], tar
 
 def annotate(module: tvm.IRModule) -> tvm.IRModule:
     """Call elementwise functions by their name: TVM takes one that reads place 0 of an axis of one element for a
-    broadcast or worse, and fuses it into nothing. Runs after AnnotateTIROpPattern.
+    broadcast or worse, and fuses it into nothing. Reshapes are fused into nothing: alone they cost nothing, as
+    another view of the same memory. Runs after AnnotateTIROpPattern.
     """
     result = tvm.IRModule(dict(module.functions_items()), attrs=module.attrs)
     for variable, function in module.functions_items():
         if isinstance(function, tirx.PrimFunc) and int((function.attrs or {}).get("op_pattern", 0)) in (1, 2, OPAQUE):
             if "tirx.is_scheduled" in function.attrs or ANCHOR in function.attrs:
+                continue
+            if relax.analysis.has_reshape_pattern(function):
+                result.update_func(variable, function.with_attr("op_pattern", OPAQUE))
                 continue
             try:
                 nest = elements.nest_of(function)

@@ -38,7 +38,8 @@ WITH_BODY = frozenset(
 )  # fmt: skip
 
 # Operators that are left whole for targets of that name, or whose name begins with it and a dash: there is a kernel.
-KERNELS: dict[str, frozenset[str]] = {}
+_ON_CPUS = frozenset({"Swish"})
+KERNELS: dict[str, frozenset[str]] = dict.fromkeys(("cpu", "arm64", "armv7", "riscv64"), _ON_CPUS)
 
 
 @dataclass(frozen=True)

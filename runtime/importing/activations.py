@@ -81,6 +81,31 @@ def hard(site: Site) -> Result:
     return _activation(site, line)
 
 
+@converts("Gelu")
+def gelu(site: Site) -> Result:
+    """x · Φ(x), exact or by the tanh approximation of Hendrycks and Gimpel (arXiv 1606.08415)."""
+    approximate = str(site.attr("approximate", "none")) == "tanh"
+
+    def unit(x: Any, c: Callable[[float], tirx.Expr]) -> Any:
+        if approximate:
+            inner = x * (c(0.7978845608028654) + x * x * c(0.044715 * 0.7978845608028654))
+            return c(0.5) * x * (c(1) + tirx.tanh(inner))
+        return c(0.5) * x * (c(1) + tirx.erf(x * c(0.7071067811865476)))
+
+    return _activation(site, unit)
+
+
+@converts("Swish")
+def swish(site: Site) -> Result:
+    """x · sigmoid(alpha · x)."""
+    alpha = float(site.attr("alpha", 1.0))
+
+    def unit(x: Any, c: Callable[[float], tirx.Expr]) -> Any:
+        return x * tirx.sigmoid(x * c(alpha) if alpha != 1.0 else x)
+
+    return _activation(site, unit)
+
+
 @converts("Sign")
 def sign(site: Site) -> Result:
     if is_unsigned(site.dtype()):

@@ -94,13 +94,15 @@ def pack(bb: relax.BlockBuilder, x: Any, lanes: int) -> Any:
     out = blocked_shape(shape, lanes)
     if shape[1] % lanes == 0 and math.prod(shape[2:]) == 1:
         return bb.emit(relax.op.reshape(x, out))
+    if shape[1] % lanes == 0:
+        # Blocks of rows are transposed; the rest is another view of the same memory.
+        rows = bb.emit(relax.op.reshape(x, [shape[0], out[1], lanes, math.prod(shape[2:])]))
+        return bb.emit(relax.op.reshape(bb.emit(relax.op.permute_dims(rows, [0, 1, 3, 2])), out))
     data = te.placeholder(shape, str(x.ty.dtype.dtype), "x")
 
     def element(n: Any, block: Any, *rest: Any) -> Any:
         *place, lane = rest
         channel = block * lanes + lane
-        if shape[1] % lanes == 0:
-            return data(n, channel, *place)
         return tirx.if_then_else(channel < shape[1], data(n, channel, *place), tirx.const(0, data.dtype))
 
     function = te.create_prim_func([data, te.compute(out, element, name="pack")], "int64")
@@ -114,6 +116,9 @@ def unpack(bb: relax.BlockBuilder, blocked: Any, shape: Sequence[int], lanes: in
 
     if shape[1] % lanes == 0 and math.prod(shape[2:]) == 1:
         return relax.op.reshape(blocked, list(shape))
+    if shape[1] % lanes == 0:
+        rows = bb.emit(relax.op.reshape(blocked, [shape[0], shape[1] // lanes, math.prod(shape[2:]), lanes]))
+        return relax.op.reshape(bb.emit(relax.op.permute_dims(rows, [0, 1, 3, 2])), list(shape))
     data = te.placeholder([int(d) for d in blocked.ty.shape.values], str(blocked.ty.dtype.dtype), "x")
 
     def element(n: Any, channel: Any, *place: Any) -> Any:
