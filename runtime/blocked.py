@@ -37,7 +37,9 @@ def blocked_array(array: np.ndarray, lanes: int) -> np.ndarray:
     return np.ascontiguousarray(np.moveaxis(split, 2, -1))
 
 
-def rebuilt(e: Any, variables: Mapping[Any, Any], load: Callable[[TensorLoad, list[Any]], Any], safe: bool = True) -> Any:
+def rebuilt(
+    e: Any, variables: Mapping[Any, Any], load: Callable[[TensorLoad, list[Any]], Any], safe: bool = True
+) -> Any:
     """A TIR expression with other variables and loads. safe: refuse what could make finite numbers infinite."""
     if e in variables:
         return variables[e]
@@ -76,7 +78,7 @@ def blocked_elementwise(
     nest = nest_of(function)
     if len(nest.extents) < 3:
         raise NotElementwise("its output has no channels")
-    n, c, *rest = nest.extents
+    c = nest.extents[CHANNEL]
     values: list[Any] = []
     in_blocks: list[bool] = []
     for argument, own, buffer in zip(arguments, blocked, nest.parameters[:-1], strict=True):
@@ -123,10 +125,9 @@ def blocked_elementwise(
 
         return rebuilt(nest.value, axes, load, safe=not exact)
 
-    out = te.compute(blocked_shape(nest.extents, lanes), element, name="blocked")
+    shape = [tirx.IntImm("int64", d) for d in blocked_shape(nest.extents, lanes)]
+    out = te.compute(shape, element, name="blocked")
     kernel = te.create_prim_func([*tensors, out], "int64").without_attr("global_symbol")
     name = str(getattr(function, "name", "") or "blocked")
     kind = relax.TensorType(blocked_shape(nest.extents, lanes), out.dtype)
     return bb.emit(relax.call_tir(bb.add_func(kernel, f"{name}_blocked"), values, kind))
-
-

@@ -26,7 +26,9 @@ LOOKED_AT = ["relax.matmul", "relax.concat", *CONVOLUTIONS]
 
 def plan(module: tvm.IRModule, target: Target) -> tvm.IRModule:
     """Replace what templates take by their anchors. Runs after LegalizeOps has left the operators of LOOKED_AT."""
-    return relax.transform.DeadCodeElimination()(_Planner(module, target).run())
+    # A second name of a value would keep Relax from fusing its users.
+    module = relax.transform.CanonicalizeBindings()(_Planner(module, target).run())
+    return relax.transform.DeadCodeElimination()(module)
 
 
 @relax.expr_functor.mutator
@@ -50,7 +52,7 @@ class _Planner(relax.PyExprMutator):
         name = getattr(call.op, "name", "")
         result = None
         if name == "relax.matmul":
-            result = products.matmul(self.builder_, *call.args, self.target)
+            result = products.matmul(self.builder_, call.args[0], call.args[1], self.target)
         elif name in CONVOLUTIONS:
             call = self.builder_.normalize(call)
             blocks = convolutions.convolution(self.builder_, call, self.in_blocks(call.args[0]), self.target)

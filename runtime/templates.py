@@ -185,7 +185,12 @@ def _source(argument: Any, sources: dict[Any, Source]) -> Source:
 
 
 def _kernel(
-    name: str, params: Sequence[Any], out: Any, target: Target, flops: int, write: Callable[[Vectors, Any, Any, str], None]
+    name: str,
+    params: Sequence[Any],
+    out: Any,
+    target: Target,
+    flops: int,
+    write: Callable[[Vectors, Any, Any, str], None],
 ) -> tirx.PrimFunc:
     """A function over the parameters and the output; `write(vectors, flat inputs, flat output, index)` fills it."""
     kinds = [*(p.ty for p in params), out]
@@ -199,13 +204,17 @@ def _kernel(
         for number, kind in enumerate(kinds):
             shape = [tirx.const(int(d), index) for d in kind.shape.values]
             shaped.append(T.match_buffer(T.arg(f"x{number}", T.handle()), shape, str(kind.dtype.dtype)))
-        buffers = []
-        for buffer, kind in zip(shaped, kinds, strict=True):
-            size = tirx.const(math.prod(int(d) for d in kind.shape.values), index)
-            buffers.append(T.decl_buffer((size,), str(kind.dtype.dtype), data=buffer.data))
         v = Vectors(target.isa)
-        with T.sblock("root"), v.prelude():
-            write(v, buffers[:-1], buffers[-1], index)
+        with T.sblock("root"):
+            # Nobody asks what the root block touches; left out, TVM spends up to minutes to find it out.
+            T.reads()
+            T.writes()
+            buffers = []
+            for buffer, kind in zip(shaped, kinds, strict=True):
+                size = tirx.const(math.prod(int(d) for d in kind.shape.values), index)
+                buffers.append(T.decl_buffer((size,), str(kind.dtype.dtype), data=buffer.data))
+            with v.prelude():
+                write(v, buffers[:-1], buffers[-1], index)
     return builder.get()
 
 
@@ -252,7 +261,7 @@ def _anchor_kernel(name: str, calls: Sequence[_Call], params: Sequence[Any], tar
     spec = main.anchor
     assert spec is not None
     tree, shape = _epilogue(calls, params)
-    small, extents, groups = elements.collapsed(tree, shape)
+    small, _, groups = elements.collapsed(tree, shape)
     v = Vectors(target.isa)
     elements.check_vectors(tree, shape, v.lanes)
     positions = [list(params).index(a) for a in main.arguments]
@@ -350,7 +359,9 @@ class _Claimer(relax.PyExprMutator):
         for c in calls:
             arguments = [values.get(a, a) for a in c.arguments]
             variable = self.builder_.get().get_global_vars()
-            callee = next(g for g in variable if self.module.functions.get(g) is not None and self.module[g].same_as(c.function))
+            callee = next(
+                g for g in variable if self.module.functions.get(g) is not None and self.module[g].same_as(c.function)
+            )
             values[c.var] = self.builder_.emit(self.lone(relax.call_tir(callee, arguments, c.out)))
         return values[calls[-1].var]
 

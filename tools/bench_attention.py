@@ -44,6 +44,11 @@ class Shape:
     keys: int = 0
     kv_heads: int = 0
     causal: bool = False
+
+    @classmethod
+    def parse(cls, text: str) -> Shape:
+        heads, queries, size, keys, kv_heads = [*map(int, text.split("x")), 0, 0][:5]
+        return cls(heads, queries, size, keys, kv_heads)
     note: str = ""
 
     @property
@@ -170,7 +175,9 @@ def fused(shape: Shape, arrays: dict[str, np.ndarray]) -> tuple[Any, dict[str, n
     return _model([node], feeds, feeds["q"].shape, []), feeds
 
 
-def _model(nodes: Sequence[Any], feeds: dict[str, np.ndarray], result: tuple[int, ...], constants: Sequence[Any]) -> Any:
+def _model(
+    nodes: Sequence[Any], feeds: dict[str, np.ndarray], result: tuple[int, ...], constants: Sequence[Any]
+) -> Any:
     from onnx import TensorProto, helper
 
     inputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, a.shape) for name, a in feeds.items()]
@@ -271,7 +278,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from ..runtime.target import Target
 
     target = Target.named("cpu")
-    shapes = [Shape(*map(int, text.split("x"))) for text in options.shape] if options.shape else SHAPES
+    shapes = [Shape.parse(text) for text in options.shape] if options.shape else SHAPES
     print(f"{target.description}, caches {target.caches}, {options.threads} thread(s)")
     print("| " + " | ".join(HEADER) + " |")
     print("|" + "---|" * len(HEADER), flush=True)

@@ -113,7 +113,9 @@ def window_means(
     zero = tirx.const(0, wide)
 
     def inside(where: Sequence[Any], whole: bool) -> Any:
-        reach = [(-before[a] if whole else 0, int64(dims[2 + a]) + (after[a] if whole else 0)) for a in range(len(where))]
+        reach = [
+            (-before[a] if whole else 0, int64(dims[2 + a]) + (after[a] if whole else 0)) for a in range(len(where))
+        ]
         return tirx.all(*(tirx.all(w >= low, w < high) for w, (low, high) in zip(where, reach, strict=True)))
 
     def places(at: Sequence[Any], window: Sequence[Any]) -> list[Any]:

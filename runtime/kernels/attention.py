@@ -7,7 +7,6 @@ is a few blocks for each thread.
 from __future__ import annotations
 
 from functools import reduce
-from typing import Any
 
 from tvm import tirx
 from tvm.script.ir_builder import IRBuilder

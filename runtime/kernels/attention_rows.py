@@ -88,8 +88,9 @@ class RowEmitter:
                 self._keys(t.const(0), t.const(t.keys) if isinstance(t.keys, int) else t.keys)
                 self._each_row(lambda r: self._give(r, self.sums, self.result, r))
             else:
-                share = T.Bind(T.floordiv(T.floordiv(t.keys + (parts - 1), t.const(parts)) + (lanes - 1), t.const(lanes))
-                               * lanes)
+                share = T.Bind(
+                    T.floordiv(T.floordiv(t.keys + (parts - 1), t.const(parts)) + (lanes - 1), t.const(lanes)) * lanes
+                )
                 first = self.vectors.opaque(T.min(T.floormod(n, t.const(parts)) * share, t.keys))
                 self._keys(first, self.vectors.opaque(T.min(first + share, t.keys)))
                 self._each_row(lambda r: self._keep(r, n * self.most + r, results))
@@ -99,7 +100,7 @@ class RowEmitter:
                 self._each_row(lambda r: self._merge(r, task * (parts * self.most) + r, parts, results))
 
     def _allocate(self) -> None:
-        t, v, lanes = self.tensors, self.vectors, self.vectors.lanes
+        lanes = self.vectors.lanes
 
         def scratch(size: int) -> Buffer:
             return T.alloc_buffer((size,), "float32", scope="global")

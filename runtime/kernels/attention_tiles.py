@@ -170,9 +170,7 @@ class TileEmitter:
             offset = start + row * t.step("q", "s") + c * lanes
             target = c * (lanes * self.stride) + w * lanes
             columns = lanes if size % lanes == 0 else T.min(t.const(lanes), size - c * lanes)
-            v.transpose(
-                t.q, offset, t.step("q", "s"), rows, columns, self.queries, target, self.stride, t.spec.scale
-            )
+            v.transpose(t.q, offset, t.step("q", "s"), rows, columns, self.queries, target, self.stride, t.spec.scale)
 
         # One place in the code: a transpose is a hundred instructions.
         with T.serial(t.const(self.used)) as w, T.serial(t.const(self.head_vectors)) as c:
@@ -213,12 +211,15 @@ class TileEmitter:
 
     def _block(self, key: Expr, count: int | Expr) -> None:
         """Keys key .. key + count."""
-        t, v, mk, lanes = self.tensors, self.vectors, self.tile.keys, self.vectors.lanes
+        t, v, mk = self.tensors, self.vectors, self.tile.keys
         if t.spec.mask is not Mask.NO and t.spec.mask_axes[2]:
             self._transpose_mask(key, count)
         best = [v.registers(1, LOWEST) for _ in range(self.used)]
-        whole, rest = (count // mk, count % mk) if isinstance(count, int) else (
-            T.floordiv(count, t.const(mk)), T.floormod(count, t.const(mk)))
+        whole, rest = (
+            (count // mk, count % mk)
+            if isinstance(count, int)
+            else (T.floordiv(count, t.const(mk)), T.floormod(count, t.const(mk)))
+        )
         if not isinstance(whole, int):
             whole, rest = v.opaque(whole), v.opaque(rest)
         with T.serial(self._expr(whole)) as n:
@@ -253,8 +254,10 @@ class TileEmitter:
         step, along = t.step("k", "s"), t.step("k", "d")
         sums = [v.registers(self.used, 0.0) for _ in range(mk)]
         # A key that is not there is read as the last one that is.
-        places: list[Any] = [u if rest is None else min(u, rest - 1) if isinstance(rest, int) else
-                             T.min(t.const(u), rest - 1) for u in range(mk)]
+        places: list[Any] = [
+            u if rest is None else min(u, rest - 1) if isinstance(rest, int) else T.min(t.const(u), rest - 1)
+            for u in range(mk)
+        ]
         base = v.opaque(self.k_base + (key + slot) * step)
         with T.serial(t.const(t.spec.head_size)) as d:
             columns = [v.load(self.queries, d * self.stride + w * lanes) for w in range(self.used)]
@@ -303,6 +306,7 @@ class TileEmitter:
             return s
         if spec.mask_axes[2]:
             return s + self.scores[v.at(slot * self.stride + w * lanes)]
+        assert t.mask is not None
         element = t.mask[self.mask_base + key]
         if spec.mask is Mask.KEEP:
             element = T.Select(T.Cast("bool", element), T.float32(0), T.float32(NEGATIVE_INFINITY))

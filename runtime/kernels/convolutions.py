@@ -22,7 +22,7 @@ from .vectors import Expr, Vectors
 @template("conv")
 def conv(parameters: dict[str, Any], body: Body) -> None:
     """parameters: the fields of ConvSpec and the algorithm."""
-    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in parameters["spec"].items()}
+    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in parameters["spec"].items()}
     x, w = body.inputs
     lanes = body.vectors.lanes
     drop = 3 - (len(body.out_shape) - 2)  # 1 where the convolution has one spatial axis
@@ -64,9 +64,10 @@ def convolution(bb: relax.BlockBuilder, call: Any, blocked: Any | None, target: 
     if rank == 1:
         weight = weight[:, :, None, :]
     spec = ConvSpec(
-        batch=shape[0], in_channels=shape[1], out_channels=out[1], in_size=pair(shape[2:], 1), out_size=pair(out[2:], 1),
-        kernel=(weight.shape[2], weight.shape[3]), strides=pair(attrs.strides, 1), dilations=pair(attrs.dilation, 1),
-        pads=pair(attrs.padding, 0), groups=int(attrs.groups), blocked_input=shape[1] > 4 or blocked is not None or int(attrs.groups) > 1,
+        batch=shape[0], in_channels=shape[1], out_channels=out[1],
+        in_size=pair(shape[2:], 1), out_size=pair(out[2:], 1), kernel=(weight.shape[2], weight.shape[3]),
+        strides=pair(attrs.strides, 1), dilations=pair(attrs.dilation, 1), pads=pair(attrs.padding, 0),
+        groups=int(attrs.groups), blocked_input=shape[1] > 4 or blocked is not None or int(attrs.groups) > 1,
     )  # fmt: skip
     if kernels.supported(spec, target.isa) is not None:
         return None

@@ -272,7 +272,7 @@ def repeat(count: int | Expr, unroll: int, body: Callable[[Expr], None], index: 
         return tirx.const(value, index)
 
     if isinstance(count, int):
-        whole, rest = divmod(count, unroll)
+        whole = count // unroll
         if whole > 1:
             with T.serial(const(whole)) as outer:
                 first = T.Bind(outer * const(unroll))

@@ -56,7 +56,14 @@ def prelude(v: Vectors) -> Any:
 
 
 def emit_transpose(
-    v: Vectors, x: Buffer, base: int, strides: Sequence[int], extents: Sequence[int], y: Buffer, threads: int, index: str
+    v: Vectors,
+    x: Buffer,
+    base: int,
+    strides: Sequence[int],
+    extents: Sequence[int],
+    y: Buffer,
+    threads: int,
+    index: str,
 ) -> None:
     """Y[i...] = X[base + strides · i] for a row-major Y of the extents. One stride is 1, not the last.
 
@@ -90,9 +97,7 @@ def emit_transpose(
         result = T.Bind(result + row * const(size[row_axis]))
 
         def single(i: Expr, j: Expr) -> None:
-            T.buffer_store(
-                y, x[source + j * const(strides[last]) + i], [result + i * const(size[row_axis]) + j]
-            )
+            T.buffer_store(y, x[source + j * const(strides[last]) + i], [result + i * const(size[row_axis]) + j])
 
         def whole() -> None:
             if columns // lanes:

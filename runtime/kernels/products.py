@@ -39,7 +39,18 @@ def gemm(parameters: dict[str, Any], body: Body) -> None:
 
     assert spec.rows is not None and spec.inner is not None and spec.batch is not None
     GemmEmitter(
-        v, spec, tile, spec.rows, spec.inner, spec.batch, a, b, finish, body.target.cores, body.target.caches, body.index
+        v,
+        spec,
+        tile,
+        spec.rows,
+        spec.inner,
+        spec.batch,
+        a,
+        b,
+        finish,
+        body.target.cores,
+        body.target.caches,
+        body.index,
     ).emit()
 
 

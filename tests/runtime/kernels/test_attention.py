@@ -145,7 +145,9 @@ def test_dynamic_lengths(name: str, causal: str) -> None:
             check(runnable(name), description, draw(description, 2, queries, keys))
 
 
-@pytest.mark.parametrize("size, value_size", [(1, 1), (3, 5), (8, 24), (17, 33), (32, 32), (40, 80), (64, 64), (72, 128), (128, 96)])
+@pytest.mark.parametrize(
+    "size, value_size", [(1, 1), (3, 5), (8, 24), (17, 33), (32, 32), (40, 80), (64, 64), (72, 128), (128, 96)]
+)
 @pytest.mark.parametrize("queries", [1, 20])
 @pytest.mark.parametrize("name", X86)
 def test_head_sizes(name: str, queries: int, size: int, value_size: int) -> None:
@@ -153,7 +155,10 @@ def test_head_sizes(name: str, queries: int, size: int, value_size: int) -> None
     check(runnable(name), description, draw(description))
 
 
-@pytest.mark.parametrize("layouts", ["bhsd bhsd bhsd bhsd", "bshd bshd bshd bshd", "bsm bsm bsm bsm", "bsm bhds bshd bhsd", "bhsd bhds bhsd bsm"])
+@pytest.mark.parametrize(
+    "layouts",
+    ["bhsd bhsd bhsd bhsd", "bshd bshd bshd bshd", "bsm bsm bsm bsm", "bsm bhds bshd bhsd", "bhsd bhds bhsd bsm"],
+)
 @pytest.mark.parametrize("queries", [1, 3, 53, None])
 @pytest.mark.parametrize("name", X86)
 def test_layouts(name: str, queries: int | None, layouts: str) -> None:
@@ -164,7 +169,9 @@ def test_layouts(name: str, queries: int | None, layouts: str) -> None:
         check(target, description, draw(description, 2, length, 75))
 
 
-@pytest.mark.parametrize("axes", [(False, False, False), (True, False, False), (False, True, True), (True, True, True), (False, False, True)])
+@pytest.mark.parametrize(
+    "axes", [(False, False, False), (True, False, False), (False, True, True), (True, True, True), (False, False, True)]
+)
 @pytest.mark.parametrize("mask", ["added", "keep"])
 @pytest.mark.parametrize("causal", ["no", "end"])
 @pytest.mark.parametrize("queries", [1, 4, 53])
@@ -249,7 +256,9 @@ def test_large_and_small_scores(queries: int, spread: float) -> None:
     check(Target.named("cpu"), description, arrays)
 
 
-@pytest.mark.parametrize("queries, keys, heads", [(1, 5000, 3), (2, 3000, 1), (1, 300, 9), (300, 300, 3), (64, 2000, 1)])
+@pytest.mark.parametrize(
+    "queries, keys, heads", [(1, 5000, 3), (2, 3000, 1), (1, 300, 9), (300, 300, 3), (64, 2000, 1)]
+)
 @pytest.mark.parametrize("causal", ["no", "end"])
 def test_threads_share_heads_and_keys(causal: str, queries: int, keys: int, heads: int) -> None:
     target = Target.named("cpu")
@@ -290,8 +299,12 @@ def test_heads_must_divide() -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.integers(0, 2**32 - 1), st.integers(1, 3), st.integers(1, 70), st.integers(1, 300),
-    st.sampled_from(["no", "start", "end"]), st.sampled_from(["no", "added", "keep"]),
+    st.integers(0, 2**32 - 1),
+    st.integers(1, 3),
+    st.integers(1, 70),
+    st.integers(1, 300),
+    st.sampled_from(["no", "start", "end"]),
+    st.sampled_from(["no", "added", "keep"]),
 )
 def test_outputs_are_means_of_values(seed: int, batch: int, queries: int, keys: int, causal: str, mask: str) -> None:
     """They match the oracle, and lie between the least and the greatest value of the keys."""
