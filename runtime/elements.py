@@ -1,18 +1,19 @@
 """Elementwise functions as small trees, and trees as explicit vectors.
 
 TVM's loop nests of elementwise operators, and chains of them that Relax fuses, become one tree of operations whose
-leaves are loads with a constant stride for every axis of the output (`tree_of`). Such a tree is emitted as vectors
-along the last axis, by kernels of its own (`runtime.kernels.elementwise`) or as the epilogue of another one.
+leaves are loads with a stride for every axis of the output. Such a tree is emitted as vectors along the last axis, by
+kernels of its own (`runtime.kernels.elementwise`) or as the epilogue of another one. Sizes and strides are numbers, or
+expressions in the sizes that are known only at run time.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias, TypeGuard
 
 import tvm
+import tvm_ffi
 from tvm import sym, tirx
 from tvm.ir import TensorLoad
 from tvm.ir import prim as ir_prim
@@ -29,12 +30,57 @@ class NotElementwise(Exception):
 
 
 @dataclass(frozen=True)
+class Symbol:
+    """A size or stride that is known at run time: an int64 expression that is equal and hashed by its structure."""
+
+    expr: Any
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Symbol) and bool(tvm_ffi.structural_equal(self.expr, other.expr))
+
+    def __hash__(self) -> int:
+        return int(tvm_ffi.structural_hash(self.expr))
+
+
+Size: TypeAlias = "int | Symbol"
+
+
+def size_of(value: Any) -> Size:
+    """A number or expression as a size."""
+    if isinstance(value, int | Symbol):
+        return value
+    value = sym.Analyzer().simplify(value)
+    return int(value) if isinstance(value, tirx.IntImm) else Symbol(value)
+
+
+def product(sizes: Iterable[Size]) -> Size:
+    """Of sizes; 1 for none."""
+    result: Size = 1
+    for size in sizes:
+        if isinstance(result, int) and isinstance(size, int):
+            result *= size
+        else:
+            result = size_of(expression(result) * expression(size))
+    return result
+
+
+def expression(size: Size, dtype: str = "int64") -> Expr:
+    """A size in TIR."""
+    return tirx.const(size, dtype) if isinstance(size, int) else size.expr
+
+
+def same(a: Size, b: Size) -> bool:
+    """Whether two sizes are the same for every run."""
+    return a == b or bool(sym.Analyzer().can_prove_equal(expression(a), expression(b)))
+
+
+@dataclass(frozen=True)
 class Load:
     """An element of tensor `source` at base + the sum of strides x axes, in elements."""
 
     source: int
-    base: int
-    strides: tuple[int, ...]
+    base: Size
+    strides: tuple[Size, ...]
     dtype: str
 
 
@@ -81,25 +127,26 @@ DTYPES = frozenset({"float32", "int32", "int64", "bool"})
 
 @dataclass(frozen=True)
 class Nest:
-    """One perfect loop nest that writes every element of its output once. parameters: buffers in order, the output
-    last."""
+    """One perfect loop nest that writes every element of its output once. extents: numbers, or expressions of its own
+    where they are known at run time. parameters: buffers in order, the output last.
+    """
 
     axes: tuple[Any, ...]
-    extents: tuple[int, ...]
+    extents: tuple[Any, ...]
     value: Any
     parameters: tuple[Any, ...]
 
 
 def nest_of(function: tirx.PrimFunc) -> Nest:
-    """Raises NotElementwise when a function is anything else than one elementwise nest over static shapes."""
+    """Raises NotElementwise when a function is anything else than one elementwise nest."""
     block = getattr(function.body, "block", None)
     if block is None or len(block.alloc_buffers):
         raise NotElementwise("it is not one nest of loops")
     body = block.body
     loops = []
     while isinstance(body, tirx.For):
-        if not isinstance(body.extent, tirx.IntImm) or int(body.min) != 0:
-            raise NotElementwise("its loops have dynamic extents")
+        if not isinstance(body.min, tirx.IntImm) or int(body.min) != 0:
+            raise NotElementwise("its loops do not start at 0")
         loops.append(body)
         body = body.body
     realize = body
@@ -117,7 +164,7 @@ def nest_of(function: tirx.PrimFunc) -> Nest:
         raise NotElementwise("it does not write in order")
     if not function.params or not store.buffer.same_as(function.params[-1]):
         raise NotElementwise("it has more than one output")
-    extents = tuple(int(loop.extent) for loop in loops)
+    extents = tuple(int(e) if isinstance(e, tirx.IntImm) else e for e in (loop.extent for loop in loops))
     return Nest(axes, extents, store.value, tuple(function.params))
 
 
@@ -135,7 +182,7 @@ def relax_pattern(nest: Nest) -> int | None:
         if places != sorted(set(places)) or not all(isinstance(i, tirx.IntImm) and int(i) == 0 for i in rest):
             return None
         missing = [extent for n, extent in enumerate(nest.extents) if n not in places]
-        whole = whole or all(extent == 1 for extent in missing)
+        whole = whole or all(isinstance(extent, int) and extent == 1 for extent in missing)
     return 0 if whole else 1
 
 
@@ -223,19 +270,17 @@ class _Reader:
         return kind(self.scalar(e.a), self.scalar(e.b))
 
 
-def load_source(number: int, shape: Sequence[int], dtype: str, axes: Sequence[Any]) -> Source:
+def load_source(number: int, shape: Sequence[Size], dtype: str, axes: Sequence[Any]) -> Source:
     """Loads from a row-major tensor of that shape, as leaves over the output's axes."""
 
     def load(indices: Sequence[Any]) -> Tree:
         flat: Any = tirx.IntImm("int64", 0)
         for position, i in enumerate(indices):
-            flat = flat + i.astype("int64") * tirx.IntImm("int64", math.prod(shape[position + 1 :]))
+            flat = flat + i.astype("int64") * expression(product(shape[position + 1 :]))
         terms = sym.detect_linear_equation(flat, list(axes)) if axes else [flat]
-        simplify = sym.Analyzer().simplify
-        numbers = [simplify(t) for t in terms]
-        if not numbers or not all(isinstance(t, tirx.IntImm) for t in numbers):
+        if not terms:
             raise NotElementwise("it reads at computed places")
-        *strides, base = (int(t) for t in numbers)
+        *strides, base = (size_of(t) for t in terms)
         return Load(number, base, tuple(strides), dtype)
 
     return load
@@ -251,10 +296,10 @@ def nested_source(nest: Nest, sources: Sequence[Source]) -> Source:
     return value
 
 
-def anchor_source(axes: Sequence[Any], shape: Sequence[int], dtype: str) -> Source:
+def anchor_source(axes: Sequence[Any], shape: Sequence[Size], dtype: str) -> Source:
     """The value of the kernel whose epilogue this is: readable at the output's own place only."""
 
-    def own(i: Any, axis: Any, extent: int) -> bool:
+    def own(i: Any, axis: Any, extent: Size) -> bool:
         return i.same_as(axis) or extent == 1 or bool(sym.Analyzer().can_prove_equal(i, axis))
 
     def value(indices: Sequence[Any]) -> Tree:
@@ -265,7 +310,7 @@ def anchor_source(axes: Sequence[Any], shape: Sequence[int], dtype: str) -> Sour
     return value
 
 
-def axes_of(shape: Sequence[int]) -> list[Any]:
+def axes_of(shape: Sequence[Size]) -> list[Any]:
     """Variables for the axes of an output."""
     return [tirx.Var(f"i{n}", "int64") for n in range(len(shape))]
 
@@ -286,7 +331,7 @@ def leaves(tree: Tree) -> list[Load]:
     return list(found)
 
 
-def collapsed(tree: Tree, extents: Sequence[int]) -> tuple[Tree, tuple[int, ...], list[list[int]]]:
+def collapsed(tree: Tree, extents: Sequence[Size]) -> tuple[Tree, tuple[Size, ...], list[list[int]]]:
     """The tree over fewer axes: neighbours that every leaf and the output walk through as one are one.
 
     Returns the tree, the new extents, and for each new axis the old ones it stands for. Axes of one element vanish
@@ -303,7 +348,7 @@ def collapsed(tree: Tree, extents: Sequence[int]) -> tuple[Tree, tuple[int, ...]
         if last is not None and (
             extents[axis] == 1
             or extents[last] == 1
-            or all(load.strides[last] == load.strides[axis] * extents[axis] for load in loads)
+            or all(same(load.strides[last], product((load.strides[axis], extents[axis]))) for load in loads)
         ):
             groups[-1].append(axis)
         else:
@@ -317,23 +362,25 @@ def collapsed(tree: Tree, extents: Sequence[int]) -> tuple[Tree, tuple[int, ...]
             return Apply(node.op, tuple(rebuilt(a) for a in node.args), node.dtype)
         return node
 
-    return rebuilt(tree), tuple(math.prod(extents[a] for a in g) for g in groups), groups
+    return rebuilt(tree), tuple(product(extents[a] for a in g) for g in groups), groups
 
 
-def check_vectors(tree: Tree, extents: Sequence[int], lanes: int) -> None:
+def check_vectors(tree: Tree, extents: Sequence[Size], lanes: int) -> None:
     """Raises NotElementwise when the last axis cannot be walked through in vectors."""
+    last = extents[-1] if extents else 1
+    filled = not extents or (isinstance(last, int) and last % lanes == 0)
     for load in leaves(tree):
-        if load.strides and load.strides[-1] not in (0, 1) and extents[-1] > 1:
+        if load.strides and load.strides[-1] not in (0, 1) and last != 1:
             raise NotElementwise("its last axis is not contiguous in every input")
         if load.dtype == "bool":
             raise NotElementwise("it reads truth values")
-        if load.strides and load.strides[-1] == 1 and load.dtype != "float32" and extents[-1] % lanes:
+        if load.strides and load.strides[-1] == 1 and load.dtype != "float32" and not filled:
             raise NotElementwise("its last axis does not fill vectors of whole numbers")
-    if tree.dtype != "float32" and (tree.dtype == "bool" or (extents and extents[-1] % lanes)):
+    if tree.dtype != "float32" and (tree.dtype == "bool" or not filled):
         raise NotElementwise(f"it writes {tree.dtype}")
 
 
-def place_of(axes: Sequence[Expr], extents: Sequence[int], groups: Sequence[Sequence[int]]) -> list[Expr]:
+def place_of(axes: Sequence[Expr], extents: Sequence[Size], groups: Sequence[Sequence[int]]) -> list[Expr]:
     """Values of collapsed axes from those of the axes they stand for."""
     analyzer = sym.Analyzer()
     place = []
@@ -341,7 +388,7 @@ def place_of(axes: Sequence[Expr], extents: Sequence[int], groups: Sequence[Sequ
         value: Expr = 0
         for axis in group:
             if extents[axis] != 1:
-                value = value * tirx.const(extents[axis], "int64") if not isinstance(value, int) else value
+                value = value * expression(extents[axis]) if not isinstance(value, int) else value
                 value = axes[axis] if isinstance(value, int) else value + axes[axis]
         place.append(value if isinstance(value, int) else analyzer.simplify(value))
     return place
@@ -403,10 +450,10 @@ class TreeEmitter:
 
     def _load(self, load: Load, place: Sequence[Expr], count: int | Expr | None) -> Expr:
         v, buffer = self.vectors, self.buffers[load.source]
-        offset: Expr = tirx.const(load.base, self.index)
+        offset: Expr = expression(load.base, self.index)
         for stride, at in zip(load.strides, place, strict=True):
-            if stride:
-                offset = offset + at * tirx.const(stride, self.index)
+            if stride != 0:
+                offset = offset + at * expression(stride, self.index)
         if load.strides and load.strides[-1] == 1:
             if load.dtype == "float32":
                 return v.load(buffer, offset, tirx.const(count, self.index) if isinstance(count, int) else count)

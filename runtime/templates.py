@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import json
 import logging
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
@@ -22,7 +21,7 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
 
 from . import elements
-from .elements import NotElementwise, Source, Tree
+from .elements import NotElementwise, Size, Source, Symbol, Tree
 from .kernels import moves
 from .kernels.elementwise import emit_elementwise
 from .kernels.vectors import Buffer, Expr, Vectors
@@ -41,13 +40,16 @@ Store = Callable[[Expr, Sequence[Expr], "int | None"], None]
 
 @dataclass(frozen=True)
 class Body:
-    """What a template gets to write its loops: flat buffers of the anchor's inputs, and `store` for its results."""
+    """What a template gets to write its loops: flat buffers of the anchor's inputs, and `store` for its results.
+
+    Shapes hold numbers, and symbols where a size is known at run time.
+    """
 
     vectors: Vectors
     target: Target
     inputs: Sequence[Buffer]
-    shapes: Sequence[Sequence[Any]]
-    out_shape: Sequence[Any]
+    shapes: Sequence[Sequence[Size]]
+    out_shape: Sequence[Size]
     store: Store
     index: str
 
@@ -92,9 +94,11 @@ def spec_of(function: tirx.PrimFunc) -> dict[str, Any] | None:
 
 
 def _own(dim: Any, symbols: dict[Any, Any]) -> Any:
-    if isinstance(dim, tirx.Var):
-        return symbols.setdefault(dim, tirx.Var(dim.name, "int64"))
-    return dim
+    """A size in other symbols; those that have none yet get one."""
+    analyzer = tvm.sym.Analyzer()
+    for variable in tirx.analysis.undefined_vars(dim):
+        analyzer.bind(variable, symbols.setdefault(variable, tirx.Var(variable.name, "int64")))
+    return analyzer.simplify(dim)
 
 
 # --- groups -----------------------------------------------------------------------------------------------------
@@ -143,29 +147,54 @@ def _group_calls(function: relax.Function, module: tvm.IRModule) -> list[_Call] 
     return calls
 
 
-def _static(kind: Any) -> tuple[int, ...]:
-    if not isinstance(kind, relax.TensorType) or not isinstance(kind.shape, relax.ShapeExpr):
-        raise NotElementwise("a shape is not known")
-    dims = []
-    for d in kind.shape.values:
-        if not isinstance(d, tirx.IntImm):
-            raise NotElementwise("a shape is dynamic")
-        dims.append(int(d))
-    return tuple(dims)
+class _Shapes:
+    """Shapes of a group's tensors in the symbols of the kernel that is written for it.
+
+    A symbol is a size of its own in one of the tensors. An expression of sizes of which one is none there is a symbol
+    as a whole.
+    """
+
+    def __init__(self, kinds: Sequence[Any]) -> None:
+        self.symbols: dict[Any, Any] = {}
+        self.wholes: dict[Symbol, Any] = {}
+        for kind in kinds:
+            if not isinstance(kind, relax.TensorType) or not isinstance(kind.shape, relax.ShapeExpr):
+                raise NotElementwise("a shape is not known")
+            for d in kind.shape.values:
+                if isinstance(d, tirx.Var):
+                    self.symbols.setdefault(d, tirx.Var(d.name, "int64"))
+        for kind in kinds:
+            for d in kind.shape.values:
+                if not self._known(d):
+                    self.wholes.setdefault(Symbol(d), tirx.Var("size", "int64"))
+
+    def _known(self, dim: Any) -> bool:
+        return all(variable in self.symbols for variable in tirx.analysis.undefined_vars(dim))
+
+    def of(self, kind: Any) -> tuple[Size, ...]:
+        """Raises NotElementwise where a size is not known to the kernel."""
+        dims = []
+        for d in kind.shape.values:
+            if self._known(d):
+                dims.append(elements.size_of(_own(d, self.symbols)))
+            elif Symbol(d) in self.wholes:
+                dims.append(Symbol(self.wholes[Symbol(d)]))
+            else:
+                raise NotElementwise("a size is not one of its tensors'")
+        return tuple(dims)
 
 
-def _epilogue(calls: Sequence[_Call], params: Sequence[Any]) -> tuple[Tree, tuple[int, ...]]:
+def _epilogue(calls: Sequence[_Call], params: Sequence[Any], shapes: _Shapes) -> tuple[Tree, tuple[Size, ...]]:
     """The tree of a group's last result over its axes, the anchor's value being elements.Anchor."""
     last = calls[-1]
-    shape = _static(last.out)
+    shape = shapes.of(last.out)
     axes = elements.axes_of(shape)
     sources: dict[Any, Source] = {}
     for number, param in enumerate(params):
-        if isinstance(param.ty, relax.TensorType):
-            sources[param] = elements.load_source(number, _static(param.ty), str(param.ty.dtype.dtype), axes)
+        sources[param] = elements.load_source(number, shapes.of(param.ty), str(param.ty.dtype.dtype), axes)
     for call in calls:
         if call.anchor is not None:
-            if _static(call.out) != shape:
+            if shapes.of(call.out) != shape:
                 raise NotElementwise("the epilogue has another shape than its kernel")
             sources[call.var] = elements.anchor_source(axes, shape, str(call.out.dtype.dtype))
             continue
@@ -186,81 +215,90 @@ def _source(argument: Any, sources: dict[Any, Source]) -> Source:
 
 def _kernel(
     name: str,
-    params: Sequence[Any],
-    out: Any,
+    kinds: Sequence[Any],
+    shapes: _Shapes,
     target: Target,
     flops: int,
     write: Callable[[Vectors, Any, Any, str], None],
 ) -> tirx.PrimFunc:
-    """A function over the parameters and the output; `write(vectors, flat inputs, flat output, index)` fills it."""
-    kinds = [*(p.ty for p in params), out]
-    static = [math.prod(int(d) for d in k.shape.values if isinstance(d, tirx.IntImm)) for k in kinds]
-    known = all(isinstance(d, tirx.IntImm) for k in kinds for d in k.shape.values)
-    index = "int32" if known and max(static) < 1 << 30 else "int64"
+    """A function over tensors of these kinds, the output last; `write(vectors, flat inputs, flat output, index)` fills
+    it."""
+    dims = [shapes.of(kind) for kind in kinds]
+    sizes = [elements.product(shape) for shape in dims]
+    index = "int32" if all(isinstance(size, int) and size < 1 << 30 for size in sizes) else "int64"
     with IRBuilder() as builder, T.prim_func(is_private=True, s_tir=True):
         T.func_name(name)
         T.func_attr({"tirx.noalias": True, "op_pattern": OPAQUE, "tirx.is_scheduled": True, FLOPS: flops})
         shaped = []
-        for number, kind in enumerate(kinds):
-            shape = [tirx.const(int(d), index) for d in kind.shape.values]
-            shaped.append(T.match_buffer(T.arg(f"x{number}", T.handle()), shape, str(kind.dtype.dtype)))
+        for number, (kind, shape) in enumerate(zip(kinds, dims, strict=True)):
+            extents = [elements.expression(d, index) for d in shape]
+            shaped.append(T.match_buffer(T.arg(f"x{number}", T.handle()), extents, str(kind.dtype.dtype)))
         v = Vectors(target.isa)
         with T.sblock("root"):
             # Nobody asks what the root block touches; left out, TVM spends up to minutes to find it out.
             T.reads()
             T.writes()
-            buffers = []
-            for buffer, kind in zip(shaped, kinds, strict=True):
-                size = tirx.const(math.prod(int(d) for d in kind.shape.values), index)
-                buffers.append(T.decl_buffer((size,), str(kind.dtype.dtype), data=buffer.data))
+            buffers = [
+                T.decl_buffer((elements.expression(size, index),), str(kind.dtype.dtype), data=buffer.data)
+                for buffer, kind, size in zip(shaped, kinds, sizes, strict=True)
+            ]
             with v.prelude():
                 write(v, buffers[:-1], buffers[-1], index)
     return builder.get()
 
 
 def _elementwise_kernel(name: str, calls: Sequence[_Call], params: Sequence[Any], target: Target) -> tirx.PrimFunc:
-    tree, shape = _epilogue(calls, params)
+    kinds = [*(p.ty for p in params), calls[-1].out]
+    shapes = _Shapes(kinds)
+    tree, shape = _epilogue(calls, params, shapes)
     small, extents, _ = elements.collapsed(tree, shape)
     v = Vectors(target.isa)
     if _transposes(small, extents):
-        return _transposition(name, small, extents, params, calls[-1].out, target)
+        return _transposition(name, small, extents, kinds, shapes, target)
     elements.check_vectors(small, extents, v.lanes)
-    if extents and extents[-1] < v.lanes and math.prod(extents) > v.lanes:
+    last, size = extents[-1] if extents else 1, elements.product(extents)
+    if isinstance(last, int) and last < v.lanes and not (isinstance(size, int) and size <= v.lanes):
         raise NotElementwise("its last axis is shorter than a vector")
 
     def write(v: Vectors, inputs: Sequence[Buffer], y: Buffer, index: str) -> None:
         emit_elementwise(v, tree, shape, inputs, y, target.cores, index)
 
-    return _kernel(name, params, calls[-1].out, target, math.prod(shape), write)
+    return _kernel(name, kinds, shapes, target, size if isinstance(size, int) else 0, write)
 
 
-def _transposes(tree: Tree, extents: Sequence[int]) -> TypeGuard[elements.Load]:
+def _transposes(tree: Tree, extents: Sequence[Size]) -> TypeGuard[elements.Load]:
     """Whether a tree is one load whose contiguous axis is not the output's."""
     return (
         isinstance(tree, elements.Load)
         and tree.dtype == "float32"
         and len(extents) > 1
-        and tree.strides[-1] > 1
-        and any(stride == 1 and extent > 1 for stride, extent in zip(tree.strides, extents, strict=True))
+        and tree.strides[-1] not in (0, 1)
+        and any(stride == 1 and extent != 1 for stride, extent in zip(tree.strides, extents, strict=True))
     )
 
 
 def _transposition(
-    name: str, load: elements.Load, extents: Sequence[int], params: Sequence[Any], out: Any, target: Target
+    name: str, load: elements.Load, extents: Sequence[Size], kinds: Sequence[Any], shapes: _Shapes, target: Target
 ) -> tirx.PrimFunc:
+    numbers = (*extents, *load.strides, load.base)
+    if not all(isinstance(n, int) for n in numbers):
+        raise NotElementwise("it transposes axes of sizes that are known at run time")
+
     def write(v: Vectors, inputs: Sequence[Buffer], y: Buffer, index: str) -> None:
         with moves.prelude(v):
             x = inputs[load.source]
             moves.emit_transpose(v, x, load.base, load.strides, extents, y, target.cores, index)
 
-    return _kernel(name, params, out, target, 0, write)
+    return _kernel(name, kinds, shapes, target, 0, write)
 
 
 def _anchor_kernel(name: str, calls: Sequence[_Call], params: Sequence[Any], target: Target) -> tirx.PrimFunc:
     (main,) = [c for c in calls if c.anchor is not None]
     spec = main.anchor
     assert spec is not None
-    tree, shape = _epilogue(calls, params)
+    kinds = [*(p.ty for p in params), calls[-1].out]
+    shapes = _Shapes(kinds)
+    tree, shape = _epilogue(calls, params, shapes)
     small, _, groups = elements.collapsed(tree, shape)
     v = Vectors(target.isa)
     elements.check_vectors(tree, shape, v.lanes)
@@ -274,17 +312,35 @@ def _anchor_kernel(name: str, calls: Sequence[_Call], params: Sequence[Any], tar
             result = emitter.vector(small, place, count, value)
             offset: Expr = tirx.const(0, index)
             for axis, extent in zip(axes, shape, strict=True):
-                offset = offset * tirx.const(extent, index) + axis
+                offset = offset * elements.expression(extent, index) + axis
             offset = tvm.sym.Analyzer().simplify(offset)
             v.store(y, offset, result, None if count is None else tirx.const(count, index))
 
-        body = Body(
-            v, target, [inputs[p] for p in positions], [_static(a.ty) for a in main.arguments], shape, store, index
-        )
+        read = [shapes.of(a.ty) for a in main.arguments]
+        body = Body(v, target, [inputs[p] for p in positions], read, shape, store, index)
         TEMPLATES[spec["template"]](spec["parameters"], body)
 
     flops = int((main.function.attrs or {}).get(FLOPS, 0))
-    return _kernel(name, params, calls[-1].out, target, flops, write)
+    return _kernel(name, kinds, shapes, target, flops, write)
+
+
+def _outside(function: relax.Function, call: Any, kind: Any) -> Any:
+    """A type from within a called function in the symbols of its caller."""
+    analyzer = tvm.sym.Analyzer()
+    bound = []
+    for param, argument in zip(function.params, call.args, strict=True):
+        for d, given in zip(_dims(param.ty), _dims(argument.ty), strict=True):
+            if isinstance(d, tirx.Var) and not any(d.same_as(b) for b in bound):
+                analyzer.bind(d, given)
+                bound.append(d)
+    return relax.TensorType([analyzer.simplify(d) for d in kind.shape.values], kind.dtype)
+
+
+def _dims(kind: Any) -> list[Any]:
+    """The sizes that a tensor or a shape tells."""
+    if isinstance(kind, relax.ShapeType):
+        return list(kind.values or [])
+    return list(kind.shape.values) if isinstance(kind.shape, relax.ShapeExpr) else []
 
 
 # --- the phases -------------------------------------------------------------------------------------------------
@@ -348,10 +404,12 @@ class _Claimer(relax.PyExprMutator):
         if calls is None:
             return call
         if call.op not in self.kernels:
-            self.kernels[call.op] = self.written(call.op.name_hint, calls, list(function.params))
+            params = [p for p in function.params if not isinstance(p.ty, relax.ShapeType)]
+            self.kernels[call.op] = self.written(call.op.name_hint, calls, params)
         kernel = self.kernels[call.op]
         if kernel is not None:
-            return relax.call_tir(kernel, list(call.args), calls[-1].out)
+            tensors = [a for a in call.args if not isinstance(a.ty, relax.ShapeType)]
+            return relax.call_tir(kernel, tensors, _outside(function, call, calls[-1].out))
         if not any(c.anchor is not None for c in calls):
             return call
         # The anchor alone, and what was fused behind it as it was.
@@ -362,7 +420,8 @@ class _Claimer(relax.PyExprMutator):
             callee = next(
                 g for g in variable if self.module.functions.get(g) is not None and self.module[g].same_as(c.function)
             )
-            values[c.var] = self.builder_.emit(self.lone(relax.call_tir(callee, arguments, c.out)))
+            out = _outside(function, call, c.out)
+            values[c.var] = self.builder_.emit(self.lone(relax.call_tir(callee, arguments, out)))
         return values[calls[-1].var]
 
     def lone(self, call: Any) -> Any:
