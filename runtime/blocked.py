@@ -5,6 +5,7 @@ Lanes beyond C hold finite numbers that nothing reads: weights of the next convo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ CHANNEL = 1  # the axis that is cut into blocks
 
 # Functions that stay finite for every finite argument; others may not see the lanes beyond C.
 FINITE = frozenset({"tanh", "sigmoid", "erf", "fabs", "abs", "floor", "ceil", "trunc", "nearbyint", "round"})
+DIVISIONS = (tirx.Div, tirx.Mod, tirx.FloorDiv, tirx.FloorMod)
 
 
 def blocked_shape(shape: Sequence[Any], lanes: int) -> list[Any]:
@@ -45,6 +47,8 @@ def rebuilt(
         return variables[e]
     if isinstance(e, TensorLoad):
         return load(e, [rebuilt(i, variables, load, False) for i in e.indices])
+    if isinstance(e, tirx.FloatImm) and safe and not math.isfinite(e.value):
+        raise NotElementwise("it computes with what is not finite")
     if isinstance(e, tirx.IntImm | tirx.FloatImm):
         return e
     if isinstance(e, tirx.Cast):
@@ -52,7 +56,7 @@ def rebuilt(
     if isinstance(e, tirx.Select):
         parts = (rebuilt(p, variables, load, safe) for p in (e.condition, e.true_value, e.false_value))
         return tirx.Select(*parts)
-    if isinstance(e, tirx.Div) and safe and not isinstance(e.b, tirx.FloatImm):
+    if isinstance(e, DIVISIONS) and safe and not (isinstance(e.b, tirx.FloatImm | tirx.IntImm) and e.b.value):
         raise NotElementwise("it divides")
     if hasattr(e, "a") and hasattr(e, "b"):
         return type(e)(rebuilt(e.a, variables, load, safe), rebuilt(e.b, variables, load, safe))
@@ -65,6 +69,10 @@ def rebuilt(
         arguments = [rebuilt(a, variables, load, safe) for a in e.args]
         return tvm.ir.Call(e.op, arguments, e.attrs, list(e.ty_args), None, e.ty)
     raise NotElementwise(f"it computes a {type(e).__name__}")
+
+
+def _finite(array: np.ndarray) -> bool:
+    return array.dtype.kind != "f" or bool(np.isfinite(array).all())
 
 
 def blocked_elementwise(
@@ -85,7 +93,11 @@ def blocked_elementwise(
         shape = [int(d) for d in buffer.shape]
         # Aligned to the right: the axis that the channels are.
         axis = len(shape) - len(nest.extents) + CHANNEL
+        if isinstance(argument, tvm.ir.GenericConst) and c % lanes and not _finite(argument.value.numpy()):
+            raise NotElementwise("a constant is not finite")
         if own is not None:
+            if len(shape) != len(nest.extents):
+                raise NotElementwise("the channels of an input are another axis")
             values.append(own)
             in_blocks.append(True)
         elif axis < 0 or shape[axis] == 1:

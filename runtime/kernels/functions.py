@@ -13,16 +13,17 @@ from tvm.tirx.script import builder as T
 
 from .vectors import Expr, Vectors
 
-# erf(x) = x·P(x²)/Q(x²) for |x| <= ERF_EDGE, where it is 1 in float32. Coefficients by the rational minimax fit in
-# Eigen's generic_fast_erf (MPL-2.0), lowest power last.
-ERF_EDGE = 3.832506856900711
+# erf(x) = x·P(x²)/Q(x²) for |x| <= ERF_EDGE, where the quotient is above 1 by more than it can be wrong: cut off at 1,
+# it is exactly 1 from there on, as 1 + erf(x) in a GELU of a huge number needs it. Coefficients by the rational minimax
+# fit in Eigen's generic_fast_erf (MPL-2.0), lowest power last.
+ERF_EDGE = 3.95
 ERF_P = (0.00022905065861350646, 0.0034082910107109506, 0.050955695062380861, 0.18520832239976145, 1.128379143519084)
 ERF_Q = (
     -1.1791602954361697e-7, 0.000023547966471313185, 0.0010179625278914885, 0.014070470171167667,
     0.11098505178285362, 0.49746925110067538, 1.0,
 )  # fmt: skip
-# tanh(x) = x·P(x²)/Q(x²) for |x| <= TANH_EDGE: Eigen's generic_fast_tanh (MPL-2.0).
-TANH_EDGE = 7.90531110763549805
+# tanh(x) = x·P(x²)/Q(x²) for |x| <= TANH_EDGE, likewise: Eigen's generic_fast_tanh (MPL-2.0).
+TANH_EDGE = 9.9
 TANH_P = (
     -2.76076847742355e-16, 2.00018790482477e-13, -8.60467152213735e-11, 5.12229709037114e-08,
     1.48572235717979e-05, 6.37261928935436e-04, 4.89352455891786e-03,
@@ -53,7 +54,7 @@ def _clamp(v: Vectors, x: Expr, least: float, most: float) -> Expr:
 
 
 def exp(v: Vectors, x: Expr) -> Expr:
-    """e^x, 1.5 ulp; infinite above 88.7, 0 below -104."""
+    """e^x, 2.5 ulp; infinite above 88.7, 0 below -104, and 0 for subnormal results without `scalef`."""
     x = T.Bind(x)
     inside = _clamp(v, x, EXP_LEAST, EXP_MOST)
     n, t = v.split(inside)
@@ -65,25 +66,27 @@ def exp(v: Vectors, x: Expr) -> Expr:
 
 
 def sigmoid(v: Vectors, x: Expr) -> Expr:
-    """1 / (1 + e^-x), 3 ulp."""
+    """1 / (1 + e^-x), 3.5 ulp; 0 for subnormal results without `scalef`."""
     x = T.Bind(x)
-    # Not infinite, so that 0 is not approached by 1 / infinity but reached as a number.
-    e = v.exp(T.min(v.splat(88.0), v.splat(0.0) - x))
-    return T.Bind(v.splat(1.0) / (v.splat(1.0) + e))
+    # e^-|x| over itself and 1: small results keep their digits, where 1 / (1 + e^-x) would stop at e^-88.
+    e = v.exp(T.min(x, v.splat(0.0) - x))
+    return T.Bind(v.choose("lt", x, v.splat(0.0), e, v.splat(1.0)) / (v.splat(1.0) + e))
 
 
 def tanh(v: Vectors, x: Expr) -> Expr:
-    """6 ulp."""
+    """6 ulp; from -1 to 1, both of which it reaches."""
     x = _clamp(v, x, -TANH_EDGE, TANH_EDGE)
     square = T.Bind(x * x)
-    return T.Bind(x * _polynomial(v, square, TANH_P) / _polynomial(v, square, TANH_Q))
+    # The quotient first, which is about 1: x times P's last coefficient would lose digits where x is tiny.
+    quotient = T.Bind(_polynomial(v, square, TANH_P) / _polynomial(v, square, TANH_Q))
+    return _clamp(v, T.Bind(x * quotient), -1.0, 1.0)
 
 
 def erf(v: Vectors, x: Expr) -> Expr:
-    """4 ulp."""
+    """6 ulp; from -1 to 1, both of which it reaches."""
     x = _clamp(v, x, -ERF_EDGE, ERF_EDGE)
     square = T.Bind(x * x)
-    return T.Bind(x * _polynomial(v, square, ERF_P) / _polynomial(v, square, ERF_Q))
+    return _clamp(v, T.Bind(x * _polynomial(v, square, ERF_P) / _polynomial(v, square, ERF_Q)), -1.0, 1.0)
 
 
 def log(v: Vectors, x: Expr) -> Expr:

@@ -222,3 +222,75 @@ def optimized(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Built]:
         return done[key]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def runnable() -> Callable[[str], Target]:
+    """The target of a name; skips the test where this processor cannot run its code."""
+
+    def named(name: str) -> Target:
+        target = Target.named(name)
+        if not target.runs_here:
+            pytest.skip(f"this processor cannot run {name}")
+        return target
+
+    return named
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A model compiled through every phase, without a partition. lowered: the module before code generation."""
+
+    proto: onnx.ModelProto
+    lowered: Any
+    constants: list[Any]
+    machine: Any
+    executable: Any
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        import tvm
+
+        inputs = [tvm.runtime.tensor(np.ascontiguousarray(feeds[i.name])) for i in self.proto.graph.input]
+        result = self.machine["main"](*inputs, tuple(self.constants))
+        return [tensor.numpy() for tensor in (result if not hasattr(result, "numpy") else [result])]
+
+    def kernels(self, word: str = "") -> list[str]:
+        """Names of the lowered module's kernels that contain a word."""
+        from tvm import tirx
+
+        functions = self.lowered.functions_items()
+        return sorted(g.name_hint for g, f in functions if isinstance(f, tirx.PrimFunc) and word in g.name_hint)
+
+    def check(self, feeds: Mapping[str, np.ndarray], tolerance: float = 1e-5) -> None:
+        """Every output is onnxruntime's, its optimizations off: floats up to `tolerance` of the output's scale."""
+        import onnx_ir as ir
+        from graphwright.runtime.reference import Reference
+
+        expected = Reference(ir.from_proto(self.proto), threads=1).run(feeds)
+        for (name, wanted), got in zip(expected.items(), self.run(feeds), strict=True):
+            assert got.shape == wanted.shape and got.dtype == wanted.dtype, name
+            if wanted.dtype.kind != "f":
+                np.testing.assert_array_equal(got, wanted, name)
+                continue
+            scale = max([1.0, *np.abs(wanted[np.isfinite(wanted)]).reshape(-1)])
+            np.testing.assert_allclose(got, wanted, rtol=0, atol=tolerance * scale, equal_nan=True, err_msg=name)
+
+
+@pytest.fixture(scope="session")
+def compile_model() -> Callable[..., Compiled]:
+    """`compile_model(TEXT or ModelProto, target name, w=array, ...)` through the Relax pipeline; arrays are
+    initializers."""
+
+    def make(model: Any, target: str = "cpu", **weights: np.ndarray) -> Compiled:
+        import tvm
+        from graphwright.runtime import importer, phases
+        from tvm import relax
+
+        proto = onnx.ModelProto()
+        proto.CopyFrom(parser.parse_model(f"{HEADER}\n{model}") if isinstance(model, str) else model)
+        proto.graph.initializer.extend(numpy_helper.from_array(np.asarray(a), n) for n, a in weights.items())
+        where, seen = Target.named(target), []
+        executable, constants = phases.compile_module(importer.import_model(proto, where), where, seen.append)
+        return Compiled(proto, seen[0], constants, relax.VirtualMachine(executable, tvm.cpu()), executable)
+
+    return make
