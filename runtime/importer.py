@@ -25,7 +25,19 @@ from tvm.relax.frontend.onnx import onnx_frontend as frontend
 from ..passes.errors import CompileError
 from .importing import CONVERTERS, protos
 from .importing.protos import STANDARD
-from .importing.site import Declared, Refuse, Site, Unfixed, Value, dtype_of, int64, number, onnx_dtype, shape_of
+from .importing.site import (
+    ByBody,
+    Declared,
+    Refuse,
+    Site,
+    Unfixed,
+    Value,
+    dtype_of,
+    int64,
+    number,
+    onnx_dtype,
+    shape_of,
+)
 from .importing.unify import unified
 from .lowering import lowering_for
 from .target import Target
@@ -342,7 +354,10 @@ class _Importer:
             site = Site(
                 node.op_type, self.bb, self.target, scope.opset, inputs, values, declared, len(node.output)
             )  # fmt: skip
-            return self.flat(CONVERTERS[node.op_type](site))
+            try:
+                return self.flat(CONVERTERS[node.op_type](site))
+            except ByBody:
+                return self.body(protos.standard_body(node, attrs, inputs, scope.opset), inputs, attrs, scope, node)
         converter = _tvm_converter(node.op_type, scope.opset)
         if converter is not None:
             return self.flat(converter(self, node, inputs, list(attrs.values())))

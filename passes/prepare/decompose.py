@@ -38,8 +38,10 @@ WITH_BODY = frozenset(
 )  # fmt: skip
 
 # Operators that are left whole for targets of that name, or whose name begins with it and a dash: there is a kernel.
-_ON_CPUS = frozenset({"Swish"})
+_ON_CPUS = frozenset({"Attention", "Swish"})
 KERNELS: dict[str, frozenset[str]] = dict.fromkeys(("cpu", "arm64", "armv7", "riscv64"), _ON_CPUS)
+# Whether a kernel takes the form of a node, for operators of which it does not take every form.
+FORMS: dict[str, Callable[[ir.Node], bool]] = {"Attention": transformer.fused_attention}
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Decompose(Pass):
     clip, sequence lengths, both layouts). QLinearConv, QLinearMatMul and ConvInteger become float operators on
     the same whole numbers. Attention, RotaryEmbedding, Swish, Celu and other standard operators that the
     standard defines by a body get that body, or a shorter one where they have their usual form.
-    Operators that the target has a kernel for, and those named by `keep`, stay.
+    Operators in a form that the target has a kernel for, and those named by `keep`, stay.
     Left alone, with the reason: recurrences of free length or of more than max_steps steps, and bodies that
     need what is not known. Meant for compiling: onnxruntime has kernels for these operators.
     """
@@ -68,17 +70,27 @@ class Decompose(Pass):
     def run(self, model: ir.Model, ctx: PassContext) -> PassReport:
         report = self.report()
         refused: set[ir.Node] = set()
-        wanted = frozenset({*SPELLED, *WITH_BODY, *self.ops}) - kept_whole(ctx.target) - set(self.keep)
+        kernels = kept_whole(ctx.target)
+
+        def wanted(node: ir.Node) -> bool:
+            if node.domain != "" or node.op_type in self.keep:
+                return False
+            if node.op_type in kernels and FORMS.get(node.op_type, lambda _: True)(node):
+                return False
+            return node.op_type in SPELLED or node.op_type in WITH_BODY or node.op_type in self.ops
+
         while self._round(model, wanted, refused, report):
             InferShapes().run(model, ctx)  # bodies hold operators that are decomposed in turn, by their types
         return report
 
-    def _round(self, model: ir.Model, wanted: frozenset[str], refused: set[ir.Node], report: PassReport) -> bool:
+    def _round(
+        self, model: ir.Model, wanted: Callable[[ir.Node], bool], refused: set[ir.Node], report: PassReport
+    ) -> bool:
         """Replace what there is now. Returns whether the bodies hold more."""
         names: graph.Names | None = None
         more = False
         for scope in graph.scopes(model):
-            for node in [node for node in scope.graph if _wants(node, wanted) and node not in refused]:
+            for node in [node for node in scope.graph if wanted(node) and node not in refused]:
                 site, op_type = graph.site(node), node.op_type
                 try:
                     function = self._body(node, scope)
@@ -90,7 +102,7 @@ class Decompose(Pass):
                 outputs = [value for value in node.outputs if value.name]
                 made = inline_call(node, function, names, outputs)
                 report.changed("decompose", site, f"{op_type}: {len(made)} nodes")
-                more = more or any(_wants(node, wanted) for node in made)
+                more = more or any(wanted(node) for node in made)
         return more
 
     def _body(self, node: ir.Node, scope: graph.Scope) -> ir.Function:
@@ -110,7 +122,3 @@ def kept_whole(target: str | None) -> frozenset[str]:
     """The operators that the target has kernels for."""
     names = [] if target is None else [name for name in KERNELS if target == name or target.startswith(f"{name}-")]
     return frozenset().union(*(KERNELS[name] for name in names))
-
-
-def _wants(node: ir.Node, wanted: frozenset[str]) -> bool:
-    return node.domain == "" and node.op_type in wanted

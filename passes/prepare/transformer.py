@@ -14,6 +14,37 @@ from .evaluate import Refusal
 LARGEST_TRIANGLE = 1024 * 1024  # numbers in a causal mask that is written as a constant
 
 
+def fused_attention(node: ir.Node) -> bool:
+    """Whether the fused kernel takes the form: float32, known heads and head sizes, a mask for all keys."""
+    if graph.has_references(node):
+        return False
+    q, k, v, mask, past, past_value, lengths = [*node.inputs, *[None] * 7][:7]
+    attribute = graph.attribute
+    kinds = {value.dtype if value is not None else None for value in (q, k, v)}
+    shapes = [list(value.shape) if value is not None and value.shape is not None else [] for value in (q, k, v)]
+    windows = attribute(node, "left_window_size", -1), attribute(node, "right_window_size", -1)
+    if kinds != {ir.DataType.FLOAT} or windows != (-1, -1) or lengths is not None:
+        return False
+    if attribute(node, "softcap", 0.0) < 0 or attribute(node, "softmax_precision", 1) not in (0, 1):
+        return False
+    for shape, name in zip(shapes, ("q_num_heads", "kv_num_heads", "kv_num_heads"), strict=True):
+        heads = shape[1] if len(shape) == 4 else attribute(node, name, 0) if len(shape) == 3 else None
+        if not isinstance(heads, int) or not heads or not isinstance(shape[-1], int):
+            return False
+    (*_, queries, _), (*_, keys, _) = shapes[:2]
+    cached = past is not None
+    if cached != (past_value is not None) or any(output.name for output in node.outputs[3 if cached else 1 :]):
+        return False
+    if cached and attribute(node, "is_causal", 0) and not graph.same_dim(queries, keys):
+        return False
+    if mask is None:
+        return True
+    if mask.dtype not in (ir.DataType.FLOAT, ir.DataType.BOOL) or mask.shape is None or not len(mask.shape):
+        return False
+    columns = mask.shape[-1]
+    return cached or not isinstance(keys, int) or not isinstance(columns, int) or columns in (1, keys)
+
+
 def attention(node: ir.Node, opset: int, max_steps: int) -> Body:
     """Four axes, float32, no cache; a float mask or causal for fixed lengths, or neither. Raises Refusal for others."""
     q, k, v, mask, *rest = [*node.inputs, *[None] * 7][:7]

@@ -28,6 +28,8 @@ def is_causal(value: ir.Value | None, keep: bool, condition: bool, depth: int = 
         return _keeps_matrix(node) and is_causal(node.inputs[0], keep, condition, depth - 1)
     if graph.is_op(node, "Trilu"):
         return _triangle(node, keep, condition)
+    if graph.is_op(node, "Slice"):
+        return _from_start(node) and is_causal(node.inputs[0], keep, condition, depth - 1)
     if condition:
         return _condition(node, keep, depth)
     if graph.is_op(node, "Where"):
@@ -100,8 +102,6 @@ def _condition(node: ir.Node, keep: bool, depth: int) -> bool:
         return False
     if graph.is_op(node, "Cast"):
         return is_causal(node.inputs[0], keep, True, depth - 1)
-    if graph.is_op(node, "Slice"):
-        return _from_start(node) and is_causal(node.inputs[0], keep, True, depth - 1)
     return False
 
 

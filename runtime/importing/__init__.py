@@ -2,6 +2,7 @@
 
 from . import (
     activations,
+    attention,
     boxes,
     elementwise,
     indexing,
@@ -20,6 +21,7 @@ from .site import CONVERTERS
 __all__ = [
     "CONVERTERS",
     "activations",
+    "attention",
     "boxes",
     "elementwise",
     "indexing",

@@ -8,9 +8,11 @@ import numpy as np
 import tvm
 from tvm import relax
 
+from ..kernels.normalization import normalization
+from .kernels import call, for_kernels, named
 from .reductions import mean, reduced
-from .shapes import reshaped, settled
-from .site import Dim, Refuse, Result, Site, Unfixed, const, converts, dtype_of, onnx_dtype, shape_of
+from .shapes import broadcast, reshaped, settled
+from .site import Dim, Refuse, Result, Site, Unfixed, const, converts, dtype_of, onnx_dtype, product, shape_of
 
 
 def _normalized(
@@ -43,8 +45,41 @@ def _with_channels(site: Site) -> tvm.ir.Expr:
     return settled(site, site.x(), {1: site.shape(1)[0]})
 
 
+def _by_rows(site: Site, centred: bool) -> tvm.ir.Expr | None:
+    """The normalization of rows by our kernel; None where it is not for that form."""
+    if not for_kernels(site, 0, 1, 2) or site.outputs > 1 or int(site.attr("stash_type", 1)) != 1:
+        return None
+    axis, x = site.axis(-1), _fitted(site)
+    dims = shape_of(x)
+    row, weights = dims[axis:], []
+    if not all(isinstance(d, int) for d in row):
+        return None
+    for i in range(1, 3 if site.has(2) else 2):
+        own = list(site.shape(i))
+        while own and own[0] == 1:
+            own.pop(0)
+        if len(own) > len(row):
+            return None
+        weight = broadcast(site, reshaped(site, site.x(i), own), row)
+        weights.append(reshaped(site, weight, [product(row)]))
+    (rows,) = named(dims[:axis])
+    kernel = normalization(
+        rows,
+        tuple(int(d) for d in row),
+        float(site.attr("epsilon", 1e-5)),
+        site.target.isa,
+        site.target.cores,
+        centred,
+        len(weights) > 1,
+    )
+    return call(site, kernel, [x, *weights], dims)
+
+
 @converts("LayerNormalization")
 def layer_normalization(site: Site) -> Result:
+    y = _by_rows(site, True)
+    if y is not None:
+        return y
     dtype, rank = site.dtype(), site.rank()
     stash = onnx_dtype(int(site.attr("stash_type", 1)))
     axes = list(range(site.axis(-1), rank))
@@ -57,6 +92,9 @@ def layer_normalization(site: Site) -> Result:
 
 @converts("RMSNormalization")
 def rms_normalization(site: Site) -> Result:
+    y = _by_rows(site, False)
+    if y is not None:
+        return y
     dtype, rank = site.dtype(), site.rank()
     stash = onnx_dtype(int(site.attr("stash_type", 1)))
     axes = list(range(site.axis(-1), rank))

@@ -26,6 +26,7 @@ from .site import (
     converts,
     dtype_of,
     int64,
+    made_by,
     normal_axis,
     np_dtype,
     number,
@@ -49,7 +50,10 @@ def content_value(
 
 
 def reshaped(site: Site, expr: tvm.ir.Expr, dims: Sequence[Dim]) -> tvm.ir.Expr:
-    """`expr` in another shape of as many elements."""
+    """`expr` in another shape of as many elements. Several changes of shape are one, or none."""
+    made = made_by(site.bb, expr, "relax.reshape")
+    if made is not None and isinstance(made.args[0].ty.shape, relax.ShapeExpr):
+        expr = made.args[0]
     if len(shape_of(expr)) == len(dims) and all(same(a, b) for a, b in zip(shape_of(expr), dims, strict=True)):
         return expr
     if any(isinstance(d, int) and d == 0 for d in dims):
@@ -313,6 +317,11 @@ def transpose(site: Site) -> Result:
     array = constant_of(site.x())
     if array is not None and array.size <= CONTENT_LIMIT:
         return relax.const(np.transpose(array, perm), site.dtype())
+    made = made_by(site.bb, site.x(), "relax.permute_dims")
+    if made is not None and made.attrs.axes is not None:
+        # Two transpositions are one, or none.
+        perm = [int(made.attrs.axes[p]) for p in perm]
+        return made.args[0] if perm == list(range(rank)) else relax.op.permute_dims(made.args[0], perm)
     return relax.op.permute_dims(site.x(), perm)
 
 

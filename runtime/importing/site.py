@@ -40,6 +40,10 @@ class Unfixed(Refuse):
         super().__init__(f"{reason}; fixed input shapes (--pin NAME=SHAPE) may cure it")
 
 
+class ByBody(Refuse):
+    """A form of an operator that is left to its body in the standard."""
+
+
 @dataclass(frozen=True)
 class Value:
     """One ONNX tensor during the import.
@@ -111,6 +115,12 @@ def shape_of(expr: tvm.ir.Expr) -> tuple[Dim, ...]:
 def constant_of(expr: tvm.ir.Expr) -> np.ndarray | None:
     """The array of a constant, else None."""
     return np.asarray(expr.value.numpy()) if isinstance(expr, tvm.ir.GenericConst) else None
+
+
+def made_by(bb: relax.BlockBuilder, expr: tvm.ir.Expr, *ops: str) -> Any | None:
+    """The call that gives an expression, where it is one of the operators `ops`."""
+    made = bb.lookup_binding(expr) if isinstance(expr, relax.Var) else None
+    return made if isinstance(made, tvm.ir.Call) and getattr(made.op, "name", "") in ops else None
 
 
 def const(array: Any, dtype: str) -> tvm.ir.Expr:

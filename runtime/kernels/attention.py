@@ -15,7 +15,7 @@ from tvm.tirx.script import builder as T
 from ...passes.base import Caches
 from ..target import InstructionSet
 from .attention_rows import FEW, RowEmitter
-from .attention_spec import AttentionSpec, Mask
+from .attention_spec import AttentionSpec, Columns, Mask
 from .attention_tiles import Tensors, Tile, TileEmitter
 from .two_pass_softmax import OPAQUE
 from .vector_tiles import VectorTiles
@@ -54,10 +54,10 @@ def attention(
 
 
 def _largest(spec: AttentionSpec) -> int:
-    sizes = (spec.batch or 0, spec.heads, max(spec.queries or 0, spec.keys or 0))
-    rows = reduce(lambda a, b: a * b, sizes, 1)
-    masked = rows * (spec.keys or 0) if spec.mask is not Mask.NO else 0
-    return max(rows * max(spec.head_size, spec.value_size), masked)
+    rows = (spec.batch or 0) * max(spec.queries or 0, spec.keys or 0)
+    masked = rows * spec.heads * (spec.keys or 0) if spec.mask is not Mask.NO else 0
+    pitches = [places.pitch for places in (spec.q, spec.k, spec.v) if isinstance(places, Columns)]
+    return max(rows * max(spec.heads * max(spec.head_size, spec.value_size), *pitches, 0), masked)
 
 
 def _tensors(spec: AttentionSpec, index: str) -> Tensors:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, TypeAlias
 
 
 class Layout(enum.Enum):
@@ -14,6 +14,11 @@ class Layout(enum.Enum):
     BSHD = "bshd"
     BSM = "bsm"
     BHDS = "bhds"  # keys only
+
+    @property
+    def first(self) -> int:
+        """Offset of the first element."""
+        return 0
 
     def shape(self, batch: Any, heads: int, length: Any, size: int) -> list[Any]:
         sizes = {"b": batch, "h": heads, "s": length, "d": size, "m": heads * size}
@@ -26,6 +31,26 @@ class Layout(enum.Enum):
             found[axis] = step
             step = step * {"b": 1, "h": heads, "s": length, "d": size}[axis]
         return found
+
+
+@dataclass(frozen=True)
+class Columns:
+    """A tensor (b, s, pitch) with other things beside it: head h of a position is at columns first + h · step, such as
+    the queries in the result of one projection to queries, keys and values."""
+
+    pitch: int
+    step: int
+    first: int = 0
+    value: ClassVar[str] = "columns"
+
+    def shape(self, batch: Any, heads: int, length: Any, size: int) -> list[Any]:
+        return [batch, length, self.pitch]
+
+    def strides(self, heads: int, length: Any, size: int) -> dict[str, Any]:
+        return {"b": length * self.pitch, "h": self.step, "s": self.pitch, "d": 1}
+
+
+Places: TypeAlias = "Layout | Columns"
 
 
 class Causal(enum.Enum):
@@ -64,9 +89,9 @@ class AttentionSpec:
     mask: Mask = Mask.NO
     mask_axes: tuple[bool, bool, bool] = (False, False, False)
     softcap: float = 0.0
-    q: Layout = Layout.BHSD
-    k: Layout = Layout.BHSD
-    v: Layout = Layout.BHSD
+    q: Places = Layout.BHSD
+    k: Places = Layout.BHSD
+    v: Places = Layout.BHSD
     y: Layout = Layout.BHSD
     zero_rows: bool = True
 

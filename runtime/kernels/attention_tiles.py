@@ -81,7 +81,8 @@ class Tensors:
 
     def at(self, name: str, b: Expr, h: Expr, s: Expr | int = 0) -> Expr:
         """Offset of element 0 of a head and position."""
-        return b * self.step(name, "b") + h * self.step(name, "h") + s * self.step(name, "s")
+        first = getattr(self.spec, name).first
+        return b * self.step(name, "b") + h * self.step(name, "h") + s * self.step(name, "s") + first
 
     @property
     def offset(self) -> int | Expr:

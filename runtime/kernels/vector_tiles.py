@@ -35,7 +35,7 @@ class VectorTiles(Vectors):
         Rows from `rows` >= 1 on repeat the last one; columns from `columns` on are 0. The whole tile is written.
         keep: the source is boolean, and True becomes 0, False -infinity.
         """
-        name = self._name("keep" if keep else "transpose")
+        name = self._name("keep" if keep else "scaled_transpose")
         from_, to = T.address_of(source[offset]), T.address_of(target[start])
         call = (from_, _int64(stride), _int32(rows), _int32(columns), T.float32(factor), to, _int64(width))
         T.evaluate(T.call_extern("int32", name, *call))
@@ -91,7 +91,7 @@ def _interleave(a: str, b: str, lanes: int, high: bool) -> str:
 def _transpose(lanes: int, keep: bool) -> str:
     vector, size = f"<{lanes} x float>", 1 if keep else 4
     lines = [
-        f"define i32 @gw_{'keep' if keep else 'transpose'}_{lanes}(ptr %s, i64 %st, i32 %n, i32 %c, float %f, ptr %t, "
+        f"define i32 @gw_{'keep' if keep else 'scaled_transpose'}_{lanes}(ptr %s, i64 %st, i32 %n, i32 %c, float %f, ptr %t, "
         "i64 %w) {",
         f"  %m = call <{lanes} x i1> @gw_mask_{lanes}(i32 %c)",
         "  %l = sub i32 %n, 1",

@@ -34,7 +34,7 @@ def spec(**fields: Any) -> Any:
     from graphwright.runtime.kernels.attention_spec import AttentionSpec, Causal, Layout, Mask
 
     kinds = {"causal": Causal, "mask": Mask, "q": Layout, "k": Layout, "v": Layout, "y": Layout}
-    fields = {name: kinds[name](value) if name in kinds else value for name, value in fields.items()}
+    fields = {name: kinds[name](value) if isinstance(value, str) else value for name, value in fields.items()}
     return AttentionSpec(**{"heads": 2, "head_size": 16, "scale": 0.25, **fields})
 
 
@@ -70,8 +70,16 @@ def draw(description: Any, batch: int = 1, queries: int = 0, keys: int = 0, seed
     return arrays
 
 
-def laid_out(x: np.ndarray, layout: str) -> np.ndarray:
+def laid_out(x: np.ndarray, places: Any) -> np.ndarray:
     """(batch, heads, sequence, size) in another layout."""
+    layout = places.value
+    if layout == "columns":
+        b, heads, length, size = x.shape
+        y = np.full((b, length, places.pitch), np.nan, np.float32)
+        for h in range(heads):
+            at = places.first + h * places.step
+            y[..., at : at + size] = x[:, h]
+        return y
     orders = {"bhsd": (0, 1, 2, 3), "bshd": (0, 2, 1, 3), "bsm": (0, 2, 1, 3), "bhds": (0, 1, 3, 2)}
     y = np.ascontiguousarray(x.transpose(orders[layout]))
     return y.reshape(*y.shape[:2], -1) if layout == "bsm" else y
@@ -82,11 +90,11 @@ def run(target: Target, description: Any, arrays: Arrays, threads: int = 1) -> n
     import tvm
 
     s = description
-    inputs = [laid_out(arrays[name], getattr(s, name).value) for name in "qkv"]
+    inputs = [laid_out(arrays[name], getattr(s, name)) for name in "qkv"]
     inputs += [arrays["mask"]] if "mask" in arrays else []
     b, h, nq, _ = arrays["q"].shape
     # What is left of this value was not written.
-    y = tvm.runtime.tensor(laid_out(np.full((b, h, nq, s.value_size), 12345.0, np.float32), s.y.value))
+    y = tvm.runtime.tensor(laid_out(np.full((b, h, nq, s.value_size), 12345.0, np.float32), s.y))
     kernel(target, s, threads)(*(tvm.runtime.tensor(a) for a in inputs), y)
     result = y.numpy()
     if s.y.value == "bsm":
@@ -143,6 +151,22 @@ def test_dynamic_lengths(name: str, causal: str) -> None:
     for queries in SIZES:
         for keys in KEYS:
             check(runnable(name), description, draw(description, 2, queries, keys))
+
+
+@pytest.mark.parametrize("queries", [1, 5, 33])
+@pytest.mark.parametrize("name", X86)
+def test_heads_in_columns_beside_other_things(name: str, queries: int) -> None:
+    """What stands between them, here NaN, is not read: queries, keys and values of one projection, heads together or
+    each head's three together."""
+    from graphwright.runtime.kernels.attention_spec import Columns
+
+    for places in (
+        {"q": Columns(104, 17, 1), "k": Columns(104, 17, 35), "v": Columns(104, 17, 69)},
+        {"q": Columns(102, 51), "k": Columns(102, 51, 17), "v": Columns(102, 51, 34)},
+    ):
+        for fixed in ({"queries": queries, "keys": 19}, {"batch": None}):
+            description = spec(head_size=17, y="bsm", **places, **fixed)
+            check(runnable(name), description, draw(description, 2, queries, 19))
 
 
 @pytest.mark.parametrize(

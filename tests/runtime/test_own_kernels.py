@@ -1,0 +1,240 @@
+"""Operators of models that become kernels of our own: which ones do, and that they give onnxruntime's numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from graphwright.runtime.target import Target
+
+onnxruntime = pytest.importorskip("onnxruntime")
+tvm = pytest.importorskip("tvm")
+pytestmark = pytest.mark.tvm
+
+TARGET = Target.named("cpu")
+RTOL, ATOL = 1e-5, 1e-5
+HEAD = '<ir_version: 10, opset_import: ["": 23]> '
+
+
+def draw(*shape: int) -> np.ndarray:
+    return np.random.default_rng(sum(shape)).standard_normal(shape).astype(np.float32)
+
+
+class Model:
+    """A model compiled once."""
+
+    def __init__(self, text: str, **weights: np.ndarray) -> None:
+        from graphwright.runtime import phases
+        from graphwright.runtime.importer import import_model
+        from tvm import relax
+
+        self.proto = onnx.parser.parse_model(HEAD + text)
+        self.proto.graph.initializer.extend(onnx.numpy_helper.from_array(v, k) for k, v in weights.items())
+        lowered: list[Any] = []
+        executable, constants = phases.compile_module(import_model(self.proto, TARGET), TARGET, lowered.append)
+        self.lowered = lowered[0]
+        self.main = relax.VirtualMachine(executable, tvm.cpu())["main"]
+        self.constants = tvm.runtime.convert(list(constants))
+        self.names = [info.name for info in self.proto.graph.input]
+
+    @property
+    def kernels(self) -> set[str]:
+        """Operators of the kernels that it calls."""
+        from graphwright.runtime.work import work_of
+
+        return {kernel["op"] for kernel in work_of(self.lowered).kernels.values()} - {"shape_func"}
+
+    def __call__(self, feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        result = self.main(*(tvm.runtime.tensor(np.asarray(feeds[name])) for name in self.names), self.constants)
+        results = [result] if isinstance(result, tvm.runtime.Tensor) else list(result)
+        return [tensor.numpy() for tensor in results]
+
+    def check(self, *runs: Mapping[str, np.ndarray]) -> None:
+        session = onnxruntime.InferenceSession(self.proto.SerializeToString(), providers=["CPUExecutionProvider"])
+        for feeds in runs:
+            for actual, expected in zip(self(feeds), session.run(None, dict(feeds)), strict=True):
+                assert actual.dtype == expected.dtype and actual.shape == expected.shape
+                scale = np.nanmax(np.abs(expected[np.isfinite(expected)]), initial=1.0)
+                np.testing.assert_allclose(actual, expected, rtol=RTOL, atol=ATOL * scale)
+
+
+# Normalizations.
+
+
+def test_layer_normalization_of_dynamic_rows() -> None:
+    model = Model("g (float[b,s,20] x, float[20] w, float[20] c) => (float[b,s,20] y) "
+                  "{ y = LayerNormalization(x, w, c) }")  # fmt: skip
+    assert model.kernels == {"layer_normalization"}
+    model.check(*({"x": draw(b, s, 20), "w": draw(20), "c": draw(20)} for b, s in ((2, 3), (1, 1), (4, 0))))
+
+
+@pytest.mark.parametrize(
+    "axis, weight", [(1, (5, 20)), (1, (20,)), (2, (20,)), (2, (1,)), (-1, (1, 1, 20)), (0, (20,))]
+)
+@pytest.mark.parametrize("op", ["LayerNormalization", "RMSNormalization"])
+def test_normalization_over_axes_with_weights_that_broadcast(op: str, axis: int, weight: tuple[int, ...]) -> None:
+    shape = ",".join(map(str, weight))
+    model = Model(f"g (float[2,5,20] x, float[{shape}] w) => (float[2,5,20] y) {{ y = {op} <axis={axis}> (x, w) }}")
+    assert model.kernels & {"layer_normalization", "rms_normalization"}
+    model.check({"x": draw(2, 5, 20), "w": draw(*weight)})
+
+
+def test_forms_of_normalization_without_a_kernel() -> None:
+    """Weights that change from row to row, further outputs, half precision."""
+    model = Model("g (float[2,5,20] x, float[5,1] w) => (float[2,5,20] y) { y = RMSNormalization(x, w) }")
+    assert "rms_normalization" not in model.kernels
+    model.check({"x": draw(2, 5, 20), "w": draw(5, 1)})
+    model = Model("g (float[5,20] x, float[20] w) => (float[5,20] y, float[5,1] m) { y, m = LayerNormalization(x, w) }")
+    assert "layer_normalization" not in model.kernels
+    model.check({"x": draw(5, 20), "w": draw(20)})
+    model = Model("g (float16[5,20] x, float16[20] w) => (float16[5,20] y) { y = LayerNormalization(x, w) }")
+    assert "layer_normalization" not in model.kernels
+
+
+# Attention.
+
+
+QKV = {"q": (2, 4, 5, 8), "k": (2, 2, 7, 8), "v": (2, 2, 7, 6)}
+FORMS = {
+    "plain": ("", "", {}),
+    "causal": ("is_causal=1", "", {}),
+    "scaled": ("scale=0.7", "", {}),
+    "added mask": ("", "float[5,7] m", {"m": (5, 7)}),
+    "mask for each head": ("", "float[1,4,5,7] m", {"m": (1, 4, 5, 7)}),
+    "mask for each sequence": ("", "float[2,1,1,7] m", {"m": (2, 1, 1, 7)}),
+    "mask of truth values": ("", "bool[2,1,5,7] m", {"m": (2, 1, 5, 7)}),
+    "causal with a mask": ("is_causal=1", "bool[5,7] m", {"m": (5, 7)}),
+}
+
+
+def feeds_of(shapes: Mapping[str, tuple[int, ...]], text: str) -> dict[str, np.ndarray]:
+    feeds = {name: draw(*shape) for name, shape in shapes.items()}
+    return {name: x > -0.5 if f"bool{list(x.shape)} {name}".replace(" ", "") in text.replace(" ", "") else x
+            for name, x in feeds.items()}  # fmt: skip
+
+
+def evaluated(proto: onnx.ModelProto, feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+    from onnx.reference import ReferenceEvaluator
+
+    return [np.asarray(y) for y in ReferenceEvaluator(proto).run(None, dict(feeds))]
+
+
+def agrees(model: Model, *runs: Mapping[str, np.ndarray]) -> None:
+    """Compares with onnx's evaluator, in float32."""
+    for feeds in runs:
+        for actual, expected in zip(model(feeds), evaluated(model.proto, feeds), strict=True):
+            assert actual.dtype == expected.dtype and actual.shape == expected.shape
+            np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5 * np.abs(expected).max(initial=1.0))
+
+
+@pytest.mark.parametrize(
+    "form, dynamic", [*((form, False) for form in FORMS), ("plain", True), ("causal with a mask", True)]
+)
+def test_attention_of_four_axes(form: str, dynamic: bool) -> None:
+    attributes, mask, more = FORMS[form]
+    text = (f"g (float[2,4,5,8] q, float[2,2,7,8] k, float[2,2,7,6] v{', ' if mask else ''}{mask})"
+            f" => (float[2,4,5,6] y) {{ y = Attention <{attributes}> (q, k, v{', m' if mask else ''}) }}")  # fmt: skip
+    feeds = feeds_of({**QKV, **more}, text)
+    if dynamic:
+        text = text.replace("[2,4,5", "[b,4,s").replace("[2,2,7", "[b,2,t").replace(",5,7]", ",s,t]")
+        text = text.replace("[5,7]", "[s,t]").replace("[2,1,1,7]", "[b,1,1,t]").replace("[2,1,", "[b,1,")
+    model = Model(text.replace("<>", ""))
+    assert "attention" in model.kernels and model.kernels <= {"attention", "transpose"}
+    agrees(model, feeds)
+
+
+@pytest.mark.parametrize("heads", [(2, 2), (4, 1)])
+def test_attention_of_three_axes(heads: tuple[int, int]) -> None:
+    q, kv = heads
+    model = Model(f"g (float[b,s,{8 * q}] q, float[b,t,{8 * kv}] k, float[b,t,{4 * kv}] v) => (float[b,s,{4 * q}] y)"
+                  f"{{ y = Attention <q_num_heads={q}, kv_num_heads={kv}> (q, k, v) }}")  # fmt: skip
+    assert model.kernels == {"attention"}
+    for b, s, t in ((1, 1, 1), (2, 3, 9), (1, 40, 33)):
+        agrees(model, {"q": draw(b, s, 8 * q), "k": draw(b, t, 8 * kv), "v": draw(b, t, 4 * kv)})
+
+
+@pytest.mark.parametrize("rank", [3, 4])
+def test_attention_after_a_past(rank: int) -> None:
+    shape = {3: "b,s,16", 4: "b,2,s,8"}[rank]
+    heads = "q_num_heads=2, kv_num_heads=2, " if rank == 3 else ""
+    model = Model(f"g (float[{shape}] q, float[{shape}] k, float[{shape}] v, float[b,2,p,8] pk, float[b,2,p,8] pv)"
+                  f" => (float[{shape}] y, float[b,2,t,8] nk, float[b,2,t,8] nv)"
+                  f"{{ y, nk, nv = Attention <{heads}is_causal=1> (q, k, v, , pk, pv) }}")  # fmt: skip
+    assert "attention" in model.kernels
+    for b, s, p in ((1, 1, 6), (2, 3, 4), (1, 2, 0)):
+        sizes = (b, s, 16) if rank == 3 else (b, 2, s, 8)
+        agrees(model, {"q": draw(*sizes), "k": draw(*sizes) + 1, "v": draw(*sizes) - 1,
+                       "pk": draw(b, 2, p, 8), "pv": draw(b, 2, p, 8) * 2})  # fmt: skip
+
+
+PACKED = """g (float[{b},{s},96] x) => (float[{b},{s},32] y) {{
+  {apart}
+  a = Attention (q, k, v)
+  t = Transpose <perm=[0,2,1,3]> (a)
+  y = Reshape (t, back)
+}}"""
+APART = {
+    "by slices": """u = Reshape (x, five) p = Transpose <perm=[2,0,3,1,4]> (u)
+        q1 = Slice (p, i0, i1, i0) q = Squeeze (q1, i0) k1 = Slice (p, i1, i2, i0) k = Squeeze (k1, i0)
+        v1 = Slice (p, i2, i3, i0) v = Squeeze (v1, i0)""",
+    "by a split": """a0, a1, a2 = Split <axis=2, num_outputs=3> (x)
+        q0 = Reshape (a0, four) k0 = Reshape (a1, four) v0 = Reshape (a2, four)
+        q = Transpose <perm=[0,2,1,3]> (q0) k = Transpose <perm=[0,2,1,3]> (k0) v = Transpose <perm=[0,2,1,3]> (v0)""",
+}
+
+
+@pytest.mark.parametrize("apart", APART)
+@pytest.mark.parametrize("sizes", [("2", "9"), ("b", "s")])
+def test_attention_reads_a_projection_in_place(apart: str, sizes: tuple[str, str]) -> None:
+    """Nothing is transposed, sliced or copied, and nothing as large as the scores is planned."""
+    integers = {f"i{n}": np.array([n]) for n in range(4)}
+    b, s = sizes
+    shapes = {"five": np.array([0, 0, 3, 4, 8]), "four": np.array([0, 0, 4, 8]), "back": np.array([0, 0, 32])}
+    model = Model(PACKED.format(b=b, s=s, apart=APART[apart]), **integers, **shapes)
+    assert model.kernels == {"attention"}
+    agrees(model, {"x": draw(2, 9, 96)})
+
+
+def test_no_scores_in_the_plan_of_memory() -> None:
+    """Queries times keys of 8 heads would be 8 MiB, a mask that is the same for all queries 1 MiB."""
+    from graphwright.runtime.work import work_of
+
+    model = Model("g (float[1,512,64] q, float[1,512,64] k, float[1,512,64] v, float[1,1,1,512] m)"
+                  " => (float[1,512,64] y) { w = Expand (m, size)"
+                  " y = Attention <q_num_heads=8, kv_num_heads=8> (q, k, v, w) }",
+                  size=np.array([1, 1, 512, 1]))  # fmt: skip
+    assert model.kernels == {"attention"}
+    assert (work_of(model.lowered).activation_bytes or 0) <= 4 * 512 * 64
+    x = draw(1, 512, 64)
+    agrees(model, {"q": x, "k": x, "v": x, "m": draw(1, 1, 1, 512)})
+
+
+def test_a_result_by_heads_is_transposed_by_tiles() -> None:
+    """Both kernels have LLVM functions of their own in one library."""
+    model = Model("g (float[1,24,32] x) => (float[1,2,24,16] y) { u = Reshape (x, four)"
+                  " q = Transpose <perm=[0,2,1,3]> (u) y = Attention (q, q, q) }",
+                  four=np.array([1, 24, 2, 16]))  # fmt: skip
+    assert model.kernels == {"attention", "transpose"}
+    agrees(model, {"x": draw(1, 24, 32)})
+
+
+def test_softcap_and_rows_that_see_nothing() -> None:
+    model = Model("g (float[1,2,3,8] q, float[1,2,5,8] k, float[1,2,5,8] v, bool[3,5] m) => (float[1,2,3,8] y)"
+                  "{ y = Attention <softcap=2.0> (q, k, v, m) }")  # fmt: skip
+    mask = np.ones((3, 5), bool)
+    mask[1] = False
+    feeds = {"q": 3 * draw(1, 2, 3, 8), "k": draw(1, 2, 5, 8), "v": draw(1, 2, 5, 8), "m": mask}
+    assert "attention" in model.kernels
+    agrees(model, feeds)
+    assert not model(feeds)[0][:, :, 1].any()
+
+
+def test_forms_of_attention_without_a_kernel_go_through_the_body() -> None:
+    """Half precision, the scores as an output."""
+    model = Model("g (float[1,2,3,8] q, float[1,2,5,8] k, float[1,2,5,8] v) => (float[1,2,3,8] y, float[1,2,3,5] s)"
+                  "{ y, pk, pv, s = Attention (q, k, v) }")  # fmt: skip
+    assert "attention" not in model.kernels
+    agrees(model, {"q": draw(1, 2, 3, 8), "k": draw(1, 2, 5, 8), "v": draw(1, 2, 5, 8)})
