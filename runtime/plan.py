@@ -21,7 +21,8 @@ from .templates import anchor, spec_of
 
 # Operators that are looked at here before they are turned into loops.
 CONVOLUTIONS = ("relax.nn.conv1d", "relax.nn.conv2d")
-LOOKED_AT = ["relax.matmul", "relax.concat", *CONVOLUTIONS]
+TRANSPOSED = ("relax.nn.conv1d_transpose", "relax.nn.conv2d_transpose")
+LOOKED_AT = ["relax.matmul", "relax.concat", *CONVOLUTIONS, *TRANSPOSED]
 
 
 def plan(module: tvm.IRModule, target: Target) -> tvm.IRModule:
@@ -57,6 +58,14 @@ class _Planner(relax.PyExprMutator):
             call = self.builder_.normalize(call)
             blocks = convolutions.convolution(self.builder_, call, self.in_blocks(call.args[0]), self.target)
             result = None if blocks is None else self.unpacked(blocks, original.ty)
+        elif name in TRANSPOSED:
+            call = self.builder_.normalize(call)
+            found = convolutions.transposed_convolution(
+                self.builder_, call, self.in_blocks(call.args[0]), self.target
+            )
+            if found is not None:
+                value, in_blocks = found
+                result = self.unpacked(value, original.ty) if in_blocks else value
         elif name == "relax.concat":
             result = self.concat(call, original.ty)
         elif name == "relax.call_tir":
