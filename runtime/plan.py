@@ -12,9 +12,9 @@ from typing import Any
 import tvm
 from tvm import relax, tirx
 
-from .blocked import blocked_elementwise, blocked_shape
+from .blocked import blocked_elementwise, blocked_shape, first_channel
 from .elements import NotElementwise
-from .kernels import convolutions, products
+from .kernels import channels, convolutions, products
 from .kernels.vectors import Vectors
 from .target import Target
 from .templates import anchor, spec_of
@@ -97,7 +97,7 @@ class _Planner(relax.PyExprMutator):
     def unpacked(self, blocks: Any, kind: Any) -> Any:
         """The plain form of a result in blocks, bound so that its users find the blocks."""
         shape = [int(d) for d in kind.shape.values]
-        plain = self.builder_.emit(convolutions.unpack(self.builder_, blocks, shape, self.lanes))
+        plain = self.builder_.emit(convolutions.unpack(self.builder_, blocks, shape, self.target))
         self.packed[plain] = blocks
         return plain
 
@@ -112,7 +112,7 @@ class _Planner(relax.PyExprMutator):
         if spec is not None and spec["template"] in ("pool", "global-mean", "upsample"):
             (source,) = blocked
             if source is None:
-                source = convolutions.pack(self.builder_, arguments[0], self.lanes)
+                source = convolutions.pack(self.builder_, arguments[0], self.target)
             shape = [int(d) for d in kind.shape.values]
             out = relax.TensorType(blocked_shape(shape, self.lanes), "float32")
             flops = int(function.attrs["graphwright.flops"])
@@ -120,6 +120,8 @@ class _Planner(relax.PyExprMutator):
             return self.unpacked(result, kind)
         if not any(b is not None for b in blocked) or spec is not None or convolutions.UNPACK in (function.attrs or {}):
             return None
+        if len(arguments) == 1 and (first := first_channel(function)) is not None:
+            return self.channels([blocked[0]], [(0, first, int(kind.shape.values[1]))], kind)
         try:
             result = blocked_elementwise(self.builder_, function, arguments, blocked, self.lanes)
         except NotElementwise:
@@ -127,16 +129,27 @@ class _Planner(relax.PyExprMutator):
         return self.unpacked(result, kind)
 
     def concat(self, call: Any, kind: Any) -> Any | None:
-        """Channels behind each other, where every tensor but the last fills its blocks."""
+        """Channels behind each other, where at least half of them are in blocks."""
         if not isinstance(call.args[0], relax.Tuple) or not isinstance(kind, relax.TensorType):
             return None
         fields = list(call.args[0].fields)
-        if len(kind.shape.values) < 3 or int(call.attrs.axis) % len(kind.shape.values) != 1:
+        rank = len(kind.shape.values)
+        if rank < 3 or int(call.attrs.axis) % rank != 1 or str(kind.dtype.dtype) != "float32":
+            return None
+        if not all(isinstance(d, tirx.IntImm) and int(d) > 0 for f in fields for d in f.ty.shape.values):
             return None
         blocked = [self.in_blocks(f) for f in fields]
-        channels = [f.ty.shape.values[1] for f in fields]
-        if any(b is None for b in blocked) or any(int(c) % self.lanes for c in channels[:-1]):
+        counts = [int(f.ty.shape.values[1]) for f in fields]
+        if 2 * sum(c for c, b in zip(counts, blocked, strict=True) if b is not None) < sum(counts):
             return None
-        return self.unpacked(self.builder_.emit(relax.op.concat(blocked, axis=1)), kind)
+        sources = [
+            convolutions.pack(self.builder_, f, self.target) if b is None else b
+            for f, b in zip(fields, blocked, strict=True)
+        ]
+        return self.channels(sources, [(i, 0, c) for i, c in enumerate(counts)], kind)
 
-
+    def channels(self, sources: list[Any], ranges: list[tuple[int, int, int]], kind: Any) -> Any:
+        """Ranges of channels of tensors in blocks behind each other."""
+        shape = [int(d) for d in kind.shape.values]
+        out = relax.TensorType(blocked_shape(shape, self.lanes), "float32")
+        return self.unpacked(channels.joined(self.builder_, sources, ranges, out), kind)

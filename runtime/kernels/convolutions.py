@@ -9,14 +9,14 @@ from typing import Any
 
 import numpy as np
 import tvm
-from tvm import relax, tirx
+from tvm import relax, te, tirx
 from tvm.tirx.script import builder as T
 
 from ..blocked import blocked_shape
 from ..target import Target
 from ..templates import Body, anchor, template
 from . import conv as kernels
-from . import conv_transposed
+from . import conv_transposed, moves
 from .conv import ConvSpec
 from .conv_transposed import TransposedSpec
 from .vectors import Expr, Vectors
@@ -118,7 +118,7 @@ def convolution(bb: relax.BlockBuilder, call: Any, blocked: Any | None, target: 
     lanes = Vectors(target.isa).lanes
     algorithm, _ = kernels.choose_algorithm(spec, target.isa, target.caches)
     packed = relax.const(kernels.pack_weights(sizes.weight, spec, target.isa, algorithm), "float32")
-    source = _source(bb, call.args[0], blocked, spec.blocked_input, lanes)
+    source = _source(bb, call.args[0], blocked, spec.blocked_input, target)
     kind = relax.TensorType(blocked_shape(sizes.out, lanes), "float32")
     taps = math.prod(spec.kernel) * spec.in_channels // spec.groups
     flops = 2 * math.prod(sizes.out) * taps
@@ -135,7 +135,7 @@ def transposed_convolution(
     spec, lanes = TransposedSpec(**sizes.fields), Vectors(target.isa).lanes
     if conv_transposed.supported(spec, target.isa) is not None:
         return None
-    source = _source(bb, call.args[0], blocked, spec.blocked_input, lanes)
+    source = _source(bb, call.args[0], blocked, spec.blocked_input, target)
     weights = conv_transposed.pack(sizes.weight, spec, target.isa, target.caches)
     narrow = conv_transposed.narrow(spec, target.isa)
     kind = relax.TensorType(sizes.out if narrow else blocked_shape(sizes.out, lanes), "float32")
@@ -143,10 +143,10 @@ def transposed_convolution(
     return anchor(bb, "conv-transposed", vars(spec), inputs, kind, 2 * spec.multiply_adds), not narrow
 
 
-def _source(bb: relax.BlockBuilder, x: Any, blocked: Any | None, in_blocks: bool, lanes: int) -> Any:
+def _source(bb: relax.BlockBuilder, x: Any, blocked: Any | None, in_blocks: bool, target: Target) -> Any:
     if not in_blocks:
         return x
-    return pack(bb, x, lanes) if blocked is None else blocked
+    return pack(bb, x, target) if blocked is None else blocked
 
 
 # --- layouts ----------------------------------------------------------------------------------------------------
@@ -154,10 +154,9 @@ def _source(bb: relax.BlockBuilder, x: Any, blocked: Any | None, in_blocks: bool
 UNPACK = "graphwright.unpack"
 
 
-def pack(bb: relax.BlockBuilder, x: Any, lanes: int) -> Any:
-    """(N, C, ...) -> blocks."""
-    from tvm import te
-
+def pack(bb: relax.BlockBuilder, x: Any, target: Target) -> Any:
+    """(N, C, ...) float32 -> blocks."""
+    lanes = Vectors(target.isa).lanes
     shape = [int(d) for d in x.ty.shape.values]
     out = blocked_shape(shape, lanes)
     if shape[1] % lanes == 0 and math.prod(shape[2:]) == 1:
@@ -166,36 +165,31 @@ def pack(bb: relax.BlockBuilder, x: Any, lanes: int) -> Any:
         # Blocks of rows are transposed; the rest is another view of the same memory.
         rows = bb.emit(relax.op.reshape(x, [shape[0], out[1], lanes, math.prod(shape[2:])]))
         return bb.emit(relax.op.reshape(bb.emit(relax.op.permute_dims(rows, [0, 1, 3, 2])), out))
-    data = te.placeholder(shape, str(x.ty.dtype.dtype), "x")
-
-    def element(n: Any, block: Any, *rest: Any) -> Any:
-        *place, lane = rest
-        channel = block * lanes + lane
-        return tirx.if_then_else(channel < shape[1], data(n, channel, *place), tirx.const(0, data.dtype))
-
-    function = te.create_prim_func([data, te.compute(out, element, name="pack")], "int64")
-    kernel = bb.add_func(function.without_attr("global_symbol"), "pack")
-    return bb.emit(relax.call_tir(kernel, [x], relax.TensorType(out, data.dtype)))
+    kernel = bb.add_func(moves.blocks(shape, target, into=True), "pack")
+    return bb.emit(relax.call_tir(kernel, [x], relax.TensorType(out, "float32")))
 
 
-def unpack(bb: relax.BlockBuilder, blocked: Any, shape: Sequence[int], lanes: int) -> Any:
+def unpack(bb: relax.BlockBuilder, blocked: Any, shape: Sequence[int], target: Target) -> Any:
     """Blocks -> (N, C, ...)."""
-    from tvm import te
-
+    lanes = Vectors(target.isa).lanes
     if shape[1] % lanes == 0 and math.prod(shape[2:]) == 1:
         return relax.op.reshape(blocked, list(shape))
     if shape[1] % lanes == 0:
         rows = bb.emit(relax.op.reshape(blocked, [shape[0], shape[1] // lanes, math.prod(shape[2:]), lanes]))
         return relax.op.reshape(bb.emit(relax.op.permute_dims(rows, [0, 1, 3, 2])), list(shape))
-    data = te.placeholder([int(d) for d in blocked.ty.shape.values], str(blocked.ty.dtype.dtype), "x")
+    dtype = str(blocked.ty.dtype.dtype)
+    if dtype == "float32":
+        function = moves.blocks(shape, target, into=False)
+    else:
+        data = te.placeholder([int(d) for d in blocked.ty.shape.values], dtype, "x")
 
-    def element(n: Any, channel: Any, *place: Any) -> Any:
-        return data(n, tirx.floordiv(channel, lanes), *place, tirx.floormod(channel, lanes))
+        def element(n: Any, channel: Any, *place: Any) -> Any:
+            return data(n, tirx.floordiv(channel, lanes), *place, tirx.floormod(channel, lanes))
 
-    function = te.create_prim_func([data, te.compute(tuple(shape), element, name="unpack")], "int64")
-    function = function.without_attr("global_symbol").with_attr(UNPACK, True)
-    kernel = bb.add_func(function, "unpack")
-    return relax.call_tir(kernel, [blocked], relax.TensorType(list(shape), data.dtype))
+        function = te.create_prim_func([data, te.compute(tuple(shape), element, name="unpack")], "int64")
+        function = function.without_attr("global_symbol")
+    kernel = bb.add_func(function.with_attr(UNPACK, True), "unpack")
+    return relax.call_tir(kernel, [blocked], relax.TensorType(list(shape), dtype))
 
 
 # --- poolings ---------------------------------------------------------------------------------------------------
