@@ -39,11 +39,12 @@ class _Planner(relax.PyExprMutator):
         self.module, self.target = module, target
         self.lanes = Vectors(target.isa).lanes
         self.packed: dict[Any, Any] = {}
+        self.copies: dict[Any, Any] = {}  # plain tensors that have been packed
 
     def run(self) -> tvm.IRModule:
         for variable, function in self.module.functions_items():
             if isinstance(function, relax.Function):
-                self.packed = {}
+                self.packed, self.copies = {}, {}
                 self.builder_.update_func(variable, self.visit_expr(function))
         return self.builder_.get()
 
@@ -56,13 +57,13 @@ class _Planner(relax.PyExprMutator):
             result = products.matmul(self.builder_, call.args[0], call.args[1], self.target)
         elif name in CONVOLUTIONS:
             call = self.builder_.normalize(call)
-            blocks = convolutions.convolution(self.builder_, call, self.in_blocks(call.args[0]), self.target)
+            blocked = self.in_blocks(call.args[0])
+            blocks = convolutions.convolution(self.builder_, call, blocked, self.into_blocks, self.target)
             result = None if blocks is None else self.unpacked(blocks, original.ty)
         elif name in TRANSPOSED:
             call = self.builder_.normalize(call)
-            found = convolutions.transposed_convolution(
-                self.builder_, call, self.in_blocks(call.args[0]), self.target
-            )
+            blocked = self.in_blocks(call.args[0])
+            found = convolutions.transposed_convolution(self.builder_, call, blocked, self.into_blocks, self.target)
             if found is not None:
                 value, in_blocks = found
                 result = self.unpacked(value, original.ty) if in_blocks else value
@@ -89,6 +90,17 @@ class _Planner(relax.PyExprMutator):
             return made.args[0]
         return None
 
+    def into_blocks(self, value: Any) -> Any:
+        """A plain tensor in blocks, packed once."""
+        blocks = self.in_blocks(value)
+        if blocks is None:
+            blocks = self.copies.get(value)
+        if blocks is None:
+            blocks = convolutions.pack(self.builder_, value, self.target)
+            if isinstance(value, relax.Var):
+                self.copies[value] = blocks
+        return blocks
+
     def function(self, variable: Any) -> tirx.PrimFunc | None:
         functions = self.builder_.get().functions
         found = functions.get(variable) if hasattr(functions, "get") else functions[variable]
@@ -110,9 +122,7 @@ class _Planner(relax.PyExprMutator):
         blocked = [self.in_blocks(a) for a in arguments]
         spec = spec_of(function)
         if spec is not None and spec["template"] in ("pool", "global-mean", "upsample"):
-            (source,) = blocked
-            if source is None:
-                source = convolutions.pack(self.builder_, arguments[0], self.target)
+            source = self.into_blocks(arguments[0])
             shape = [int(d) for d in kind.shape.values]
             out = relax.TensorType(blocked_shape(shape, self.lanes), "float32")
             flops = int(function.attrs["graphwright.flops"])
@@ -122,6 +132,7 @@ class _Planner(relax.PyExprMutator):
             return None
         if len(arguments) == 1 and (first := first_channel(function)) is not None:
             return self.channels([blocked[0]], [(0, first, int(kind.shape.values[1]))], kind)
+        blocked = [self.copies.get(a) if b is None else b for a, b in zip(arguments, blocked, strict=True)]
         try:
             result = blocked_elementwise(self.builder_, function, arguments, blocked, self.lanes)
         except NotElementwise:
@@ -142,10 +153,7 @@ class _Planner(relax.PyExprMutator):
         counts = [int(f.ty.shape.values[1]) for f in fields]
         if 2 * sum(c for c, b in zip(counts, blocked, strict=True) if b is not None) < sum(counts):
             return None
-        sources = [
-            convolutions.pack(self.builder_, f, self.target) if b is None else b
-            for f, b in zip(fields, blocked, strict=True)
-        ]
+        sources = [self.into_blocks(f) for f in fields]
         return self.channels(sources, [(i, 0, c) for i, c in enumerate(counts)], kind)
 
     def channels(self, sources: list[Any], ranges: list[tuple[int, int, int]], kind: Any) -> Any:

@@ -102,8 +102,9 @@ def _own(dim: Any, symbols: dict[Any, Any]) -> Any:
 
 @dataclass
 class _Call:
-    """One call_tir: the function, its arguments, the variable that is bound to the result."""
+    """One call_tir: the function and its name, its arguments, the variable that is bound to the result."""
 
+    name: str
     function: tirx.PrimFunc
     arguments: list[Any]
     var: Any
@@ -124,7 +125,7 @@ def _call_of(value: Any, var: Any, module: tvm.IRModule) -> _Call | None:
     arguments = list(value.args[1].fields)
     out = value.ty_args[0]
     if isinstance(out, relax.TensorType) and isinstance(out.shape, relax.ShapeExpr):
-        return _Call(function, arguments, var, out)
+        return _Call(value.args[0].name_hint, function, arguments, var, out)
     return None
 
 
@@ -354,16 +355,40 @@ class _Claimer(relax.PyExprMutator):
             return relax.call_tir(kernel, list(call.args), calls[-1].out)
         if not any(c.anchor is not None for c in calls):
             return call
-        # The anchor alone, and what was fused behind it as it was.
-        values = dict(zip(function.params, call.args, strict=True))
-        for c in calls:
-            arguments = [values.get(a, a) for a in c.arguments]
-            variable = self.builder_.get().get_global_vars()
-            callee = next(
-                g for g in variable if self.module.functions.get(g) is not None and self.module[g].same_as(c.function)
-            )
-            values[c.var] = self.builder_.emit(self.lone(relax.call_tir(callee, arguments, c.out)))
+        return self.parted(dict(zip(function.params, call.args, strict=True)), calls)
+
+    def parted(self, values: dict[Any, Any], calls: Sequence[_Call]) -> Any:
+        """A group as several kernels, the first of which takes as many of the calls as it can, and so on.
+
+        values: what the group's parameters are. Returns the value of the last call.
+        """
+        rest = list(calls)
+        while rest:
+            part, params, kernel = next(filter(None, (self.part(rest, count) for count in range(len(rest), 0, -1))))
+            arguments = [values[p] for p in params]
+            last = part[-1]
+            if kernel is not None:
+                value = relax.call_tir(kernel, arguments, last.out)
+            else:
+                callee = next(v for v, f in self.module.functions_items() if f.same_as(last.function))
+                value = self.lone(relax.call_tir(callee, [values.get(a, a) for a in last.arguments], last.out))
+            values[last.var] = self.builder_.emit(value)
+            rest = rest[len(part) :]
         return values[calls[-1].var]
+
+    def part(self, calls: Sequence[_Call], count: int) -> tuple[Sequence[_Call], list[Any], Any] | None:
+        """The first calls with their arguments and the kernel for them. None where there is none for several calls, or
+        others read what is computed on the way; a call without a template comes back without a kernel.
+        """
+        first, others = calls[:count], calls[count:]
+        made = {c.var for c in first}
+        read = {a for c in others for a in c.arguments}
+        if made & read - {first[-1].var}:
+            return None
+        arguments = dict.fromkeys(a for c in first for a in c.arguments if isinstance(a, relax.Var) and a not in made)
+        params = list(arguments)
+        kernel = self.written("_".join(["fused"] * (count > 1) + [c.name for c in first]), first, params)
+        return None if kernel is None and count > 1 else (first, params, kernel)
 
     def lone(self, call: Any) -> Any:
         single = _call_of(call, None, self.module)
@@ -375,7 +400,7 @@ class _Claimer(relax.PyExprMutator):
             if not all(isinstance(p.ty, relax.TensorType) for p in params):
                 self.kernels[key] = None
             else:
-                inner = _Call(single.function, list(params), relax.Var("y", single.out), single.out)
+                inner = _Call(single.name, single.function, list(params), relax.Var("y", single.out), single.out)
                 self.kernels[key] = self.written(key.name_hint, [inner], params)
         kernel = self.kernels[key]
         return call if kernel is None else relax.call_tir(kernel, single.arguments, single.out)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,6 +66,9 @@ def transposed(parameters: dict[str, Any], body: Body) -> None:
     conv_transposed.emit(body.vectors, spec, x, weights, finish, *common, body.target.caches)
 
 
+Pack = Callable[[Any], Any]  # a tensor (N, C, ...) -> in blocks
+
+
 @dataclass(frozen=True)
 class _Sizes:
     """What a Relax convolution over one or two axes says, with two axes. fields: those that all specs share."""
@@ -104,10 +107,11 @@ def _sizes(call: Any, blocked: Any | None) -> _Sizes | None:
     return _Sizes(weight, out, fields)
 
 
-def convolution(bb: relax.BlockBuilder, call: Any, blocked: Any | None, target: Target) -> Any | None:
+def convolution(bb: relax.BlockBuilder, call: Any, blocked: Any | None, pack: Pack, target: Target) -> Any | None:
     """A Relax convolution with constant weights as a template over blocks; the result in blocks, or None.
 
-    blocked: the input in blocks, None where it is not. Convolutions that take few channels read them unblocked.
+    blocked: the input in blocks, None where it is not; `pack` brings it there. Convolutions that take few channels read
+    them unblocked.
     """
     sizes = _sizes(call, blocked)
     if sizes is None:
@@ -118,7 +122,7 @@ def convolution(bb: relax.BlockBuilder, call: Any, blocked: Any | None, target: 
     lanes = Vectors(target.isa).lanes
     algorithm, _ = kernels.choose_algorithm(spec, target.isa, target.caches)
     packed = relax.const(kernels.pack_weights(sizes.weight, spec, target.isa, algorithm), "float32")
-    source = _source(bb, call.args[0], blocked, spec.blocked_input, target)
+    source = pack(call.args[0]) if spec.blocked_input else call.args[0]
     kind = relax.TensorType(blocked_shape(sizes.out, lanes), "float32")
     taps = math.prod(spec.kernel) * spec.in_channels // spec.groups
     flops = 2 * math.prod(sizes.out) * taps
@@ -126,7 +130,7 @@ def convolution(bb: relax.BlockBuilder, call: Any, blocked: Any | None, target: 
 
 
 def transposed_convolution(
-    bb: relax.BlockBuilder, call: Any, blocked: Any | None, target: Target
+    bb: relax.BlockBuilder, call: Any, blocked: Any | None, pack: Pack, target: Target
 ) -> tuple[Any, bool] | None:
     """A transposed one: the result, and whether it is in blocks; None where there is no template."""
     sizes = _sizes(call, blocked)
@@ -135,18 +139,12 @@ def transposed_convolution(
     spec, lanes = TransposedSpec(**sizes.fields), Vectors(target.isa).lanes
     if conv_transposed.supported(spec, target.isa) is not None:
         return None
-    source = _source(bb, call.args[0], blocked, spec.blocked_input, target)
+    source = pack(call.args[0]) if spec.blocked_input else call.args[0]
     weights = conv_transposed.pack(sizes.weight, spec, target.isa, target.caches)
     narrow = conv_transposed.narrow(spec, target.isa)
     kind = relax.TensorType(sizes.out if narrow else blocked_shape(sizes.out, lanes), "float32")
     inputs = [source, *(relax.const(w, "float32") for w in weights)]
     return anchor(bb, "conv-transposed", vars(spec), inputs, kind, 2 * spec.multiply_adds), not narrow
-
-
-def _source(bb: relax.BlockBuilder, x: Any, blocked: Any | None, in_blocks: bool, target: Target) -> Any:
-    if not in_blocks:
-        return x
-    return pack(bb, x, target) if blocked is None else blocked
 
 
 # --- layouts ----------------------------------------------------------------------------------------------------

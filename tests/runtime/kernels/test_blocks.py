@@ -162,3 +162,80 @@ def test_one_dimensional_concat_and_slice() -> None:
       s = Slice(t, a, b, ax)  y = Conv(s, v) }"""
     numbers = {"a": np.array([3]), "b": np.array([14]), "ax": np.array([1])}
     compare(text, w=draw(9, 8, 3), u=draw(7, 8, 3), v=draw(4, 11, 3), **numbers)
+
+
+# --- what follows a kernel --------------------------------------------------------------------------------------
+
+ACTIVATIONS = {
+    "Relu": "t = Relu(c)",
+    "HardSwish": "t = HardSwish(c)",
+    "HardSigmoid": "t = HardSigmoid(c)",
+    "HardSwish in four": "a = Add(c, three)  b = Clip(a, zero, top)  d = Mul(c, b)  t = Div(d, six)",
+    "a scalar": "t = Add(c, three)",
+    "PRelu": "t = PRelu(c, slope)",
+    "LeakyRelu": "t = LeakyRelu(c)",
+    "Clip": "t = Clip(c, zero, top)",
+    "SiLU": "a = Sigmoid(c)  t = Mul(c, a)",
+    "Mish": "a = Softplus(c)  b = Tanh(a)  t = Mul(c, b)",
+    "Gelu": "t = Gelu(c)",
+    "BatchNormalization": "t = BatchNormalization(c, scale, shift, mean, variance)",
+    "the block's input": "t = Add(c, x)",
+}
+NUMBERS = {
+    "three": np.float32([3]), "six": np.float32([6]), "zero": np.float32(0), "top": np.float32(6),
+    "slope": draw(16, 1, 1), "scale": draw(16), "shift": draw(16), "mean": draw(16), "variance": np.abs(draw(16)) + 1,
+}  # fmt: skip
+
+
+def with_numbers(body: str, **weights: np.ndarray) -> dict[str, np.ndarray]:
+    """The weights, and those of NUMBERS that a body names."""
+    words = set(body.replace("(", " ").replace(")", " ").replace(",", " ").split())
+    return {**weights, **{name: value for name, value in NUMBERS.items() if name in words}}
+
+
+def moving(kernels: list[str]) -> list[str]:
+    return [k for k in kernels if "pack" in k or "transpose" in k]
+
+
+@pytest.mark.parametrize("case", ACTIVATIONS)
+def test_a_convolution_computes_what_follows(case: str) -> None:
+    body = ACTIVATIONS[case]
+    text = f"""g (float[1,16,6,7] x) => (float[1,16,6,7] y) {{
+      c = Conv<pads=[1,1,1,1]>(x, w)  {body}  y = Conv<pads=[1,1,1,1]>(t, v) }}"""
+    kernels = compare(text, **with_numbers(body, w=draw(16, 16, 3, 3), v=draw(16, 16, 3, 3)))
+    assert len(moving(kernels)) == 2 and len(kernels) == 4, kernels
+
+
+NORMALIZED = {
+    "MaxPool": ("b = MaxPool<kernel_shape=[3,3], pads=[1,1,1,1]>(c)", 24),
+    "Concat": ("d = Conv(x, u)  b = Concat<axis=1>(c, d)", 31),
+    "Slice": ("b = Slice(c, first, last, one)", 13),
+}
+
+
+@pytest.mark.parametrize("case", NORMALIZED)
+def test_a_normalization_after_another_kernel(case: str) -> None:
+    before, channels = NORMALIZED[case]
+    text = f"""g (float[1,8,6,7] x) => (float[1,8,6,7] y) {{
+      c = Conv(x, w)  {before}  n = BatchNormalization(b, s, h, m, r)  t = Relu(n)  y = Conv(t, v) }}"""
+    weights = {"w": draw(24, 8, 1, 1), "v": draw(8, channels, 1, 1)}
+    if case == "Concat":
+        weights["u"] = draw(7, 8, 1, 1)
+    if case == "Slice":
+        weights |= {"first": np.array([5]), "last": np.array([18]), "one": np.array([1])}
+    normal = {name: draw(channels) for name in ("s", "h", "m")}
+    kernels = compare(text, **weights, **normal, r=np.abs(draw(channels)) + 1)
+    assert len(moving(kernels)) == 2 and len(kernels) == 5 + (case == "Concat"), kernels
+
+
+@pytest.mark.parametrize("gate", ["Sigmoid", "HardSigmoid"])
+@pytest.mark.parametrize("mean", ["GlobalAveragePool(c)", "ReduceMean<keepdims=1>(c, axes)"])
+def test_squeeze_and_excite_in_four_kernels(gate: str, mean: str) -> None:
+    """The mean, two small convolutions with what follows each, and the product with what is added to it."""
+    text = f"""g (float[1,8,6,7] x) => (float[1,8,6,7] y) {{
+      c = Conv(x, w)  p = {mean}  a = Conv(p, w1, b1)  b = Relu(a)  d = Conv(b, w2, b2)  e = {gate}(d)
+      f = Mul(c, e)  t = Add(c, f)  y = Conv(t, v) }}"""
+    weights = {"w": draw(16, 8, 1, 1), "v": draw(8, 16, 1, 1), "w1": draw(5, 16, 1, 1), "w2": draw(16, 5, 1, 1)}
+    axes = {"axes": np.array([2, 3])} if "axes" in mean else {}
+    kernels = compare(text, **weights, **axes, b1=draw(5), b2=draw(16))
+    assert len(moving(kernels)) == 2 and len(kernels) == 8, kernels
