@@ -75,6 +75,25 @@ def _finite(array: np.ndarray) -> bool:
     return array.dtype.kind != "f" or bool(np.isfinite(array).all())
 
 
+def first_channel(function: tirx.PrimFunc) -> int | None:
+    """The first channel of a function that is a range of its input's channels; None for other functions."""
+    try:
+        nest = nest_of(function)
+    except NotElementwise:
+        return None
+    if not isinstance(nest.value, TensorLoad) or len(nest.extents) < 3 or str(nest.value.ty.dtype) != "float32":
+        return None
+    shape = [int(d) for d in nest.parameters[0].shape]
+    if len(shape) != len(nest.extents):
+        return None
+    analyzer = tvm.sym.Analyzer()
+    offsets = [analyzer.simplify(i - a) for i, a in zip(nest.value.indices, nest.axes, strict=True)]
+    for axis, (offset, extent, size) in enumerate(zip(offsets, nest.extents, shape, strict=True)):
+        if not isinstance(offset, tirx.IntImm) or (axis != CHANNEL and extent != size):
+            return None
+    return int(offsets[CHANNEL])
+
+
 def blocked_elementwise(
     bb: relax.BlockBuilder, function: tirx.PrimFunc, arguments: Sequence[Any], blocked: Sequence[Any | None], lanes: int
 ) -> Any:

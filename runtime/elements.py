@@ -165,7 +165,8 @@ def nest_of(function: tirx.PrimFunc) -> Nest:
     if not function.params or not store.buffer.same_as(function.params[-1]):
         raise NotElementwise("it has more than one output")
     extents = tuple(int(e) if isinstance(e, tirx.IntImm) else e for e in (loop.extent for loop in loops))
-    return Nest(axes, extents, store.value, tuple(function.params))
+    parameters = tuple(p for p in function.params if isinstance(p.ty, tirx.BufferType))
+    return Nest(axes, extents, store.value, parameters)
 
 
 def relax_pattern(nest: Nest) -> int | None:

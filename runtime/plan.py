@@ -12,16 +12,17 @@ from typing import Any
 import tvm
 from tvm import relax, tirx
 
-from .blocked import blocked_elementwise, blocked_shape
+from .blocked import blocked_elementwise, blocked_shape, first_channel
 from .elements import NotElementwise
-from .kernels import convolutions, products
+from .kernels import channels, convolutions, products
 from .kernels.vectors import Vectors
 from .target import Target
 from .templates import anchor, spec_of
 
 # Operators that are looked at here before they are turned into loops.
 CONVOLUTIONS = ("relax.nn.conv1d", "relax.nn.conv2d")
-LOOKED_AT = ["relax.matmul", "relax.concat", *CONVOLUTIONS]
+TRANSPOSED = ("relax.nn.conv1d_transpose", "relax.nn.conv2d_transpose")
+LOOKED_AT = ["relax.matmul", "relax.concat", *CONVOLUTIONS, *TRANSPOSED]
 
 
 def plan(module: tvm.IRModule, target: Target) -> tvm.IRModule:
@@ -38,11 +39,12 @@ class _Planner(relax.PyExprMutator):
         self.module, self.target = module, target
         self.lanes = Vectors(target.isa).lanes
         self.packed: dict[Any, Any] = {}
+        self.copies: dict[Any, Any] = {}  # plain tensors that have been packed
 
     def run(self) -> tvm.IRModule:
         for variable, function in self.module.functions_items():
             if isinstance(function, relax.Function):
-                self.packed = {}
+                self.packed, self.copies = {}, {}
                 self.builder_.update_func(variable, self.visit_expr(function))
         return self.builder_.get()
 
@@ -55,8 +57,16 @@ class _Planner(relax.PyExprMutator):
             result = products.matmul(self.builder_, call.args[0], call.args[1], self.target)
         elif name in CONVOLUTIONS:
             call = self.builder_.normalize(call)
-            blocks = convolutions.convolution(self.builder_, call, self.in_blocks(call.args[0]), self.target)
+            blocked = self.in_blocks(call.args[0])
+            blocks = convolutions.convolution(self.builder_, call, blocked, self.into_blocks, self.target)
             result = None if blocks is None else self.unpacked(blocks, original.ty)
+        elif name in TRANSPOSED:
+            call = self.builder_.normalize(call)
+            blocked = self.in_blocks(call.args[0])
+            found = convolutions.transposed_convolution(self.builder_, call, blocked, self.into_blocks, self.target)
+            if found is not None:
+                value, in_blocks = found
+                result = self.unpacked(value, original.ty) if in_blocks else value
         elif name == "relax.concat":
             result = self.concat(call, original.ty)
         elif name == "relax.call_tir":
@@ -80,6 +90,17 @@ class _Planner(relax.PyExprMutator):
             return made.args[0]
         return None
 
+    def into_blocks(self, value: Any) -> Any:
+        """A plain tensor in blocks, packed once."""
+        blocks = self.in_blocks(value)
+        if blocks is None:
+            blocks = self.copies.get(value)
+        if blocks is None:
+            blocks = convolutions.pack(self.builder_, value, self.target)
+            if isinstance(value, relax.Var):
+                self.copies[value] = blocks
+        return blocks
+
     def function(self, variable: Any) -> tirx.PrimFunc | None:
         functions = self.builder_.get().functions
         found = functions.get(variable) if hasattr(functions, "get") else functions[variable]
@@ -88,7 +109,7 @@ class _Planner(relax.PyExprMutator):
     def unpacked(self, blocks: Any, kind: Any) -> Any:
         """The plain form of a result in blocks, bound so that its users find the blocks."""
         shape = [int(d) for d in kind.shape.values]
-        plain = self.builder_.emit(convolutions.unpack(self.builder_, blocks, shape, self.lanes))
+        plain = self.builder_.emit(convolutions.unpack(self.builder_, blocks, shape, self.target))
         self.packed[plain] = blocks
         return plain
 
@@ -101,9 +122,7 @@ class _Planner(relax.PyExprMutator):
         blocked = [self.in_blocks(a) for a in arguments]
         spec = spec_of(function)
         if spec is not None and spec["template"] in ("pool", "global-mean", "upsample"):
-            (source,) = blocked
-            if source is None:
-                source = convolutions.pack(self.builder_, arguments[0], self.lanes)
+            source = self.into_blocks(arguments[0])
             shape = [int(d) for d in kind.shape.values]
             out = relax.TensorType(blocked_shape(shape, self.lanes), "float32")
             flops = int(function.attrs["graphwright.flops"])
@@ -111,6 +130,9 @@ class _Planner(relax.PyExprMutator):
             return self.unpacked(result, kind)
         if not any(b is not None for b in blocked) or spec is not None or convolutions.UNPACK in (function.attrs or {}):
             return None
+        if len(arguments) == 1 and (first := first_channel(function)) is not None:
+            return self.channels([blocked[0]], [(0, first, int(kind.shape.values[1]))], kind)
+        blocked = [self.copies.get(a) if b is None else b for a, b in zip(arguments, blocked, strict=True)]
         try:
             result = blocked_elementwise(self.builder_, function, arguments, blocked, self.lanes)
         except NotElementwise:
@@ -118,16 +140,24 @@ class _Planner(relax.PyExprMutator):
         return self.unpacked(result, kind)
 
     def concat(self, call: Any, kind: Any) -> Any | None:
-        """Channels behind each other, where every tensor but the last fills its blocks."""
+        """Channels behind each other, where at least half of them are in blocks."""
         if not isinstance(call.args[0], relax.Tuple) or not isinstance(kind, relax.TensorType):
             return None
         fields = list(call.args[0].fields)
-        if len(kind.shape.values) < 3 or int(call.attrs.axis) % len(kind.shape.values) != 1:
+        rank = len(kind.shape.values)
+        if rank < 3 or int(call.attrs.axis) % rank != 1 or str(kind.dtype.dtype) != "float32":
+            return None
+        if not all(isinstance(d, tirx.IntImm) and int(d) > 0 for f in fields for d in f.ty.shape.values):
             return None
         blocked = [self.in_blocks(f) for f in fields]
-        channels = [f.ty.shape.values[1] for f in fields]
-        if any(b is None for b in blocked) or any(int(c) % self.lanes for c in channels[:-1]):
+        counts = [int(f.ty.shape.values[1]) for f in fields]
+        if 2 * sum(c for c, b in zip(counts, blocked, strict=True) if b is not None) < sum(counts):
             return None
-        return self.unpacked(self.builder_.emit(relax.op.concat(blocked, axis=1)), kind)
+        sources = [self.into_blocks(f) for f in fields]
+        return self.channels(sources, [(i, 0, c) for i, c in enumerate(counts)], kind)
 
-
+    def channels(self, sources: list[Any], ranges: list[tuple[int, int, int]], kind: Any) -> Any:
+        """Ranges of channels of tensors in blocks behind each other."""
+        shape = [int(d) for d in kind.shape.values]
+        out = relax.TensorType(blocked_shape(shape, self.lanes), "float32")
+        return self.unpacked(channels.joined(self.builder_, sources, ranges, out), kind)

@@ -20,6 +20,7 @@ from tvm import relax, tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
 
+from ..passes.errors import CompileError
 from . import elements
 from .elements import NotElementwise, Size, Source, Symbol, Tree
 from .kernels import moves
@@ -106,12 +107,16 @@ def _own(dim: Any, symbols: dict[Any, Any]) -> Any:
 
 @dataclass
 class _Call:
-    """One call_tir: the function, its arguments, the variable that is bound to the result."""
+    """One call_tir: the function and its name, its tensors, the variable that is bound to the result, sizes that it is
+    told besides.
+    """
 
+    name: str
     function: tirx.PrimFunc
     arguments: list[Any]
     var: Any
     out: Any
+    sizes: Sequence[Any] = ()
 
     @functools.cached_property
     def anchor(self) -> dict[str, Any] | None:
@@ -123,12 +128,13 @@ def _call_of(value: Any, var: Any, module: tvm.IRModule) -> _Call | None:
     if not isinstance(value, tvm.ir.Call) or getattr(value.op, "name", "") != "relax.call_tir":
         return None
     function = module[value.args[0]]
-    if not isinstance(function, tirx.PrimFunc) or len(value.args) > 2:
+    if not isinstance(function, tirx.PrimFunc):
         return None
     arguments = list(value.args[1].fields)
     out = value.ty_args[0]
     if isinstance(out, relax.TensorType) and isinstance(out.shape, relax.ShapeExpr):
-        return _Call(function, arguments, var, out)
+        sizes = list(value.args[2].values) if len(value.args) > 2 else []
+        return _Call(value.args[0].name_hint, function, arguments, var, out, sizes)
     return None
 
 
@@ -324,16 +330,23 @@ def _anchor_kernel(name: str, calls: Sequence[_Call], params: Sequence[Any], tar
     return _kernel(name, kinds, shapes, target, flops, write)
 
 
-def _outside(function: relax.Function, call: Any, kind: Any) -> Any:
-    """A type from within a called function in the symbols of its caller."""
-    analyzer = tvm.sym.Analyzer()
-    bound = []
-    for param, argument in zip(function.params, call.args, strict=True):
-        for d, given in zip(_dims(param.ty), _dims(argument.ty), strict=True):
-            if isinstance(d, tirx.Var) and not any(d.same_as(b) for b in bound):
-                analyzer.bind(d, given)
-                bound.append(d)
-    return relax.TensorType([analyzer.simplify(d) for d in kind.shape.values], kind.dtype)
+class _Outside:
+    """Sizes from within a called function in the symbols of its caller."""
+
+    def __init__(self, function: relax.Function, call: Any) -> None:
+        self.analyzer = tvm.sym.Analyzer()
+        bound: list[Any] = []
+        for param, argument in zip(function.params, call.args, strict=True):
+            for d, given in zip(_dims(param.ty), _dims(argument.ty), strict=True):
+                if isinstance(d, tirx.Var) and not any(d.same_as(b) for b in bound):
+                    self.analyzer.bind(d, given)
+                    bound.append(d)
+
+    def sizes(self, sizes: Sequence[Any]) -> list[Any]:
+        return [self.analyzer.simplify(d) for d in sizes]
+
+    def type(self, kind: Any) -> Any:
+        return relax.TensorType(self.sizes(kind.shape.values), kind.dtype)
 
 
 def _dims(kind: Any) -> list[Any]:
@@ -385,8 +398,11 @@ class _Claimer(relax.PyExprMutator):
         for variable, function in self.module.functions_items():
             if isinstance(function, relax.Function) and not (function.attrs or {}).get("Primitive"):
                 self.builder_.update_func(variable, self.visit_expr(function))
-        module = self.builder_.get()
-        return relax.transform.DeadCodeElimination()(module)
+        module = relax.transform.DeadCodeElimination()(self.builder_.get())
+        for variable, function in module.functions_items():
+            if ANCHOR in (function.attrs or {}):
+                raise CompileError(f"the kernel {variable.name_hint} was not written: it is part of no group")
+        return module
 
     def visit_call_(self, call: Any) -> Any:
         call = super().visit_call_(call)
@@ -403,26 +419,52 @@ class _Claimer(relax.PyExprMutator):
         calls = _group_calls(function, self.module)
         if calls is None:
             return call
+        outside = _Outside(function, call)
         if call.op not in self.kernels:
             params = [p for p in function.params if not isinstance(p.ty, relax.ShapeType)]
             self.kernels[call.op] = self.written(call.op.name_hint, calls, params)
         kernel = self.kernels[call.op]
         if kernel is not None:
             tensors = [a for a in call.args if not isinstance(a.ty, relax.ShapeType)]
-            return relax.call_tir(kernel, tensors, _outside(function, call, calls[-1].out))
+            return relax.call_tir(kernel, tensors, outside.type(calls[-1].out))
         if not any(c.anchor is not None for c in calls):
             return call
-        # The anchor alone, and what was fused behind it as it was.
-        values = dict(zip(function.params, call.args, strict=True))
-        for c in calls:
-            arguments = [values.get(a, a) for a in c.arguments]
-            variable = self.builder_.get().get_global_vars()
-            callee = next(
-                g for g in variable if self.module.functions.get(g) is not None and self.module[g].same_as(c.function)
-            )
-            out = _outside(function, call, c.out)
-            values[c.var] = self.builder_.emit(self.lone(relax.call_tir(callee, arguments, out)))
+        return self.parted(dict(zip(function.params, call.args, strict=True)), calls, outside)
+
+    def parted(self, values: dict[Any, Any], calls: Sequence[_Call], outside: _Outside) -> Any:
+        """A group as several kernels, the first of which takes as many of the calls as it can, and so on.
+
+        values: what the group's parameters are. Returns the value of the last call.
+        """
+        rest = list(calls)
+        while rest:
+            part, params, kernel = next(filter(None, (self.part(rest, count) for count in range(len(rest), 0, -1))))
+            last = part[-1]
+            out = outside.type(last.out)
+            if kernel is not None:
+                value = relax.call_tir(kernel, [values[p] for p in params], out)
+            else:
+                callee = next(v for v, f in self.module.functions_items() if f.same_as(last.function))
+                arguments = [values.get(a, a) for a in last.arguments]
+                sizes = relax.ShapeExpr(outside.sizes(last.sizes)) if last.sizes else None
+                value = self.lone(relax.call_tir(callee, arguments, out, sizes))
+            values[last.var] = self.builder_.emit(value)
+            rest = rest[len(part) :]
         return values[calls[-1].var]
+
+    def part(self, calls: Sequence[_Call], count: int) -> tuple[Sequence[_Call], list[Any], Any] | None:
+        """The first calls with their arguments and the kernel for them. None where there is none for several calls, or
+        others read what is computed on the way; a call without a template comes back without a kernel.
+        """
+        first, others = calls[:count], calls[count:]
+        made = {c.var for c in first}
+        read = {a for c in others for a in c.arguments}
+        if made & read - {first[-1].var}:
+            return None
+        arguments = dict.fromkeys(a for c in first for a in c.arguments if isinstance(a, relax.Var) and a not in made)
+        params = list(arguments)
+        kernel = self.written("_".join(["fused"] * (count > 1) + [c.name for c in first]), first, params)
+        return None if kernel is None and count > 1 else (first, params, kernel)
 
     def lone(self, call: Any) -> Any:
         single = _call_of(call, None, self.module)
@@ -434,7 +476,7 @@ class _Claimer(relax.PyExprMutator):
             if not all(isinstance(p.ty, relax.TensorType) for p in params):
                 self.kernels[key] = None
             else:
-                inner = _Call(single.function, list(params), relax.Var("y", single.out), single.out)
+                inner = _Call(single.name, single.function, list(params), relax.Var("y", single.out), single.out)
                 self.kernels[key] = self.written(key.name_hint, [inner], params)
         kernel = self.kernels[key]
         return call if kernel is None else relax.call_tir(kernel, single.arguments, single.out)

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import tvm
-from tvm import relax, tirx
+from tvm import relax, te, tirx
 from tvm.tirx.script import builder as T
 
 from ..blocked import blocked_shape
 from ..target import Target
 from ..templates import Body, anchor, template
 from . import conv as kernels
+from . import conv_transposed, moves
 from .conv import ConvSpec
+from .conv_transposed import TransposedSpec
 from .vectors import Expr, Vectors
 
 
@@ -38,23 +41,55 @@ def conv(parameters: dict[str, Any], body: Body) -> None:
     )  # fmt: skip
 
 
-def convolution(bb: relax.BlockBuilder, call: Any, blocked: Any | None, target: Target) -> Any | None:
-    """A Relax convolution with constant weights as a template over blocks; the result in blocks, or None.
+@template("conv-transposed")
+def transposed(parameters: dict[str, Any], body: Body) -> None:
+    """parameters: the fields of TransposedSpec."""
+    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in parameters.items()}
+    spec = TransposedSpec(**fields)
+    x, *weights = body.inputs
+    common = (body.target.cores, body.index)
+    if conv_transposed.narrow(spec, body.vectors.isa):
+        drop = 4 - len(body.out_shape)  # 1 where there is one spatial axis
 
-    blocked: the input in blocks, None where it is not. Convolutions that take few channels read them unblocked.
-    """
+        def store(value: Expr, place: Sequence[Expr], count: int | None) -> None:
+            n, channel, *at = place
+            body.store(value, [n, channel, *at[drop:]], count)
+
+        conv_transposed.emit_narrow(body.vectors, spec, x, weights[0], store, *common)
+        return
+    drop = 5 - len(body.out_shape)
+
+    def finish(value: Expr, place: Sequence[Expr]) -> None:
+        n, block, *at = place
+        body.store(value, [n, block, *at[drop:], tirx.const(0, body.index)], None)
+
+    conv_transposed.emit(body.vectors, spec, x, weights, finish, *common, body.target.caches)
+
+
+Pack = Callable[[Any], Any]  # a tensor (N, C, ...) -> in blocks
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """What a Relax convolution over one or two axes says, with two axes. fields: those that all specs share."""
+
+    weight: np.ndarray
+    out: list[int]
+    fields: dict[str, Any]
+
+
+def _sizes(call: Any, blocked: Any | None) -> _Sizes | None:
+    """None for other types than float32, dynamic or empty shapes, weights that are not constant."""
     x, w = call.args
     if not isinstance(w, tvm.ir.GenericConst) or str(x.ty.dtype.dtype) != "float32":
         return None
     if not isinstance(x.ty.shape, relax.ShapeExpr) or not all(isinstance(d, tirx.IntImm) for d in x.ty.shape.values):
         return None
     attrs = call.attrs
-    out_type = call.ty
-    shape, out = ([int(d) for d in k.shape.values] for k in (x.ty, out_type))
+    shape, out = ([int(d) for d in k.shape.values] for k in (x.ty, call.ty))
     rank = len(shape) - 2
     if rank not in (1, 2) or 0 in (*shape, *out):
         return None
-    lanes = Vectors(target.isa).lanes
 
     def pair(values: Any, fill: int) -> tuple[int, int]:
         numbers = [int(v) for v in values][:rank]
@@ -63,23 +98,53 @@ def convolution(bb: relax.BlockBuilder, call: Any, blocked: Any | None, target: 
     weight = np.asarray(w.value.numpy())
     if rank == 1:
         weight = weight[:, :, None, :]
-    spec = ConvSpec(
-        batch=shape[0], in_channels=shape[1], out_channels=out[1],
-        in_size=pair(shape[2:], 1), out_size=pair(out[2:], 1), kernel=(weight.shape[2], weight.shape[3]),
-        strides=pair(attrs.strides, 1), dilations=pair(attrs.dilation, 1), pads=pair(attrs.padding, 0),
-        groups=int(attrs.groups), blocked_input=shape[1] > 4 or blocked is not None or int(attrs.groups) > 1,
-    )  # fmt: skip
+    fields = {
+        "batch": shape[0], "in_channels": shape[1], "out_channels": out[1],
+        "in_size": pair(shape[2:], 1), "out_size": pair(out[2:], 1), "kernel": (weight.shape[2], weight.shape[3]),
+        "strides": pair(attrs.strides, 1), "dilations": pair(attrs.dilation, 1), "pads": pair(attrs.padding, 0),
+        "groups": int(attrs.groups), "blocked_input": shape[1] > 4 or blocked is not None or int(attrs.groups) > 1,
+    }  # fmt: skip
+    return _Sizes(weight, out, fields)
+
+
+def convolution(bb: relax.BlockBuilder, call: Any, blocked: Any | None, pack: Pack, target: Target) -> Any | None:
+    """A Relax convolution with constant weights as a template over blocks; the result in blocks, or None.
+
+    blocked: the input in blocks, None where it is not; `pack` brings it there. Convolutions that take few channels read
+    them unblocked.
+    """
+    sizes = _sizes(call, blocked)
+    if sizes is None:
+        return None
+    spec = ConvSpec(**sizes.fields)
     if kernels.supported(spec, target.isa) is not None:
         return None
+    lanes = Vectors(target.isa).lanes
     algorithm, _ = kernels.choose_algorithm(spec, target.isa, target.caches)
-    packed = relax.const(np.ascontiguousarray(kernels.pack_weights(weight, spec, target.isa, algorithm)), "float32")
-    if spec.blocked_input and blocked is None:
-        blocked = pack(bb, x, lanes)
-    source = blocked if spec.blocked_input else x
-    kind = relax.TensorType(blocked_shape(out, lanes), "float32")
+    packed = relax.const(kernels.pack_weights(sizes.weight, spec, target.isa, algorithm), "float32")
+    source = pack(call.args[0]) if spec.blocked_input else call.args[0]
+    kind = relax.TensorType(blocked_shape(sizes.out, lanes), "float32")
     taps = math.prod(spec.kernel) * spec.in_channels // spec.groups
-    flops = 2 * math.prod(out) * taps
+    flops = 2 * math.prod(sizes.out) * taps
     return anchor(bb, "conv", {"spec": vars(spec), "algorithm": algorithm}, [source, packed], kind, flops)
+
+
+def transposed_convolution(
+    bb: relax.BlockBuilder, call: Any, blocked: Any | None, pack: Pack, target: Target
+) -> tuple[Any, bool] | None:
+    """A transposed one: the result, and whether it is in blocks; None where there is no template."""
+    sizes = _sizes(call, blocked)
+    if sizes is None:
+        return None
+    spec, lanes = TransposedSpec(**sizes.fields), Vectors(target.isa).lanes
+    if conv_transposed.supported(spec, target.isa) is not None:
+        return None
+    source = pack(call.args[0]) if spec.blocked_input else call.args[0]
+    weights = conv_transposed.pack(sizes.weight, spec, target.isa, target.caches)
+    narrow = conv_transposed.narrow(spec, target.isa)
+    kind = relax.TensorType(sizes.out if narrow else blocked_shape(sizes.out, lanes), "float32")
+    inputs = [source, *(relax.const(w, "float32") for w in weights)]
+    return anchor(bb, "conv-transposed", vars(spec), inputs, kind, 2 * spec.multiply_adds), not narrow
 
 
 # --- layouts ----------------------------------------------------------------------------------------------------
@@ -87,10 +152,9 @@ def convolution(bb: relax.BlockBuilder, call: Any, blocked: Any | None, target: 
 UNPACK = "graphwright.unpack"
 
 
-def pack(bb: relax.BlockBuilder, x: Any, lanes: int) -> Any:
-    """(N, C, ...) -> blocks."""
-    from tvm import te
-
+def pack(bb: relax.BlockBuilder, x: Any, target: Target) -> Any:
+    """(N, C, ...) float32 -> blocks."""
+    lanes = Vectors(target.isa).lanes
     shape = [int(d) for d in x.ty.shape.values]
     out = blocked_shape(shape, lanes)
     if shape[1] % lanes == 0 and math.prod(shape[2:]) == 1:
@@ -99,36 +163,31 @@ def pack(bb: relax.BlockBuilder, x: Any, lanes: int) -> Any:
         # Blocks of rows are transposed; the rest is another view of the same memory.
         rows = bb.emit(relax.op.reshape(x, [shape[0], out[1], lanes, math.prod(shape[2:])]))
         return bb.emit(relax.op.reshape(bb.emit(relax.op.permute_dims(rows, [0, 1, 3, 2])), out))
-    data = te.placeholder(shape, str(x.ty.dtype.dtype), "x")
-
-    def element(n: Any, block: Any, *rest: Any) -> Any:
-        *place, lane = rest
-        channel = block * lanes + lane
-        return tirx.if_then_else(channel < shape[1], data(n, channel, *place), tirx.const(0, data.dtype))
-
-    function = te.create_prim_func([data, te.compute(out, element, name="pack")], "int64")
-    kernel = bb.add_func(function.without_attr("global_symbol"), "pack")
-    return bb.emit(relax.call_tir(kernel, [x], relax.TensorType(out, data.dtype)))
+    kernel = bb.add_func(moves.blocks(shape, target, into=True), "pack")
+    return bb.emit(relax.call_tir(kernel, [x], relax.TensorType(out, "float32")))
 
 
-def unpack(bb: relax.BlockBuilder, blocked: Any, shape: Sequence[int], lanes: int) -> Any:
+def unpack(bb: relax.BlockBuilder, blocked: Any, shape: Sequence[int], target: Target) -> Any:
     """Blocks -> (N, C, ...)."""
-    from tvm import te
-
+    lanes = Vectors(target.isa).lanes
     if shape[1] % lanes == 0 and math.prod(shape[2:]) == 1:
         return relax.op.reshape(blocked, list(shape))
     if shape[1] % lanes == 0:
         rows = bb.emit(relax.op.reshape(blocked, [shape[0], shape[1] // lanes, math.prod(shape[2:]), lanes]))
         return relax.op.reshape(bb.emit(relax.op.permute_dims(rows, [0, 1, 3, 2])), list(shape))
-    data = te.placeholder([int(d) for d in blocked.ty.shape.values], str(blocked.ty.dtype.dtype), "x")
+    dtype = str(blocked.ty.dtype.dtype)
+    if dtype == "float32":
+        function = moves.blocks(shape, target, into=False)
+    else:
+        data = te.placeholder([int(d) for d in blocked.ty.shape.values], dtype, "x")
 
-    def element(n: Any, channel: Any, *place: Any) -> Any:
-        return data(n, tirx.floordiv(channel, lanes), *place, tirx.floormod(channel, lanes))
+        def element(n: Any, channel: Any, *place: Any) -> Any:
+            return data(n, tirx.floordiv(channel, lanes), *place, tirx.floormod(channel, lanes))
 
-    function = te.create_prim_func([data, te.compute(tuple(shape), element, name="unpack")], "int64")
-    function = function.without_attr("global_symbol").with_attr(UNPACK, True)
-    kernel = bb.add_func(function, "unpack")
-    return relax.call_tir(kernel, [blocked], relax.TensorType(list(shape), data.dtype))
+        function = te.create_prim_func([data, te.compute(tuple(shape), element, name="unpack")], "int64")
+        function = function.without_attr("global_symbol")
+    kernel = bb.add_func(function.with_attr(UNPACK, True), "unpack")
+    return relax.call_tir(kernel, [blocked], relax.TensorType(list(shape), dtype))
 
 
 # --- poolings ---------------------------------------------------------------------------------------------------

@@ -11,22 +11,41 @@ from collections.abc import Sequence
 from typing import Any
 
 from tvm import tirx
+from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
 
+from ..target import Target
 from .vectors import Buffer, Expr, Vectors
 
+OPAQUE = 8  # Relax's operator pattern of a function that nothing is fused into
 # Elements below which a second thread costs more than it gives.
 PARALLEL = 1 << 16
 
 
-def transposition(lanes: int) -> str:
+def transposition(lanes: int, part: bool = False) -> str:
     """LLVM IR of gw_transpose_L(source, its stride, result, its stride): a tile of L x L float32, strides in elements
-    between vectors of the source and of the result."""
+    between vectors of the source and of the result.
+
+    part: gw_transpose_part_L takes two more, how many vectors of the source and of the result there are. Those beyond
+    are the last one of the source, and left out of the result.
+    """
     vector = f"<{lanes} x float>"
-    lines = [f"define i32 @gw_transpose_{lanes}(ptr %s, i64 %ss, ptr %d, i64 %ds) alwaysinline {{"]
+    name, more = ("part_", ", i64 %sn, i64 %dn") if part else ("", "")
+    lines = [f"define i32 @gw_transpose_{name}{lanes}(ptr %s, i64 %ss, ptr %d, i64 %ds{more}) alwaysinline {{"]
+
+    def address(side: str, i: int) -> None:
+        number = str(i)
+        if part:
+            number = f"%{side}i{i}"
+            lines.append(f"  %{side}c{i} = icmp slt i64 {i}, %{side}n")
+            lines.append(f"  {number} = select i1 %{side}c{i}, i64 {i}, i64 %{side}l")
+        lines.append(f"  %{side}o{i} = mul i64 %{side}s, {number}")
+        lines.append(f"  %{side}p{i} = getelementptr float, ptr %{side}, i64 %{side}o{i}")
+
+    if part:
+        lines += [f"  %{side}l = sub i64 %{side}n, 1" for side in "sd"]
     for i in range(lanes):
-        lines.append(f"  %so{i} = mul i64 %ss, {i}")
-        lines.append(f"  %sp{i} = getelementptr float, ptr %s, i64 %so{i}")
+        address("s", i)
         lines.append(f"  %r0_{i} = load {vector}, ptr %sp{i}, align 4")
     half, stage = lanes // 2, 0
     while half:
@@ -43,16 +62,95 @@ def transposition(lanes: int) -> str:
                     f"  %r{stage + 1}_{row} = shufflevector {vector} {a}, {vector} {b}, <{lanes} x i32> <{index}>"
                 )
         half, stage = half // 2, stage + 1
-    for i in range(lanes):
-        lines.append(f"  %do{i} = mul i64 %ds, {i}")
-        lines.append(f"  %dp{i} = getelementptr float, ptr %d, i64 %do{i}")
+    # The last vector that exists is written after those beyond it, which go to its place.
+    for i in reversed(range(lanes)):
+        address("d", i)
         lines.append(f"  store {vector} %r{stage}_{i}, ptr %dp{i}, align 4")
     return "\n".join([*lines, "  ret i32 0", "}", ""])
 
 
 def prelude(v: Vectors) -> Any:
-    """A scope in which `emit_transpose` may be called, besides that of the vectors."""
-    return T.attr(T.int32(0), "pragma_import_llvm", transposition(v.lanes))
+    """A scope in which the functions below may be called, besides that of the vectors."""
+    return T.attr(T.int32(0), "pragma_import_llvm", transposition(v.lanes) + transposition(v.lanes, part=True))
+
+
+def blocks(shape: Sequence[int], target: Target, into: bool) -> tirx.PrimFunc:
+    """A kernel (x, y) that brings the channels of float32 (N, C, ...) into blocks of a vector, or out of them."""
+    v = Vectors(target.isa)
+    batch, channels, places = shape[0], shape[1], math.prod(shape[2:])
+    packed = [batch, -(-channels // v.lanes), *shape[2:], v.lanes]
+    index = "int32" if math.prod(packed) < 1 << 30 else "int64"
+    with IRBuilder() as builder, T.prim_func(is_private=True, s_tir=True):
+        T.func_name("pack" if into else "unpack")
+        T.func_attr({"tirx.noalias": True, "op_pattern": OPAQUE, "tirx.is_scheduled": True})
+        ends = [
+            T.match_buffer(T.arg(name, T.handle()), [tirx.const(d, index) for d in dims], "float32")
+            for name, dims in (("x", shape if into else packed), ("y", packed if into else shape))
+        ]
+        with T.sblock("root"):
+            T.reads()
+            T.writes()
+            x, y = (T.decl_buffer((math.prod(map(int, e.shape)),), "float32", data=e.data) for e in ends)
+            with v.prelude(), prelude(v):
+                emit_blocks(v, x, y, batch, channels, places, target.cores, index, into)
+    return builder.get()
+
+
+def emit_blocks(
+    v: Vectors, x: Buffer, y: Buffer, batch: int, channels: int, places: int, threads: int, index: str, into: bool
+) -> None:
+    """Y = X with its channels in blocks of a vector, or (into=False) out of them. Lanes beyond the channels repeat the
+    last one, or are 0 where there is one place.
+
+    x, y: flat float32. Emits into the IR builder that is open, within `prelude`.
+    """
+    lanes, blocks = v.lanes, -(-channels // v.lanes)
+
+    def const(value: int) -> Expr:
+        return tirx.const(value, index)
+
+    wide = threads > 1 and batch * channels * places >= PARALLEL and batch * blocks > 1
+    with (T.parallel if wide else T.serial)(const(batch * blocks)) as task:
+        n, block = T.Bind(task // const(blocks)), T.Bind(task % const(blocks))
+        plain = T.Bind((n * const(channels) + block * const(lanes)) * const(places))
+        packed = T.Bind(task * const(places * lanes))
+
+        def move(there: int) -> None:
+            """The block's first `there` channels."""
+            count = None if there == lanes else const(there)
+            if places == 1:
+                source, result = (plain, packed) if into else (packed, plain)
+                value = v.load(x, source, count if into else None)
+                v.store(y, result, value, None if into else count)
+            elif places < lanes:
+                with T.serial(const(places)) as place:
+                    for lane in range(lanes if into else there):
+                        outside = plain + const(min(lane, there - 1) * places) + place
+                        inside = packed + place * const(lanes) + const(lane)
+                        source, result = (outside, inside) if into else (inside, outside)
+                        T.buffer_store(y, x[source], [result])
+            else:
+                with T.serial(const(-(-places // lanes))) as tile:
+                    place = T.Bind(T.min(tile * const(lanes), const(places - lanes)))
+                    outside, inside = plain + place, packed + place * const(lanes)
+                    sides = ((outside, places, there), (inside, lanes, lanes))
+                    (source, step, first), (result, apart, second) = sides if into else reversed(sides)
+                    arguments = [T.address_of(x[source]), T.int64(step), T.address_of(y[result]), T.int64(apart)]
+                    name = "gw_transpose"
+                    if there < lanes:
+                        name, arguments = "gw_transpose_part", [*arguments, T.int64(first), T.int64(second)]
+                    T.evaluate(T.call_extern("int32", f"{name}_{lanes}", *arguments))
+
+        if channels % lanes == 0:
+            move(lanes)
+        elif blocks == 1:
+            move(channels)
+        else:
+            with T.If(block < const(blocks - 1)):
+                with T.Then():
+                    move(lanes)
+                with T.Else():
+                    move(channels % lanes)
 
 
 def emit_transpose(
