@@ -94,7 +94,7 @@ class SoftmaxEmitter:
         rows = [v.load(self.x, start + j * v.lanes, part, NEGATIVE_INFINITY) for j, part in parts]
         # Not below the smallest float: -inf minus -inf would make a NaN of a lane that only fills up.
         top = v.greatest(_tree(T.max, [*rows]))
-        exps = [v.exp(row - v.splat(top)) for row in rows]
+        exps = [v.exp(row - v.splat(top), low=False) for row in rows]
         factor = T.Bind(T.float32(1) / v.total(_tree(lambda a, b: a + b, exps)))
         for (j, part), e in zip(parts, exps, strict=True):
             v.store(self.y, start + j * v.lanes, e * v.splat(factor), part)
@@ -125,7 +125,7 @@ class SoftmaxEmitter:
             xs = [v.load(self.x, offset, part, NEGATIVE_INFINITY) for offset in offsets]
             for j, (offset, x) in enumerate(zip(offsets, xs, strict=True)):
                 here = v.at(j * v.lanes)
-                e = v.exp(x - v.splat(top))
+                e = v.exp(x - v.splat(top), low=False)
                 v.store(self.y, offset, e, part)
                 T.buffer_store(sums, sums[here] + e, [here])
 

@@ -158,8 +158,9 @@ def test_special_rows_equal_onnxruntime(name: str, form: Form, length: int) -> N
     run = kernel(runnable(name), (None, None), form)
     got, expected = run(x), onnxruntime_softmax(x)
     np.testing.assert_array_equal(np.isnan(got), np.isnan(expected))
-    # Results below the smallest normal float may be flushed to zero.
-    np.testing.assert_allclose(got, expected, rtol=4e-6, atol=1.2e-38)
+    # Results below the smallest normal float may be flushed to zero. onnxruntime is the less exact of the two.
+    np.testing.assert_allclose(got, TWO_PASS_SOFTMAX.reference(x), rtol=TOLERANCE, atol=1.2e-38)
+    np.testing.assert_allclose(got, expected, rtol=8e-6, atol=1.2e-38)
     assert (got[0, 0], *got[1, : length // 2]) == (0.0,) * (1 + length // 2)
     assert np.isnan(got[[2, 4, 5, 6]]).all()
     np.testing.assert_allclose(got[3], 1 / length, rtol=1e-6)
