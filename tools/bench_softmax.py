@@ -56,7 +56,7 @@ def recompute(e: SoftmaxEmitter, rows: Any, length: Any) -> None:
 
         def exponentials(offsets: list[Any], part: Any) -> list[Any]:
             xs = [v.load(e.x, offset, part, NEGATIVE_INFINITY) for offset in offsets]
-            return [v.exp(x - v.splat(top)) for x in xs]
+            return [v.exp(x - v.splat(top), low=False) for x in xs]
 
         def add(offsets: list[Any], part: Any) -> None:
             for j, value in enumerate(exponentials(offsets, part)):

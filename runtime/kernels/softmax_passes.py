@@ -26,6 +26,8 @@ EMPTY = -16777216.0  # the n of an empty sum
 
 # Called with the offsets of whole vectors and None, or with one offset and how many elements there are.
 Body = Callable[[list[Expr], Expr | None], None]
+# Memory that the exponentials go to instead of Y, and the flat offset of its first element.
+Scratch = tuple[Buffer, Expr]
 
 
 @dataclass
@@ -94,7 +96,7 @@ class SoftmaxEmitter:
         rows = [v.load(self.x, start + j * v.lanes, part, NEGATIVE_INFINITY) for j, part in parts]
         # Not below the smallest float: -inf minus -inf would make a NaN of a lane that only fills up.
         top = v.greatest(_tree(T.max, [*rows]))
-        exps = [v.exp(row - v.splat(top)) for row in rows]
+        exps = [v.exp(row - v.splat(top), low=False) for row in rows]
         factor = T.Bind(T.float32(1) / v.total(_tree(lambda a, b: a + b, exps)))
         for (j, part), e in zip(parts, exps, strict=True):
             v.store(self.y, start + j * v.lanes, e * v.splat(factor), part)
@@ -115,9 +117,10 @@ class SoftmaxEmitter:
         self.sweep(count, group, body, start)
         return v.greatest(_tree(T.max, [best[v.at(j * v.lanes)] for j in range(group)]))
 
-    def exponentials(self, start: Expr, count: int | Expr, top: Expr) -> Expr:
-        """Y = exp(X - top) over `count` elements; returns their sum."""
+    def exponentials(self, start: Expr, count: int | Expr, top: Expr, scratch: Scratch | None = None) -> Expr:
+        """Y, or `scratch`, = exp(X - top) over `count` elements; returns their sum."""
         v = self.vectors
+        into, origin = scratch or (self.y, 0)
         group = 4
         sums = v.registers(group, 0.0)
 
@@ -125,22 +128,27 @@ class SoftmaxEmitter:
             xs = [v.load(self.x, offset, part, NEGATIVE_INFINITY) for offset in offsets]
             for j, (offset, x) in enumerate(zip(offsets, xs, strict=True)):
                 here = v.at(j * v.lanes)
-                e = v.exp(x - v.splat(top))
-                v.store(self.y, offset, e, part)
+                e = v.exp(x - v.splat(top), low=False)
+                v.store(into, offset - origin, e, part)
                 T.buffer_store(sums, sums[here] + e, [here])
 
         self.sweep(count, group, body, start)
         return v.total(_tree(lambda a, b: a + b, [sums[v.at(j * v.lanes)] for j in range(group)]))
 
-    def scale(self, start: Expr, count: int | Expr, factor: Expr) -> None:
-        """Y *= factor over `count` elements."""
+    def scale(self, start: Expr, count: int | Expr, factor: Expr, scratch: Scratch | None = None) -> None:
+        """Y *= factor over `count` elements; from `scratch`, if given, and then past the caches."""
         v = self.vectors
+        source, origin = scratch or (self.y, 0)
 
         def body(offsets: list[Expr], part: Expr | None) -> None:
             for offset in offsets:
-                v.store(self.y, offset, v.load(self.y, offset, part) * v.splat(factor), part)
+                value = v.load(source, offset - origin, part) * v.splat(factor)
+                v.store(self.y, offset, value, part, scratch is not None)
 
-        self.sweep(count, 8, body, start)
+        if scratch:
+            self.aligned_sweep(count, 8, body, start)
+        else:
+            self.sweep(count, 8, body, start)
 
     def reload_row(self, start: Expr, length: int | Expr) -> None:
         """A row in three passes over all of it."""
@@ -251,7 +259,6 @@ class SoftmaxEmitter:
         group = 8 if v.wide else 4
         if stream:
             self.aligned_sweep(count, group, body, start)
-            v.fence()
         else:
             self.sweep(count, group, body, start)
 

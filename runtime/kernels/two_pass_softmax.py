@@ -3,7 +3,9 @@
 Two-pass: a number is kept as (m, n) = m·2^n, so a sum of exponentials never overflows and needs no maximum.
     pass 1 reads X and adds up pairs, pass 2 reads X again and writes Y. 2 reads and 1 write per element.
 Three-pass: maximum, exponentials into Y and their sum, Y times 1/sum. Blocks of a few KiB take the first two
-    passes while they are in the innermost cache, each against its own maximum; the third aligns them.
+    passes while they are in the innermost cache, each against its own maximum; the third aligns them. Where the
+    result of many long rows does not stay in the caches, the exponentials wait in scratch memory of one row, which
+    does, and the third pass writes Y past the caches: 1 read and 1 write of memory per element.
 Rows of up to `REGISTER_VECTORS` vectors stay in registers from load to store.
 
 A row's blocks are independent and merge at the end, so one long row is split over threads as well as many
@@ -42,6 +44,9 @@ RELOAD_BLOCK = 1 << 11
 # A row whose greatest n is outside (-LIMIT, LIMIT), where n is not exact, is left to three plain passes, as are rows
 # with a NaN.
 LIMIT = 4.0e6
+# The three-pass form writes rows past the caches that, with their result, are more than this share of the last-level
+# cache: they gain a tenth by it, shorter ones nothing.
+STREAM_SHARE = 8
 COMPUTED = ("float32", "float16", "bfloat16")
 
 Emit = Callable[[], None]
@@ -85,7 +90,8 @@ class _Driver:
     rows: int | Expr
     length: int | Expr
     threads: int
-    stream: bool | Expr
+    stream: bool | Expr  # whether the two-pass form writes past the caches
+    stream_rows: bool | Expr  # whether the three-pass form does
 
     def loop(self, kind: str, extent: int | Expr) -> Any:
         extent = self.emitter.const(extent) if isinstance(extent, int) else extent
@@ -137,19 +143,33 @@ class _Driver:
             ),
         )
 
-    def three_pass(self, start: Expr, kind: str) -> None:
+    def three_pass(self, start: Expr, kind: str, stream: bool) -> None:
         e, blocks = self.emitter, _blocks(self.length, RELOAD_BLOCK, self.emitter.index)
         tops = T.alloc_buffer((blocks,), "float32", scope="global")
         sums = T.alloc_buffer((blocks,), "float32", scope="global")
+        size = e.const(self.length) if isinstance(self.length, int) else self.length
+        scratch = (T.alloc_buffer((size,), "float32", scope="global"), start) if stream else None
         with self.loop(kind, blocks) as b:
             first, count = start + b * RELOAD_BLOCK, self.count(RELOAD_BLOCK, b)
             top = e.maximum(first, count)
             T.buffer_store(tops, top, [b])
-            T.buffer_store(sums, e.exponentials(first, count, top), [b])
+            T.buffer_store(sums, e.exponentials(first, count, top, scratch), [b])
         factor = e.merge_tops(tops, sums, blocks)
-        with self.loop(kind, blocks) as b:
-            first, count = start + b * RELOAD_BLOCK, self.count(RELOAD_BLOCK, b)
-            e.scale(first, count, T.Bind(sums[b] * factor))
+        self.output(
+            kind,
+            RELOAD_BLOCK,
+            lambda b, count: e.scale(start + b * RELOAD_BLOCK, count, T.Bind(sums[b] * factor), scratch),
+            stream,
+        )
+
+    def output(self, kind: str, block: int, body: Callable[[Expr, int | Expr], None], stream: bool) -> None:
+        """The pass that writes a row, block by block; what was streamed is then seen by all threads."""
+        with self.loop(kind, _blocks(self.length, block, self.emitter.index)) as b:
+            body(b, self.count(block, b))
+            if stream and kind == "parallel":
+                self.emitter.vectors.fence()
+        if stream and kind == "serial":
+            self.emitter.vectors.fence()
 
     def two_pass(self, start: Expr, kind: str, stream: bool) -> None:
         e, block = self.emitter, self.emitter.pair_block
@@ -163,8 +183,12 @@ class _Driver:
         m_sum, n_sum = e.merge_pairs(ms, ns, blocks)
 
         def output() -> None:
-            with self.loop(kind, blocks) as b:
-                e.pair_output(start + b * block, self.count(block, b), m_sum, n_sum, stream)
+            self.output(
+                kind,
+                block,
+                lambda b, count: e.pair_output(start + b * block, count, m_sum, n_sum, stream),
+                stream,
+            )
 
         usual = _all(m_sum > T.float32(0), m_sum < T.float32(3e38), n_sum < T.float32(LIMIT), n_sum > T.float32(-LIMIT))
         _when(usual, output, lambda: e.reload_row(start, self.length))
@@ -188,11 +212,18 @@ class _Driver:
 
             self.by_work_or_blocks(row, long=form is Form.AUTO and limit >= SPLIT)
 
+        def blocks(start: Expr, kind: str) -> None:
+            _when(
+                self.stream_rows,
+                lambda: self.three_pass(start, kind, True),
+                lambda: self.three_pass(start, kind, False),
+            )
+
         def three_pass() -> None:
             _when(
                 length <= RELOAD_BLOCK,
                 lambda: self.by_work(lambda start: self.emitter.reload_row(start, length)),
-                lambda: self.by_work_or_blocks(self.three_pass),
+                lambda: self.by_work_or_blocks(blocks),
             )
 
         if form is Form.AUTO:
@@ -220,8 +251,11 @@ def softmax(
 
     def emit(emitter: SoftmaxEmitter, rows: int | Expr, length: int | Expr) -> None:
         known = choose_form(length, caches)[0] if form is Form.AUTO and isinstance(length, int) else form
-        stream = _streams(rows, length, form, isa, caches)
-        _Driver(emitter, rows, length, threads, stream).emit(known, longest_in_cache(caches))
+        large = _all(isa.streaming, rows * length * 4 > caches.last_level)
+        # A dynamic row too long for the three-pass form has nearly that size.
+        stream = isa.streaming if form is Form.AUTO and not isinstance(length, int) else large
+        stream_rows = _all(large, length * 8 * STREAM_SHARE > caches.last_level)
+        _Driver(emitter, rows, length, threads, stream, stream_rows).emit(known, longest_in_cache(caches))
 
     return rowwise(shape, isa, emit, name)
 
@@ -253,17 +287,6 @@ def rowwise(
         with T.sblock("root"), vectors.prelude():
             emit(SoftmaxEmitter(vectors, x, y, index), rows, length)
     return builder.get()
-
-
-def _streams(
-    rows: int | Expr, length: int | Expr, form: Form, isa: InstructionSet, caches: Caches
-) -> bool | Expr:
-    """Whether the two-pass form writes past the caches: where the result would not be found in them anyway."""
-    if not isa.streaming:
-        return False
-    if form is Form.AUTO and not isinstance(length, int):
-        return True  # a row too long for the other form nearly is that
-    return rows * length * 4 > caches.last_level
 
 
 def _product(shape: Sequence[int | None], dims: Sequence[Expr]) -> int | Expr:

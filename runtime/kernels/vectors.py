@@ -30,8 +30,12 @@ POLYNOMIAL = tuple(
 # Adding 1.5·2^23 to a float rounds it to a whole number, half to even, and leaves that number in the low
 # mantissa bits. Exact for |n| < 2^22; needs no rounding instruction, which SSE2 and 32-bit ARM do not have.
 ROUND = 12582912.0
+# With the bias of an exponent: the low mantissa bits are then the exponent bits of 2^n.
+ROUND_BIASED = ROUND + 127.0
 # e^-105 is below half the smallest float: from here on exp is 0.
 EXP_ZERO = -105.0
+# Where 2^n is built from its exponent bits: here n is -127, whose exponent bits are those of 0.
+EXP_ZERO_BITS = -88.0
 LOWEST = -3.4028234663852886e38
 NEGATIVE_INFINITY = float("-inf")
 
@@ -67,16 +71,23 @@ class Vectors:
         name, dtype = ("llvm.fma.f32", "float32") if lanes == 1 else (f"llvm.fma.v{lanes}f32", f"float32x{lanes}")
         return T.call_llvm_pure_intrin(T.llvm_lookup_intrinsic_id(name), a, b, c, dtype=dtype)
 
+    def round(self, x: Expr, magic: float) -> Expr:
+        """x·log2 e rounded to a whole number, plus `magic`, whose low mantissa bits it is in."""
+        if self.isa.fma:
+            return T.Bind(self.fma(x, self.splat(LOG2E), self.splat(magic)))
+        # Hidden from TVM, which takes (a + c) - c for a.
+        return T.Bind(T.call_extern(self.dtype, self._name("add"), x * self.splat(LOG2E), self.splat(magic)))
+
     def split(self, x: Expr) -> tuple[Expr, Expr]:
         """x = n·ln 2 + t with n whole and |t| <= ln(2)/2, for |x| < 2.9e6. Returns (n, t)."""
-        if self.isa.fma:
-            n = T.Bind(self.fma(x, self.splat(LOG2E), self.splat(ROUND)) - self.splat(ROUND))
-        else:
-            # Hidden from TVM, which takes (a + c) - c for a.
-            n = T.Bind(T.call_extern(self.dtype, self._name("round"), x * self.splat(LOG2E)))
-        high, low = LN2_FUSED if self.isa.fma else LN2_SPLIT
-        t = T.Bind(self.fma(n, self.splat(-low), self.fma(n, self.splat(-high), x)))
-        return n, t
+        n = T.Bind(self.round(x, ROUND) - self.splat(ROUND))
+        return n, self.rest(x, n)
+
+    def rest(self, x: Expr, n: Expr, low: bool = True) -> Expr:
+        """x - n·ln 2; without `low` only its high part, where one multiply-add is exact in it."""
+        high_part, low_part = LN2_FUSED if self.isa.fma else LN2_SPLIT
+        t = self.fma(n, self.splat(-high_part), x)
+        return T.Bind(self.fma(n, self.splat(-low_part), t) if low or not self.isa.fma else t)
 
     def polynomial(self, t: Expr, coefficients: Sequence[Expr] | None = None) -> Expr:
         """e^t for |t| <= ln(2)/2, times whatever the coefficients were multiplied by."""
@@ -95,11 +106,22 @@ class Vectors:
         one = T.broadcast(T.int32(127 << 23), self.lanes)
         return x * T.reinterpret(T.shift_left(bits, T.broadcast(T.int32(23), self.lanes)) + one, dtype=self.dtype)
 
-    def exp(self, x: Expr) -> Expr:
-        """e^x for x <= 88. 0 for very small x and -inf; a NaN stays one."""
-        x = T.Bind(T.max(self.splat(EXP_ZERO), x))
-        n, t = self.split(x)
-        return T.Bind(self.times_power(self.polynomial(t), n))
+    def exp(self, x: Expr, low: bool = True) -> Expr:
+        """e^x for x <= 88. 0 for x < -105 and -inf, without `scalef` for x < -87.7; a NaN stays one.
+
+        low: use the low part of ln 2. Left out, the error grows by 2e-9·|x|: no more than a difference is rounded by.
+        Without a fused multiply-add it is always used.
+        """
+        x = T.Bind(T.max(self.splat(EXP_ZERO if self.isa.scalef else EXP_ZERO_BITS), x))
+        magic = ROUND if self.isa.scalef else ROUND_BIASED
+        rounded = self.round(x, magic)
+        n = T.Bind(rounded - self.splat(magic))
+        p = self.polynomial(self.rest(x, n, low))
+        if self.isa.scalef:
+            return T.Bind(self.times_power(p, n))
+        bits = T.reinterpret(rounded, dtype=f"int32x{self.lanes}")
+        power = T.shift_left(bits, T.broadcast(T.int32(23), self.lanes))
+        return T.Bind(p * T.reinterpret(power, dtype=self.dtype))
 
     def choose(self, comparison: str, a: Expr, b: Expr, then: Expr, otherwise: Expr) -> Expr:
         """Lane by lane `then` where a compares so with b, else `otherwise`.
@@ -175,7 +197,7 @@ class Vectors:
         lanes = self.lanes
         vector, mask = f"<{lanes} x float>", f"<{lanes} x i1>"
         text = _MEMORY.format(
-            lanes=lanes, vector=vector, mask=mask, align=4 * lanes, below=4 * lanes - 1, magic=ROUND,
+            lanes=lanes, vector=vector, mask=mask, align=4 * lanes, below=4 * lanes - 1,
             index=", ".join(f"i32 {i}" for i in range(lanes)),
         )
         text += _reduction("max", lanes) + _reduction("sum", lanes)
@@ -223,11 +245,8 @@ define i32 @gw_to_aligned_{lanes}(ptr %p) alwaysinline {{
   %r = trunc i64 %e to i32
   ret i32 %r
 }}
-define {vector} @gw_round_{lanes}({vector} %v) alwaysinline {{
-  %a = insertelement {vector} poison, float {magic:e}, i32 0
-  %c = shufflevector {vector} %a, {vector} poison, <{lanes} x i32> zeroinitializer
-  %s = fadd {vector} %v, %c
-  %r = fsub {vector} %s, %c
+define {vector} @gw_add_{lanes}({vector} %v, {vector} %c) alwaysinline {{
+  %r = fadd {vector} %v, %c
   ret {vector} %r
 }}
 declare {vector} @llvm.masked.load.v{lanes}f32.p0(ptr, {mask}, {vector})
