@@ -69,6 +69,14 @@ def expression(size: Size, dtype: str = "int64") -> Expr:
     return tirx.const(size, dtype) if isinstance(size, int) else size.expr
 
 
+def fixed(sizes: Sequence[Size]) -> tuple[int, ...]:
+    """Sizes that have to be numbers; raises NotElementwise for others."""
+    numbers = tuple(size for size in sizes if isinstance(size, int))
+    if len(numbers) != len(sizes):
+        raise NotElementwise("it has sizes that are known only at run time")
+    return numbers
+
+
 def same(a: Size, b: Size) -> bool:
     """Whether two sizes are the same for every run."""
     return a == b or bool(sym.Analyzer().can_prove_equal(expression(a), expression(b)))

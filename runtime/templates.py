@@ -107,16 +107,21 @@ def _own(dim: Any, symbols: dict[Any, Any]) -> Any:
 
 @dataclass
 class _Call:
-    """One call_tir: the function and its name, its tensors, the variable that is bound to the result, sizes that it is
-    told besides.
+    """One call_tir: the function and its name, its arguments, the variable that is bound to the result.
+
+    given: all arguments, sizes that it is told among them.
     """
 
     name: str
     function: tirx.PrimFunc
-    arguments: list[Any]
+    given: list[Any]
     var: Any
     out: Any
-    sizes: Sequence[Any] = ()
+
+    @functools.cached_property
+    def arguments(self) -> list[Any]:
+        """The tensors."""
+        return [a for a in self.given if isinstance(a.ty, relax.TensorType)]
 
     @functools.cached_property
     def anchor(self) -> dict[str, Any] | None:
@@ -130,11 +135,10 @@ def _call_of(value: Any, var: Any, module: tvm.IRModule) -> _Call | None:
     function = module[value.args[0]]
     if not isinstance(function, tirx.PrimFunc):
         return None
-    arguments = list(value.args[1].fields)
+    given = list(value.args[1].fields)
     out = value.ty_args[0]
     if isinstance(out, relax.TensorType) and isinstance(out.shape, relax.ShapeExpr):
-        sizes = list(value.args[2].values) if len(value.args) > 2 else []
-        return _Call(value.args[0].name_hint, function, arguments, var, out, sizes)
+        return _Call(value.args[0].name_hint, function, given, var, out)
     return None
 
 
@@ -286,14 +290,12 @@ def _transposes(tree: Tree, extents: Sequence[Size]) -> TypeGuard[elements.Load]
 def _transposition(
     name: str, load: elements.Load, extents: Sequence[Size], kinds: Sequence[Any], shapes: _Shapes, target: Target
 ) -> tirx.PrimFunc:
-    numbers = (*extents, *load.strides, load.base)
-    if not all(isinstance(n, int) for n in numbers):
-        raise NotElementwise("it transposes axes of sizes that are known at run time")
+    sizes, strides, (base,) = elements.fixed(extents), elements.fixed(load.strides), elements.fixed([load.base])
 
     def write(v: Vectors, inputs: Sequence[Buffer], y: Buffer, index: str) -> None:
         with moves.prelude(v):
             x = inputs[load.source]
-            moves.emit_transpose(v, x, load.base, load.strides, extents, y, target.cores, index)
+            moves.emit_transpose(v, x, base, strides, sizes, y, target.cores, index)
 
     return _kernel(name, kinds, shapes, target, 0, write)
 
@@ -345,6 +347,10 @@ class _Outside:
     def sizes(self, sizes: Sequence[Any]) -> list[Any]:
         return [self.analyzer.simplify(d) for d in sizes]
 
+    def given(self, argument: Any) -> Any:
+        """A constant, or a size, that is an argument."""
+        return self.analyzer.simplify(argument) if isinstance(argument.ty, tvm.ir.PrimType) else argument
+
     def type(self, kind: Any) -> Any:
         return relax.TensorType(self.sizes(kind.shape.values), kind.dtype)
 
@@ -353,7 +359,7 @@ def _dims(kind: Any) -> list[Any]:
     """The sizes that a tensor or a shape tells."""
     if isinstance(kind, relax.ShapeType):
         return list(kind.values or [])
-    return list(kind.shape.values) if isinstance(kind.shape, relax.ShapeExpr) else []
+    return list(kind.shape.values) if isinstance(kind, relax.TensorType) and kind.shape is not None else []
 
 
 # --- the phases -------------------------------------------------------------------------------------------------
@@ -421,11 +427,11 @@ class _Claimer(relax.PyExprMutator):
             return call
         outside = _Outside(function, call)
         if call.op not in self.kernels:
-            params = [p for p in function.params if not isinstance(p.ty, relax.ShapeType)]
+            params = [p for p in function.params if isinstance(p.ty, relax.TensorType)]
             self.kernels[call.op] = self.written(call.op.name_hint, calls, params)
         kernel = self.kernels[call.op]
         if kernel is not None:
-            tensors = [a for a in call.args if not isinstance(a.ty, relax.ShapeType)]
+            tensors = [a for a in call.args if isinstance(a.ty, relax.TensorType)]
             return relax.call_tir(kernel, tensors, outside.type(calls[-1].out))
         if not any(c.anchor is not None for c in calls):
             return call
@@ -445,9 +451,8 @@ class _Claimer(relax.PyExprMutator):
                 value = relax.call_tir(kernel, [values[p] for p in params], out)
             else:
                 callee = next(v for v, f in self.module.functions_items() if f.same_as(last.function))
-                arguments = [values.get(a, a) for a in last.arguments]
-                sizes = relax.ShapeExpr(outside.sizes(last.sizes)) if last.sizes else None
-                value = self.lone(relax.call_tir(callee, arguments, out, sizes))
+                given = [values[a] if a in values else outside.given(a) for a in last.given]
+                value = self.lone(relax.call_tir(callee, given, out))
             values[last.var] = self.builder_.emit(value)
             rest = rest[len(part) :]
         return values[calls[-1].var]
@@ -473,11 +478,8 @@ class _Claimer(relax.PyExprMutator):
         key = call.args[0]
         if key not in self.kernels:
             params = [relax.Var(f"p{i}", a.ty) for i, a in enumerate(single.arguments)]
-            if not all(isinstance(p.ty, relax.TensorType) for p in params):
-                self.kernels[key] = None
-            else:
-                inner = _Call(single.name, single.function, list(params), relax.Var("y", single.out), single.out)
-                self.kernels[key] = self.written(key.name_hint, [inner], params)
+            inner = _Call(single.name, single.function, list(params), relax.Var("y", single.out), single.out)
+            self.kernels[key] = self.written(key.name_hint, [inner], params)
         kernel = self.kernels[key]
         return call if kernel is None else relax.call_tir(kernel, single.arguments, single.out)
 

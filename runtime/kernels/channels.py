@@ -13,6 +13,7 @@ from typing import Any
 from tvm import relax, tirx
 from tvm.tirx.script import builder as T
 
+from ..elements import fixed
 from ..templates import Body, anchor, template
 from .vectors import Expr
 
@@ -56,7 +57,7 @@ def joined(bb: relax.BlockBuilder, sources: Sequence[Any], ranges: Sequence[tupl
 def channels(parameters: dict[str, Any], body: Body) -> None:
     """parameters: ranges, as `pieces` takes them."""
     v, index = body.vectors, body.index
-    batch, _, *spatial, lanes = (int(d) for d in body.out_shape)
+    batch, _, *spatial, lanes = fixed(body.out_shape)
     own_blocks = [int(shape[1]) for shape in body.shapes]
     rows, columns, size = math.prod(spatial[:-1]), spatial[-1], math.prod(spatial)
 
@@ -71,7 +72,7 @@ def channels(parameters: dict[str, Any], body: Body) -> None:
             axes.append(T.Bind(row // const(later) % const(extent)))
         return axes
 
-    wide = body.target.cores > 1 and math.prod(int(d) for d in body.out_shape) >= PARALLEL and batch * rows > 1
+    wide = body.target.cores > 1 and math.prod(fixed(body.out_shape)) >= PARALLEL and batch * rows > 1
     with (T.parallel if wide else T.serial)(const(batch * rows)) as task:
         n, row = T.Bind(task // const(rows)), T.Bind(task % const(rows))
         before = place(row)

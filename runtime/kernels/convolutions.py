@@ -13,6 +13,7 @@ from tvm import relax, te, tirx
 from tvm.tirx.script import builder as T
 
 from ..blocked import blocked_shape
+from ..elements import fixed
 from ..target import Target
 from ..templates import Body, anchor, template
 from . import conv as kernels
@@ -34,7 +35,7 @@ def conv(parameters: dict[str, Any], body: Body) -> None:
         batch, block, *at = place
         body.store(value, [batch, block, *at[drop:], tirx.const(0, body.index)], None)
 
-    assert lanes == int(body.out_shape[-1])
+    assert lanes == body.out_shape[-1]
     kernels.emit(
         body.vectors, ConvSpec(**fields), parameters["algorithm"], x, w, finish, body.target.cores, body.index,
         body.target.caches,
@@ -199,8 +200,8 @@ def pool(parameters: dict[str, Any], body: Body) -> None:
     (above, left), include (padding counts in a mean)."""
     v, index = body.vectors, body.index
     (x,) = body.inputs
-    batch, blocks, height, width, lanes = (int(d) for d in body.shapes[0])
-    out_height, out_width = int(body.out_shape[2]), int(body.out_shape[3])
+    batch, blocks, height, width, lanes = fixed(body.shapes[0])
+    out_height, out_width = fixed(body.out_shape[2:4])
     kind, (kh, kw), (sh, sw) = parameters["kind"], parameters["kernel"], parameters["strides"]
     (dh, dw), (top, left) = parameters["dilations"], parameters["pads"]
     largest = kind == "max"
@@ -289,7 +290,7 @@ def global_mean(parameters: dict[str, Any], body: Body) -> None:
     """Mean over all places of each channel, in blocks."""
     v, index = body.vectors, body.index
     (x,) = body.inputs
-    batch, blocks, *place, lanes = (int(d) for d in body.shapes[0])
+    batch, blocks, *place, lanes = fixed(body.shapes[0])
     size = math.prod(place)
 
     def const(value: int) -> Expr:
@@ -323,7 +324,7 @@ def upsample(parameters: dict[str, Any], body: Body) -> None:
     v, index = body.vectors, body.index
     (x,) = body.inputs
     rows, columns = parameters["factors"]
-    batch, blocks, height, width, lanes = (int(d) for d in body.shapes[0])
+    batch, blocks, height, width, lanes = fixed(body.shapes[0])
 
     def const(value: int) -> Expr:
         return tirx.const(value, index)

@@ -38,8 +38,9 @@ def gemm(parameters: dict[str, Any], body: Body) -> None:
 
     batch = 1 if spec.packed or spec.shared_b else product(leading[:-1])
     rows = product(leading) if batch == 1 else leading[-1]
-    sizes = (_number(size) for size in (rows, body.shapes[0][-1], batch))
-    GemmEmitter(v, spec, tile, *sizes, a, b, finish, body.target.cores, body.target.caches, body.index).emit()
+    height, inner, count = (_number(size) for size in (rows, body.shapes[0][-1], batch))
+    target = body.target
+    GemmEmitter(v, spec, tile, height, inner, count, a, b, finish, target.cores, target.caches, body.index).emit()
 
 
 def _number(size: Size) -> Expr | int:
@@ -66,9 +67,11 @@ def matmul(bb: relax.BlockBuilder, a: Any, b: Any, target: Target) -> Any | None
     batch = [y if x == 1 else x for x, y in pairs]
     if product(before_b) == 1:
         # One matrix on the right: the left one's leading axes are rows.
-        height, count, shared_a, shared_b = product((*before_a, rows)), 1, False, True
+        height, count = product((*before_a, rows)), product(())
+        shared_a, shared_b = False, True
     else:
-        height, count, shared_a, shared_b = rows, product(batch), product(before_a) == 1, False
+        height, count = rows, product(batch)
+        shared_a, shared_b = product(before_a) == 1, False
         if product(before_b) != count or product(before_a) not in (1, count):
             return None
     weight = b.value.numpy() if isinstance(b, tvm.ir.GenericConst) and shared_b else None
