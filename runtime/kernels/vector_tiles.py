@@ -91,8 +91,8 @@ def _interleave(a: str, b: str, lanes: int, high: bool) -> str:
 def _transpose(lanes: int, keep: bool) -> str:
     vector, size = f"<{lanes} x float>", 1 if keep else 4
     lines = [
-        f"define i32 @gw_{'keep' if keep else 'scaled_transpose'}_{lanes}(ptr %s, i64 %st, i32 %n, i32 %c, float %f, ptr %t, "
-        "i64 %w) {",
+        f"define i32 @gw_{'keep' if keep else 'scaled_transpose'}_{lanes}(ptr %s, i64 %st, i32 %n, i32 %c, float %f, "
+        "ptr %t, i64 %w) {",
         f"  %m = call <{lanes} x i1> @gw_mask_{lanes}(i32 %c)",
         "  %l = sub i32 %n, 1",
         f"  %fa = insertelement {vector} poison, float %f, i32 0",
