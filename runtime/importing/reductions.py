@@ -11,6 +11,9 @@ import numpy as np
 import tvm
 from tvm import relax, te, tirx
 
+from ..kernels import two_pass_softmax
+from ..kernels.log_softmax import log_softmax
+from .kernels import call, named
 from .shapes import filled, reshaped
 from .site import (
     Dim,
@@ -332,8 +335,19 @@ def softmax(site: Site) -> Result:
     if site.rank() == 0:
         return const(1.0 if site.op == "Softmax" else 0.0, site.dtype())
     x, axis, dims = _coerced(site, site.widened())
-    op = relax.op.nn.softmax if site.op == "Softmax" else relax.op.nn.log_softmax
-    return site.narrowed(reshaped(site, site.emit(op(x, axis)), dims), site.dtype())
+    if site.target.is_cpu and dtype_of(x) == "float32" and product(shape_of(x)[axis + 1 :]) == 1:
+        y = _softmax_of_rows(site, reshaped(site, x, shape_of(x)[: axis + 1]))
+    else:
+        y = site.emit((relax.op.nn.softmax if site.op == "Softmax" else relax.op.nn.log_softmax)(x, axis))
+    return site.narrowed(reshaped(site, y, dims), site.dtype())
+
+
+def _softmax_of_rows(site: Site, x: tvm.ir.Expr) -> tvm.ir.Expr:
+    if site.op == "Softmax":
+        return site.emit(two_pass_softmax.lower(site.bb, [x], {}, site.target))
+    dims = shape_of(x)
+    (shape,) = named(dims)
+    return call(site, log_softmax(shape, site.target.isa, site.target.cores), [x], dims)
 
 
 @converts("Hardmax")

@@ -59,7 +59,7 @@ def _row(
     x, y, scale, bias = buffers["x"], buffers["y"], buffers["scale"], buffers.get("bias")
     share = T.float32(1 / length)
 
-    def load(buffer: Buffer, offset: Expr, part: int | None, fill: Expr | float = 0.0) -> Expr:
+    def load(buffer: Buffer, offset: Expr, part: int | Expr | None, fill: Expr | float = 0.0) -> Expr:
         return v.load(buffer, offset, count_of(part, index), fill)
 
     def emit(start: Expr) -> None:
@@ -68,13 +68,14 @@ def _row(
             total = row_total(v, length, start, index, lambda s, at, part: s + load(x, at, part))
             mean = T.Bind(v.splat(T.Bind(total * share)))
 
-        def square(total: Expr, at: Expr, part: int | None) -> Expr:
+        def square(total: Expr, at: Expr, part: int | Expr | None) -> Expr:
             value = load(x, at, part)
             if centred:
                 value = T.Bind(value - mean)
                 if part is not None:
                     # Lanes behind the row hold 0 - mean.
-                    there = T.ramp(tirx.const(0, "int32"), 1, v.lanes) < T.broadcast(tirx.const(part, "int32"), v.lanes)
+                    numbers = T.ramp(tirx.const(0, "int32"), 1, v.lanes)
+                    there = numbers < T.broadcast(T.Cast("int32", count_of(part, index)), v.lanes)
                     value = T.Bind(T.Select(there, value, v.splat(0.0)))
             return v.fma(value, value, total)
 
@@ -84,7 +85,7 @@ def _row(
         ))  # fmt: skip
         inverse = T.Bind(v.splat(T.Bind(T.float32(1) / root)))
 
-        def output(offsets: list[Expr], part: int | None) -> None:
+        def output(offsets: list[Expr], part: int | Expr | None) -> None:
             for offset in offsets:
                 column = offset - start
                 value = load(x, offset, part)

@@ -11,7 +11,7 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
 
 from ..target import InstructionSet
-from .vectors import Buffer, Expr, Vectors
+from .vectors import LOWEST, Buffer, Expr, Vectors
 
 OPAQUE = 8  # Relax's operator pattern of a function that nothing is fused into
 FLOPS, OP = "graphwright.flops", "graphwright.op"
@@ -25,7 +25,7 @@ LANE_TERMS = 1 << 8
 Size: TypeAlias = "int | str"
 Shape: TypeAlias = "Sequence[Size]"
 # Called with offsets of vectors, and how many elements the last of them has, None for all.
-Body = Callable[[list[Expr], "int | None"], None]
+Body = Callable[[list[Expr], "int | Expr | None"], None]
 
 
 def flat_kernel(
@@ -103,10 +103,13 @@ def each_row(rows: int | Expr, work: int | Expr, threads: int, index: str, body:
             loop(False)
 
 
-def sweep(v: Vectors, length: int, group: int, start: Expr, index: str, body: Body) -> None:
+def sweep(v: Vectors, length: int | Expr, group: int, start: Expr, index: str, body: Body) -> None:
     """`body` over `length` elements from `start`: `group` vectors at a time, then those that remain, the last of them
     with fewer elements where there are fewer."""
     step = group * v.lanes
+    if not isinstance(length, int):
+        _open_sweep(v, length, step, start, index, body)
+        return
     turns, rest = divmod(length, step)
     if length <= UNROLLED * v.lanes:
         for turn in range(turns):
@@ -122,39 +125,79 @@ def sweep(v: Vectors, length: int, group: int, start: Expr, index: str, body: Bo
         body([start + (length - part)], part)
 
 
-def row_total(
-    v: Vectors, length: int, start: Expr, index: str, term: Callable[[Expr, Expr, int | None], Expr]
-) -> Expr:
+def _open_sweep(v: Vectors, length: Expr, step: int, start: Expr, index: str, body: Body) -> None:
+    """A sweep over a number of elements that is known at run time."""
+
+    def const(value: int) -> Expr:
+        return tirx.const(value, index)
+
+    turns = T.Bind(T.shift_right(length, const(step.bit_length() - 1)))
+    with T.serial(turns) as turn:
+        at = T.Bind(start + turn * const(step))
+        body([at + j for j in range(0, step, v.lanes)], None)
+    done = T.Bind(turns * const(step))
+    with T.serial(T.shift_right(length - done, const(v.lanes.bit_length() - 1))) as turn:
+        body([T.Bind(start + done + turn * const(v.lanes))], None)
+    part = T.Bind(T.bitwise_and(length, const(v.lanes - 1)))
+    with T.If(part > const(0)), T.Then():
+        body([T.Bind(start + (length - part))], part)
+
+
+# Called with a sum, the offset of a vector and its number of elements, None for all; gives the new sum.
+Term = Callable[[Expr, Expr, "int | Expr | None"], Expr]
+
+
+def row_total(v: Vectors, length: int | Expr, start: Expr, index: str, term: Term) -> Expr:
     """The sum over a row, as a scalar. term(sum, offset, count): the sum with the vector at the offset added."""
     group = 4 if v.wide else 2
     block = LANE_TERMS * group * v.lanes
-    if length <= block:
+    if isinstance(length, int) and length <= block:
         return v.total(_lanes_total(v, length, group, start, index, term))
-    blocks, rest = divmod(length, block)
     whole = v.registers(1, 0.0)
 
-    def add(count: int, first: Expr) -> None:
+    def add(count: int | Expr, first: Expr) -> None:
         T.buffer_store(whole, whole[v.at(0)] + _lanes_total(v, count, group, first, index, term), [v.at(0)])
 
-    with T.serial(tirx.const(blocks, index)) as b:
+    if isinstance(length, int):
+        blocks, rest = tirx.const(length // block, index), length % block
+    else:
+        blocks = T.Bind(T.shift_right(length, tirx.const(block.bit_length() - 1, index)))
+        rest = T.Bind(T.bitwise_and(length, tirx.const(block - 1, index)))
+    with T.serial(blocks) as b:
         add(block, T.Bind(start + b * tirx.const(block, index)))
-    if rest:
-        add(rest, T.Bind(start + tirx.const(blocks * block, index)))
+    if not isinstance(rest, int) or rest:
+        add(rest, T.Bind(start + (length - rest)))
     return v.total(whole[v.at(0)])
 
 
-def _lanes_total(
-    v: Vectors, length: int, group: int, start: Expr, index: str, term: Callable[[Expr, Expr, int | None], Expr]
-) -> Expr:
-    sums = v.registers(group, 0.0)
+def _lanes_total(v: Vectors, length: int | Expr, group: int, start: Expr, index: str, term: Term) -> Expr:
+    return _folded(v, length, group, start, index, 0.0, term, lambda a, b: a + b)
 
-    def body(offsets: list[Expr], part: int | None) -> None:
+
+def row_most(v: Vectors, length: int | Expr, start: Expr, index: str, x: Buffer) -> Expr:
+    """The greatest element of a row, as a scalar; LOWEST where all are -infinity. Whether a NaN is seen depends on its
+    place."""
+
+    def term(most: Expr, at: Expr, part: int | Expr | None) -> Expr:
+        return T.max(most, v.load(x, at, count_of(part, index), LOWEST))
+
+    return v.greatest(_folded(v, length, 4, start, index, LOWEST, term, T.max))
+
+
+def _folded(
+    v: Vectors, length: int | Expr, group: int, start: Expr, index: str, first: float, term: Term,
+    combine: Callable[[Expr, Expr], Expr],
+) -> Expr:  # fmt: skip
+    """A row folded into one vector by `group` accumulators that begin with `first`."""
+    sums = v.registers(group, first)
+
+    def body(offsets: list[Expr], part: int | Expr | None) -> None:
         for j, offset in enumerate(offsets):
             here = v.at(j * v.lanes)
             T.buffer_store(sums, term(sums[here], offset, part), [here])
 
     sweep(v, length, group, start, index, body)
-    return tree(lambda a, b: a + b, [sums[v.at(j * v.lanes)] for j in range(group)])
+    return tree(combine, [sums[v.at(j * v.lanes)] for j in range(group)])
 
 
 def tree(combine: Callable[[Expr, Expr], Expr], values: list[Any]) -> Expr:
@@ -165,6 +208,6 @@ def tree(combine: Callable[[Expr, Expr], Expr], values: list[Any]) -> Expr:
     return values[0]
 
 
-def count_of(part: int | None, index: str) -> Expr | None:
+def count_of(part: int | Expr | None, index: str) -> Expr | None:
     """Elements of a vector as `Vectors.load` and `store` take them."""
-    return None if part is None else tirx.const(part, index)
+    return tirx.const(part, index) if isinstance(part, int) else part

@@ -238,3 +238,19 @@ def test_forms_of_attention_without_a_kernel_go_through_the_body() -> None:
                   "{ y, pk, pv, s = Attention (q, k, v) }")  # fmt: skip
     assert "attention" not in model.kernels
     agrees(model, {"q": draw(1, 2, 3, 8), "k": draw(1, 2, 5, 8), "v": draw(1, 2, 5, 8)})
+
+
+# Softmax.
+
+
+@pytest.mark.parametrize("op, kernel", [("Softmax", "two_pass_softmax"), ("LogSoftmax", "log_softmax")])
+def test_softmax_of_the_last_axis(op: str, kernel: str) -> None:
+    model = Model(f"g (float[b,5,n] x) => (float[b,5,n] y) {{ y = {op} (x) }}")
+    assert model.kernels == {kernel}
+    model.check({"x": 5 * draw(2, 5, 37)}, {"x": draw(1, 5, 1)}, {"x": draw(0, 5, 3)})
+    model = Model(f"g (float[2,9,1,1] x) => (float[2,9,1,1] y) {{ y = {op} <axis=1> (x) }}")
+    assert kernel in model.kernels
+    model.check({"x": draw(2, 9, 1, 1)})
+    model = Model(f"g (float[2,9,3] x) => (float[2,9,3] y) {{ y = {op} <axis=1> (x) }}")
+    assert "two_pass_softmax" not in model.kernels
+    model.check({"x": draw(2, 9, 3)})

@@ -1,0 +1,57 @@
+"""LogSoftmax of float32 rows: x - (m + log of the sum of e^(x - m)), m the row's maximum."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from tvm import tirx
+from tvm.tirx.script import builder as T
+
+from ..target import InstructionSet
+from . import functions
+from .rows import Shape, Size, count_of, each_row, flat_kernel, number_of, row_most, row_total, sweep
+from .vectors import NEGATIVE_INFINITY, Buffer, Expr, Vectors
+
+GROUP = 4  # vectors of one turn
+# Work of an element against that of a sum: an exponential.
+WEIGHT = 4
+
+
+def log_softmax(shape: Shape, isa: InstructionSet, threads: int = 1, name: str | None = None) -> tirx.PrimFunc:
+    """A kernel (X, Y) -> None over the last axis of a shape.
+
+    name: of the exported symbol; None for a function that only its own module calls.
+    """
+    *rows, row = shape
+
+    def write(v: Vectors, buffers: dict[str, Buffer], size: Callable[[Size], int | Expr], index: str) -> None:
+        count, length = number_of(rows, size), size(row)
+        if isinstance(length, int) and length == 0:
+            return
+        x, y = buffers["x"], buffers["y"]
+
+        def emit(number: Expr) -> None:
+            start = T.Bind(number * length)
+            most = row_most(v, length, start, index, x)
+
+            def term(total: Expr, at: Expr, part: Expr | int | None) -> Expr:
+                value = v.load(x, at, count_of(part, index), NEGATIVE_INFINITY)
+                return total + v.exp(value - v.splat(most))
+
+            total = row_total(v, length, start, index, term)
+            shift = T.Bind(functions.log(v, v.splat(total)))
+
+            def output(offsets: list[Expr], part: Expr | int | None) -> None:
+                for offset in offsets:
+                    value = v.load(x, offset, count_of(part, index))
+                    v.store(y, offset, (value - v.splat(most)) - shift, count_of(part, index))
+
+            sweep(v, length, GROUP, start, index, output)
+
+        each_row(count, count * length * WEIGHT, threads, index, emit)
+
+    static = [d for d in shape if isinstance(d, int)]
+    flops = 20 * math.prod(static) if len(static) == len(shape) else None
+    tensors: dict[str, tuple[Shape, str]] = {"x": (shape, "float32"), "y": (shape, "float32")}
+    return flat_kernel(name or "log_softmax", tensors, isa, write, name is not None, flops)
