@@ -58,7 +58,7 @@ def channels(parameters: dict[str, Any], body: Body) -> None:
     """parameters: ranges, as `pieces` takes them."""
     v, index = body.vectors, body.index
     batch, _, *spatial, lanes = fixed(body.out_shape)
-    own_blocks = [int(shape[1]) for shape in body.shapes]
+    own_blocks = fixed([shape[1] for shape in body.shapes])
     rows, columns, size = math.prod(spatial[:-1]), spatial[-1], math.prod(spatial)
 
     def const(value: int) -> Expr:
