@@ -53,6 +53,14 @@ def size_of(value: Any) -> Size:
     return int(value) if isinstance(value, tirx.IntImm) else Symbol(value)
 
 
+def renamed(value: Expr, symbols: dict[Any, Any]) -> Expr:
+    """A size in other symbols; those that have none yet get one."""
+    analyzer = sym.Analyzer()
+    for variable in tirx.analysis.undefined_vars(value):
+        analyzer.bind(variable, symbols.setdefault(variable, tirx.Var(variable.name, "int64")))
+    return analyzer.simplify(value)
+
+
 def product(sizes: Iterable[Size]) -> Size:
     """Of sizes; 1 for none."""
     result: Size = 1

@@ -108,7 +108,8 @@ class _Planner(relax.PyExprMutator):
 
     def unpacked(self, blocks: Any, kind: Any) -> Any:
         """The plain form of a result in blocks, bound so that its users find the blocks."""
-        shape = [int(d) for d in kind.shape.values]
+        shape = convolutions.dims_of(kind)
+        assert shape is not None, "the sizes of an image are known"
         plain = self.builder_.emit(convolutions.unpack(self.builder_, blocks, shape, self.target))
         self.packed[plain] = blocks
         return plain
@@ -123,18 +124,22 @@ class _Planner(relax.PyExprMutator):
         spec = spec_of(function)
         if spec is not None and spec["template"] in ("pool", "global-mean", "upsample"):
             source = self.into_blocks(arguments[0])
-            shape = [int(d) for d in kind.shape.values]
+            shape = convolutions.dims_of(kind)
+            assert shape is not None, "the sizes of an image are known"
             out = relax.TensorType(blocked_shape(shape, self.lanes), "float32")
             flops = int(function.attrs["graphwright.flops"])
             result = anchor(self.builder_, spec["template"], spec["parameters"], [source], out, flops)
             return self.unpacked(result, kind)
-        if not any(b is not None for b in blocked) or spec is not None or convolutions.UNPACK in (function.attrs or {}):
+        dims = convolutions.dims_of(kind)
+        if dims is None or not any(b is not None for b in blocked):
+            return None
+        if spec is not None or convolutions.UNPACK in (function.attrs or {}):
             return None
         if len(arguments) == 1 and (first := first_channel(function)) is not None:
             return self.channels([blocked[0]], [(0, first, int(kind.shape.values[1]))], kind)
         blocked = [self.copies.get(a) if b is None else b for a, b in zip(arguments, blocked, strict=True)]
         try:
-            result = blocked_elementwise(self.builder_, function, arguments, blocked, self.lanes)
+            result = blocked_elementwise(self.builder_, function, arguments, blocked, dims, self.lanes)
         except NotElementwise:
             return None
         return self.unpacked(result, kind)
@@ -147,7 +152,8 @@ class _Planner(relax.PyExprMutator):
         rank = len(kind.shape.values)
         if rank < 3 or int(call.attrs.axis) % rank != 1 or str(kind.dtype.dtype) != "float32":
             return None
-        if not all(isinstance(d, tirx.IntImm) and int(d) > 0 for f in fields for d in f.ty.shape.values):
+        dims = [convolutions.dims_of(f.ty) for f in fields]
+        if convolutions.dims_of(kind) is None or any(d is None or 0 in d[1:] for d in dims):
             return None
         blocked = [self.in_blocks(f) for f in fields]
         counts = [int(f.ty.shape.values[1]) for f in fields]
@@ -158,6 +164,7 @@ class _Planner(relax.PyExprMutator):
 
     def channels(self, sources: list[Any], ranges: list[tuple[int, int, int]], kind: Any) -> Any:
         """Ranges of channels of tensors in blocks behind each other."""
-        shape = [int(d) for d in kind.shape.values]
+        shape = convolutions.dims_of(kind)
+        assert shape is not None, "the sizes of an image are known"
         out = relax.TensorType(blocked_shape(shape, self.lanes), "float32")
         return self.unpacked(channels.joined(self.builder_, sources, ranges, out), kind)
