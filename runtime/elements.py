@@ -38,10 +38,18 @@ class Load:
     dtype: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Constant:
+    """A number. Equal to those written alike: 0 is not -0, and NaN is NaN."""
+
     value: float | int
     dtype: str
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Constant) and (repr(self.value), self.dtype) == (repr(other.value), other.dtype)
+
+    def __hash__(self) -> int:
+        return hash((repr(self.value), self.dtype))
 
 
 @dataclass(frozen=True)
@@ -329,7 +337,7 @@ def check_vectors(tree: Tree, extents: Sequence[int], lanes: int) -> None:
             raise NotElementwise("it reads truth values")
         if load.strides and load.strides[-1] == 1 and load.dtype != "float32" and extents[-1] % lanes:
             raise NotElementwise("its last axis does not fill vectors of whole numbers")
-    if tree.dtype != "float32" and (tree.dtype == "bool" or (extents and extents[-1] % lanes)):
+    if tree.dtype != "float32" and (tree.dtype == "bool" or not extents or extents[-1] % lanes):
         raise NotElementwise(f"it writes {tree.dtype}")
 
 

@@ -38,6 +38,7 @@ class _Planner(relax.PyExprMutator):
         self.module, self.target = module, target
         self.lanes = Vectors(target.isa).lanes
         self.packed: dict[Any, Any] = {}
+        self.weights: dict[Any, Any] = {}  # packed ones by what they were
 
     def run(self) -> tvm.IRModule:
         for variable, function in self.module.functions_items():
@@ -52,10 +53,11 @@ class _Planner(relax.PyExprMutator):
         name = getattr(call.op, "name", "")
         result = None
         if name == "relax.matmul":
-            result = products.matmul(self.builder_, call.args[0], call.args[1], self.target)
+            result = products.matmul(self.builder_, call.args[0], call.args[1], self.target, self.weights)
         elif name in CONVOLUTIONS:
             call = self.builder_.normalize(call)
-            blocks = convolutions.convolution(self.builder_, call, self.in_blocks(call.args[0]), self.target)
+            source = self.in_blocks(call.args[0])
+            blocks = convolutions.convolution(self.builder_, call, source, self.target, self.weights)
             result = None if blocks is None else self.unpacked(blocks, original.ty)
         elif name == "relax.concat":
             result = self.concat(call, original.ty)

@@ -38,10 +38,13 @@ def conv(parameters: dict[str, Any], body: Body) -> None:
     )  # fmt: skip
 
 
-def convolution(bb: relax.BlockBuilder, call: Any, blocked: Any | None, target: Target) -> Any | None:
+def convolution(
+    bb: relax.BlockBuilder, call: Any, blocked: Any | None, target: Target, packed: dict[Any, Any]
+) -> Any | None:
     """A Relax convolution with constant weights as a template over blocks; the result in blocks, or None.
 
     blocked: the input in blocks, None where it is not. Convolutions that take few channels read them unblocked.
+    packed: weights that were packed before, so that those of several convolutions are held once.
     """
     x, w = call.args
     if not isinstance(w, tvm.ir.GenericConst) or str(x.ty.dtype.dtype) != "float32":
@@ -72,14 +75,17 @@ def convolution(bb: relax.BlockBuilder, call: Any, blocked: Any | None, target: 
     if kernels.supported(spec, target.isa) is not None:
         return None
     algorithm, _ = kernels.choose_algorithm(spec, target.isa, target.caches)
-    packed = relax.const(np.ascontiguousarray(kernels.pack_weights(weight, spec, target.isa, algorithm)), "float32")
+    key = (w, spec, algorithm)
+    if key not in packed:
+        array = np.ascontiguousarray(kernels.pack_weights(weight, spec, target.isa, algorithm))
+        packed[key] = relax.const(array, "float32")
     if spec.blocked_input and blocked is None:
         blocked = pack(bb, x, lanes)
     source = blocked if spec.blocked_input else x
     kind = relax.TensorType(blocked_shape(out, lanes), "float32")
     taps = math.prod(spec.kernel) * spec.in_channels // spec.groups
     flops = 2 * math.prod(out) * taps
-    return anchor(bb, "conv", {"spec": vars(spec), "algorithm": algorithm}, [source, packed], kind, flops)
+    return anchor(bb, "conv", {"spec": vars(spec), "algorithm": algorithm}, [source, packed[key]], kind, flops)
 
 
 # --- layouts ----------------------------------------------------------------------------------------------------

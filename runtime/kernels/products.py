@@ -54,8 +54,11 @@ def gemm(parameters: dict[str, Any], body: Body) -> None:
     ).emit()
 
 
-def matmul(bb: relax.BlockBuilder, a: Any, b: Any, target: Target) -> Any | None:
-    """A product as a template; None where it has none: other types than float32, dynamic shapes, vectors."""
+def matmul(bb: relax.BlockBuilder, a: Any, b: Any, target: Target, packed: dict[Any, Any]) -> Any | None:
+    """A product as a template; None where it has none: other types than float32, dynamic shapes, vectors.
+
+    packed: weights that were packed before, so that those of several products are held once.
+    """
     kinds = (a.ty, b.ty)
     if any(str(k.dtype.dtype) != "float32" or not isinstance(k.shape, relax.ShapeExpr) for k in kinds):
         return None
@@ -81,7 +84,10 @@ def matmul(bb: relax.BlockBuilder, a: Any, b: Any, target: Target) -> Any | None
     spec = GemmSpec(rows, inner, columns, weight is not None, count, shared_a, shared_b)
     if weight is not None:
         tile = choose_tile(rows, columns, target.isa, lanes)
-        b = relax.const(pack(np.asarray(weight).reshape(inner, columns), tile, lanes), "float32")
+        key = (b, inner, columns, tile.vectors)
+        if key not in packed:
+            packed[key] = relax.const(pack(np.asarray(weight).reshape(inner, columns), tile, lanes), "float32")
+        b = packed[key]
     elif columns < lanes:
         return None
     return anchor(bb, "gemm", vars(spec), [a, b], out, spec.flops)
