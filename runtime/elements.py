@@ -72,6 +72,7 @@ Tree: TypeAlias = "Load | Constant | Apply | Anchor"
 
 OPERATIONS: dict[str, Callable[[Expr, Expr], Expr]] = {
     "add": lambda a, b: a + b, "sub": lambda a, b: a - b, "mul": lambda a, b: a * b, "div": lambda a, b: a / b,
+    "truncdiv": lambda a, b: tirx.truncdiv(a, b),
     "max": lambda a, b: T.max(a, b), "min": lambda a, b: T.min(a, b),
     "lt": lambda a, b: a < b, "le": lambda a, b: a <= b, "gt": lambda a, b: a > b, "ge": lambda a, b: a >= b,
     "eq": lambda a, b: a == b, "ne": lambda a, b: a != b,
@@ -184,6 +185,7 @@ class _Reader:
             return Constant(value, dtype)
         kind = _BINARY.get(type(e))
         if kind is not None:
+            kind = "truncdiv" if kind == "div" and dtype != "float32" else kind
             return Apply(kind, (self.tree(e.a), self.tree(e.b)), dtype)
         if isinstance(e, P.Not):
             return Apply("eq", (self.tree(e.a), Constant(0, "bool")), dtype)
@@ -211,7 +213,11 @@ class _Reader:
         if dtype != "float32" or value not in (0.5, 1, 2, 3, -1):
             raise NotElementwise("it raises to a power that varies")
         if value == 0.5:
-            return Apply("sqrt", (base,), dtype)
+            # Other than sqrt, the power of -0 is 0 and that of -infinity is infinity.
+            zero, infinity = Constant(0.0, dtype), Constant(math.inf, dtype)
+            lowest = Apply("eq", (base, Constant(-math.inf, dtype)), "bool")
+            root = Apply("select", (Apply("eq", (base, zero), "bool"), zero, Apply("sqrt", (base,), dtype)), dtype)
+            return Apply("select", (lowest, infinity, root), dtype)
         if value == -1:
             return Apply("div", (Constant(1.0, dtype), base), dtype)
         result = base

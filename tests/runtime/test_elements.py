@@ -133,9 +133,27 @@ def test_powers(compile_model: Callable[..., Any]) -> None:
     model = compile_model(text, **{f"e{i}": np.float32(e) for i, e in enumerate(exponents)})
     x = np.abs(draw(3, 11))
     x[0, :3] = 0, np.inf, np.nan
-    with np.errstate(divide="ignore"):
+    special = np.float32([-0.0, -np.inf, -4, 0, 1, np.inf, np.nan, 2, 3, 4, 5])
+    with np.errstate(divide="ignore", invalid="ignore"):
         for e, got in zip(exponents, model.run({"x": x}), strict=True):
             np.testing.assert_allclose(got, x.astype(np.float64) ** e, rtol=1e-6, err_msg=str(e))
+        got, *_ = model.run({"x": np.tile(special, (3, 1))})
+        # C's pow, which NumPy's shortcut for 0.5 is not.
+        expected = [0, np.inf, np.nan, 0, 1, np.inf, np.nan, *np.sqrt([2, 3, 4, 5])]
+        np.testing.assert_allclose(got[0], expected, rtol=1e-6)
+        assert not np.signbit(got[0, 0])
+
+
+def test_whole_numbers_are_divided(compile_model: Callable[..., Any]) -> None:
+    """Towards zero, in vectors and where lengths fill none."""
+    text = """g (int64[4,16] a, int64[4,16] b, int32[3,5] c, int32[3,5] d)
+        => (int64[4,16] y, int64[4,16] z, int64[4,16] m, int32[3,5] u) {
+      y = Div(a, b)  z = Div(a, three)  m = Mod(a, b)  u = Div(c, d) }"""
+    random = np.random.default_rng(0)
+    feeds = {"a": random.integers(-20, 20, (4, 16)), "b": random.integers(1, 5, (4, 16))}
+    feeds["c"] = random.integers(-20, 20, (3, 5)).astype(np.int32)
+    feeds["d"] = random.integers(-5, 0, (3, 5)).astype(np.int32)
+    compile_model(text, three=np.int64(3)).check(feeds)
 
 
 def test_views_in_between(compile_model: Callable[..., Any]) -> None:
