@@ -39,6 +39,7 @@ class _Planner(relax.PyExprMutator):
         self.module, self.target = module, target
         self.lanes = Vectors(target.isa).lanes
         self.packed: dict[Any, Any] = {}
+        self.weights: dict[Any, Any] = {}  # packed ones by what they were
         self.copies: dict[Any, Any] = {}  # plain tensors that have been packed
 
     def run(self) -> tvm.IRModule:
@@ -54,11 +55,12 @@ class _Planner(relax.PyExprMutator):
         name = getattr(call.op, "name", "")
         result = None
         if name == "relax.matmul":
-            result = products.matmul(self.builder_, call.args[0], call.args[1], self.target)
+            result = products.matmul(self.builder_, call.args[0], call.args[1], self.target, self.weights)
         elif name in CONVOLUTIONS:
             call = self.builder_.normalize(call)
             blocked = self.in_blocks(call.args[0])
-            blocks = convolutions.convolution(self.builder_, call, blocked, self.into_blocks, self.target)
+            into, weights = self.into_blocks, self.weights
+            blocks = convolutions.convolution(self.builder_, call, blocked, into, self.target, weights)
             result = None if blocks is None else self.unpacked(blocks, original.ty)
         elif name in TRANSPOSED:
             call = self.builder_.normalize(call)

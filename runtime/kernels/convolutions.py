@@ -122,11 +122,13 @@ def _sizes(call: Any, blocked: Any | None) -> _Sizes | None:
     return _Sizes(weight, out, fields)
 
 
-def convolution(bb: relax.BlockBuilder, call: Any, blocked: Any | None, pack: Pack, target: Target) -> Any | None:
+def convolution(
+    bb: relax.BlockBuilder, call: Any, blocked: Any | None, pack: Pack, target: Target, packed: dict[Any, Any]
+) -> Any | None:
     """A Relax convolution with constant weights as a template over blocks; the result in blocks, or None.
 
     blocked: the input in blocks, None where it is not; `pack` brings it there. Convolutions that take few channels read
-    them unblocked.
+    them unblocked. packed: weights that were packed before, so that those of several convolutions are held once.
     """
     sizes = _sizes(call, blocked)
     if sizes is None:
@@ -136,12 +138,14 @@ def convolution(bb: relax.BlockBuilder, call: Any, blocked: Any | None, pack: Pa
         return None
     lanes = Vectors(target.isa).lanes
     algorithm, _ = kernels.choose_algorithm(spec, target.isa, target.caches)
-    packed = relax.const(kernels.pack_weights(sizes.weight, spec, target.isa, algorithm), "float32")
+    key = (call.args[1], spec, algorithm)
+    if key not in packed:
+        packed[key] = relax.const(kernels.pack_weights(sizes.weight, spec, target.isa, algorithm), "float32")
     source = pack(call.args[0]) if spec.blocked_input else call.args[0]
     kind = relax.TensorType(blocked_shape(sizes.out, lanes), "float32")
     taps = math.prod(spec.kernel) * spec.in_channels // spec.groups
     flops = sizes.flops(spec.batch * math.prod(sizes.out[1:]) * taps)
-    return anchor(bb, "conv", {"spec": vars(spec), "algorithm": algorithm}, [source, packed], kind, flops)
+    return anchor(bb, "conv", {"spec": vars(spec), "algorithm": algorithm}, [source, packed[key]], kind, flops)
 
 
 def transposed_convolution(
