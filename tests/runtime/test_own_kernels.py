@@ -254,3 +254,51 @@ def test_softmax_of_the_last_axis(op: str, kernel: str) -> None:
     model = Model(f"g (float[2,9,3] x) => (float[2,9,3] y) {{ y = {op} <axis=1> (x) }}")
     assert "two_pass_softmax" not in model.kernels
     model.check({"x": draw(2, 9, 3)})
+
+
+# Rotary embedding.
+
+
+ROTARY = {
+    "four axes": ("b,3,s,8", "b,s,4", "", ""),
+    "neighbours": ("b,3,s,8", "b,s,4", "", "interleaved=1"),
+    "three axes": ("b,s,24", "b,s,4", "", "num_heads=3"),
+    "a part of each head": ("b,3,s,8", "b,s,2", "", "rotary_embedding_dim=4"),
+    "positions": ("b,3,s,8", "11,4", "int64[b,s] i", ""),
+    "positions, three axes": ("b,s,24", "11,2", "int64[b,s] i", "num_heads=3, rotary_embedding_dim=4, interleaved=1"),
+}
+
+
+@pytest.mark.parametrize("form", ROTARY)
+def test_rotary_embedding(form: str) -> None:
+    shape, angles, positions, attributes = ROTARY[form]
+    model = Model(f"g (float[{shape}] x, float[{angles}] c, float[{angles}] d{', ' if positions else ''}{positions})"
+                  f" => (float[{shape}] y)"
+                  f"{{ y = RotaryEmbedding <{attributes}> (x, c, d{', i' if positions else ''}) }}"
+                  .replace("<>", ""))  # fmt: skip
+    assert model.kernels == {"rotary_embedding"}
+    for b, s in ((2, 5), (1, 1)):
+        def sizes(text: str, b: int = b, s: int = s) -> tuple[int, ...]:
+            return tuple({"b": b, "s": s}.get(d, 0) or int(d) for d in text.split(","))
+
+        feeds = {"x": draw(*sizes(shape)), "c": draw(*sizes(angles)), "d": draw(*sizes(angles)) + 1}
+        if positions:
+            feeds["i"] = np.random.default_rng(0).integers(0, 11, (b, s))
+        agrees(model, feeds)
+
+
+def test_rotary_embedding_between_a_projection_and_attention() -> None:
+    """Heads are read from the projection, turned, and read by attention, without a transposition or a copy; angles
+    that are the same for every sequence are not repeated."""
+    model = Model("""g (float[b,s,96] x, float[1,s,4] c, float[1,s,4] d) => (float[b,s,32] y) {
+        n = Shape <start=0, end=1> (x) sizes = Concat <axis=0> (n, ones)
+        cos = Expand (c, sizes) sin = Expand (d, sizes)
+        a0, a1, a2 = Split <axis=2, num_outputs=3> (x)
+        q0 = Reshape (a0, four) k0 = Reshape (a1, four) v0 = Reshape (a2, four)
+        q1 = Transpose <perm=[0,2,1,3]> (q0) k1 = Transpose <perm=[0,2,1,3]> (k0)
+        v = Transpose <perm=[0,2,1,3]> (v0)
+        q = RotaryEmbedding (q1, cos, sin) k = RotaryEmbedding (k1, cos, sin)
+        a = Attention <is_causal=1> (q, k, v) t = Transpose <perm=[0,2,1,3]> (a) y = Reshape (t, back)
+    }""", four=np.array([0, 0, 4, 8]), back=np.array([0, 0, 32]), ones=np.array([1, 1]))  # fmt: skip
+    assert model.kernels == {"rotary_embedding", "attention"}
+    agrees(model, {"x": draw(2, 9, 96), "c": draw(1, 9, 4), "d": draw(1, 9, 4)})
