@@ -302,3 +302,33 @@ def test_rotary_embedding_between_a_projection_and_attention() -> None:
     }""", four=np.array([0, 0, 4, 8]), back=np.array([0, 0, 32]), ones=np.array([1, 1]))  # fmt: skip
     assert model.kernels == {"rotary_embedding", "attention"}
     agrees(model, {"x": draw(2, 9, 96), "c": draw(1, 9, 4), "d": draw(1, 9, 4)})
+
+
+# Reductions and rows of tables.
+
+
+@pytest.mark.parametrize("op", ["ReduceSum", "ReduceMean", "ReduceMax"])
+def test_reductions_over_neighbouring_axes(op: str) -> None:
+    kernel = f"reduce_{op.removeprefix('Reduce').lower()}"
+    for axes, keep, shape in (([-1], 1, "b,s,1"), ([1], 0, "b,20"), ([1, 2], 0, "b"), ([0, 1, 2], 1, "1,1,1")):
+        model = Model(f"g (float[b,s,20] x) => (float[{shape}] y) {{ y = {op} <keepdims={keep}> (x, axes) }}",
+                      axes=np.array(axes))  # fmt: skip
+        assert kernel in model.kernels and model.kernels <= {kernel, "reshape"}
+        model.check({"x": draw(2, 7, 20)}, {"x": draw(1, 1, 20)})
+
+
+@pytest.mark.parametrize("op", ["ArgMax", "ArgMin"])
+@pytest.mark.parametrize("shape", ["b,s,50", "2,50", "50"])
+def test_places_of_greatest_elements(op: str, shape: str) -> None:
+    sizes = [{"b": 3, "s": 4}.get(d, 0) or int(d) for d in shape.split(",")]
+    model = Model(f"g (float[{shape}] x) => (y) {{ y = {op} <axis=-1, keepdims=0> (x) }}".replace("(y)", "(int64["
+                  + ",".join(shape.split(",")[:-1]) + "] y)"))  # fmt: skip
+    assert model.kernels == {"place_of_greatest"}
+    model.check({"x": draw(*sizes)})
+
+
+@pytest.mark.parametrize("integers", ["int64", "int32"])
+def test_rows_of_a_table(integers: str) -> None:
+    model = Model(f"g ({integers}[b,s] i) => (float[b,s,3,7] y) {{ y = Gather (table, i) }}", table=draw(11, 3, 7))
+    assert model.kernels <= {"gather_rows", "reshape"} and "gather_rows" in model.kernels
+    model.check({"i": np.array([[0, 10, -1], [5, 5, -11]], integers)}, {"i": np.zeros((0, 2), integers)})
