@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
 HEAD = '<ir_version: 10, opset_import: ["" : {opset}]> '
@@ -137,6 +138,33 @@ def test_operators_with_a_kernel_stay(monkeypatch: pytest.MonkeyPatch, check) ->
     for target, left in (("cpu", True), ("cpu-avx2", True), ("cuda", False), (None, False)):
         changes = decompose.Decompose().run(model.clone(), PassContext(target=target)).changes
         assert (not changes) == left, target
+
+
+@pytest.mark.parametrize(
+    "node, stays",
+    [
+        ("Attention (q, k, v)", True),
+        ("Attention <is_causal = 1, softcap = 2.0> (q, k, v, m)", True),
+        ("Attention <softmax_precision = 11> (q, k, v)", False),
+        ("Attention (q, k, v, short)", False),
+        ("Attention (h, h, h)", False),
+        ("RotaryEmbedding (q, c, c)", True),
+        ("RotaryEmbedding (q, wide, wide)", False),
+        ("RotaryEmbedding (h, c16, c16)", False),
+    ],
+)
+def test_only_forms_with_a_kernel_stay(node: str, stays: bool) -> None:
+    from graphwright.passes.base import PassContext
+    from graphwright.passes.prepare import decompose
+    from graphwright.passes.prepare.infer_shapes import InferShapes
+
+    model = ir.from_onnx_text(
+        HEAD.format(opset=24) + "g (float[1,2,4,8] q, float[1,2,6,8] k, float[1,2,6,8] v, bool[4,6] m, bool[4,5] short,"
+        f" float16[1,2,4,8] h, float[1,4,4] c, float[1,4,8] wide, float16[1,4,4] c16) => (y) {{ y = {node} }}"
+    )
+    InferShapes().run(model, PassContext())
+    decompose.Decompose().run(model, PassContext(target="cpu"))
+    assert (len(model.graph) == 1) == stays
 
 
 @pytest.mark.parametrize("mask", ["float[4,6] m", "float[2,1,4,6] m", "float[1,4,6] m"])
