@@ -25,10 +25,13 @@ HEAVY = frozenset({"tvm", "tvm_ffi", "torch", "onnxruntime"})
 LIGHT = frozenset({"tools", "graphwright"})
 LIGHT_PACKAGES = frozenset({"click", "graphwright"})
 # Modules that are nothing without the package, and imported late themselves.
+COMPILING = (
+    "runtime/blocked.py", "runtime/elements.py", "runtime/importer.py", "runtime/importing/", "runtime/kernels/",
+    "runtime/phases.py", "runtime/plan.py", "runtime/schedule.py", "runtime/templates.py",
+)  # fmt: skip
 ONLY_WITH = {
-    "tvm": (
-        "runtime/importer.py", "runtime/importing/", "runtime/kernels/", "runtime/phases.py", "runtime/schedule.py",
-    ),
+    "tvm": COMPILING,
+    "tvm_ffi": COMPILING,
     "torch": (
         "models/gpt.py", "models/llama.py", "models/minilm.py", "models/mobilenet.py", "models/mobilenet_v3.py",
         "models/resnet.py", "models/seeding.py", "models/unet.py", "models/vit.py",

@@ -68,7 +68,7 @@ def mistaken(monkeypatch: pytest.MonkeyPatch, *ops: str) -> None:
 
 CHAIN = """(float[4,8] x) => (float[4,8] y) {
     a = Relu (x)
-    b = Sigmoid (a)
+    b = Sigmoid (x)
     c = Mul (a, b)
     d = Tanh (c)
     e = Add (d, x)
