@@ -171,7 +171,7 @@ def _through_relax(case: Case, x: np.ndarray, weight: np.ndarray, target: Target
     with bb.function("main", names):
         with bb.dataflow():
             if case.kind == "product":
-                value = products.matmul(bb, names[0], relax.const(weight), target)
+                value = products.matmul(bb, names[0], relax.const(weight), target, {})
             else:
                 call = relax.op.nn.conv2d_transpose(names[0], relax.const(weight), strides=(case.stride,) * 2)
                 found = convolutions.transposed_convolution(
