@@ -121,7 +121,7 @@ class _Planner(relax.PyExprMutator):
         function = self.function(call.args[0])
         if function is None or len(call.args) > 2 or not isinstance(kind, relax.TensorType):
             return None
-        arguments = list(call.args[1].fields)
+        arguments = [a for a in call.args[1].fields if isinstance(a.ty, relax.TensorType)]
         blocked = [self.in_blocks(a) for a in arguments]
         spec = spec_of(function)
         if spec is not None and spec["template"] in ("pool", "global-mean", "upsample"):
