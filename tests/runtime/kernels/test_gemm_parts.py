@@ -36,7 +36,7 @@ def product(a: np.ndarray, b: np.ndarray, c: np.ndarray, target: Target) -> np.n
     x = relax.Var("x", relax.TensorType(a.shape, "float32"))
     with bb.function("main", [x]):
         with bb.dataflow():
-            y = products.matmul(bb, x, relax.const(b), target)
+            y = products.matmul(bb, x, relax.const(b), target, {})
             y = bb.emit_output(relax.op.abs(bb.emit(relax.op.add(y, relax.const(c)))))
         bb.emit_func_output(y)
     executable, constants = phases.compile_module(bb.get(), target)
