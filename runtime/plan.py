@@ -13,7 +13,7 @@ import tvm
 from tvm import relax, tirx
 
 from .blocked import blocked_elementwise, blocked_shape, first_channel
-from .elements import NotElementwise
+from .elements import NotElementwise, size_of
 from .kernels import channels, convolutions, products
 from .kernels.vectors import Vectors
 from .target import Target
@@ -124,7 +124,7 @@ class _Planner(relax.PyExprMutator):
         arguments = [a for a in call.args[1].fields if isinstance(a.ty, relax.TensorType)]
         blocked = [self.in_blocks(a) for a in arguments]
         spec = spec_of(function)
-        if spec is not None and spec["template"] in ("pool", "global-mean", "upsample"):
+        if spec is not None and spec["template"] in ("pool", "global-pool", "upsample"):
             source = self.into_blocks(arguments[0])
             shape = convolutions.dims_of(kind)
             assert shape is not None, "the sizes of an image are known"
@@ -137,6 +137,8 @@ class _Planner(relax.PyExprMutator):
             return None
         if spec is not None or convolutions.UNPACK in (function.attrs or {}):
             return None
+        if len(arguments) == 1 and relax.analysis.has_reshape_pattern(function):
+            return self.reshaped(arguments[0], blocked[0], dims, kind)
         if len(arguments) == 1 and (first := first_channel(function)) is not None:
             return self.channels([blocked[0]], [(0, first, int(kind.shape.values[1]))], kind)
         blocked = [self.copies.get(a) if b is None else b for a, b in zip(arguments, blocked, strict=True)]
@@ -145,6 +147,15 @@ class _Planner(relax.PyExprMutator):
         except NotElementwise:
             return None
         return self.unpacked(result, kind)
+
+    def reshaped(self, plain: Any, blocks: Any, dims: list[Any], kind: Any) -> Any | None:
+        """Another view of an image, where channels stay and one axis of several is long: the blocks lie alike."""
+        source = convolutions.dims_of(plain.ty)
+        if source is None or len(dims) < 3 or source[1] != dims[1] or size_of(source[0]) != size_of(dims[0]):
+            return None
+        if [d for d in source[2:] if d != 1] != [d for d in dims[2:] if d != 1]:
+            return None
+        return self.unpacked(self.builder_.emit(relax.op.reshape(blocks, blocked_shape(dims, self.lanes))), kind)
 
     def concat(self, call: Any, kind: Any) -> Any | None:
         """Channels behind each other, where at least half of them are in blocks."""

@@ -78,16 +78,23 @@ def global_average_pool(site: Site) -> Result:
     axes = list(range(2, site.rank()))
     if not templated(site):
         return mean(site, site.x(), axes)
-    return global_mean(site)
+    return global_pool(site, "mean")
 
 
-def global_mean(site: Site) -> Any:
-    """Mean over all axes behind the channels as a template; the axes stay."""
+@converts("GlobalMaxPool")
+def global_max_pool(site: Site) -> Result:
+    if not templated(site):
+        return site.emit(relax.op.max(site.x(), list(range(2, site.rank())), keepdims=True))
+    return global_pool(site, "max")
+
+
+def global_pool(site: Site, kind: str) -> Any:
+    """Mean or greatest over all axes behind the channels as a template; the axes stay."""
     from ..templates import anchor
 
     dims = site.shape()
     out = relax.TensorType([*dims[:2], *([1] * (len(dims) - 2))], "float32")
-    return anchor(site.bb, "global-mean", {}, [site.x()], out, work(dims, 1))
+    return anchor(site.bb, "global-pool", {"kind": kind}, [site.x()], out, work(dims, 1))
 
 
 def work(dims: Sequence[Dim], each: int) -> int:

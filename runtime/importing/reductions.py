@@ -205,10 +205,10 @@ def reduce(site: Site) -> Result:
             return reduction(site, site.x(), [])
     over = sorted({normal_axis(int(a), rank) for a in axes}) if axes else list(range(rank))
     if site.op == "ReduceMean" and over == list(range(2, rank)):
-        from .pooling import global_mean, templated
+        from .pooling import global_pool, templated
 
         if templated(site):
-            return squeezed(site, global_mean(site), over, keep)
+            return squeezed(site, global_pool(site, "mean"), over, keep)
     return squeezed(site, reduction(site, site.x(), over), over, keep)
 
 

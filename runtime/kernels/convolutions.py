@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +26,7 @@ from .vectors import Expr, Vectors
 
 @template("conv", per_item=True)
 def conv(parameters: dict[str, Any], body: Body) -> None:
-    """parameters: the fields of ConvSpec and the algorithm."""
+    """parameters: the fields of ConvSpec, the algorithm, and whether rows are the spec's columns."""
     fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in parameters["spec"].items()}
     x, w = body.inputs
     lanes = body.vectors.lanes
@@ -33,7 +34,8 @@ def conv(parameters: dict[str, Any], body: Body) -> None:
 
     def finish(value: Expr, place: Sequence[Expr]) -> None:
         batch, block, *at = place
-        body.store(value, [batch, block, *at[drop:], tirx.const(0, body.index)], None)
+        at = at[::-1] if parameters["swapped"] else at[drop:]
+        body.store(value, [batch, block, *at, tirx.const(0, body.index)], None)
 
     assert lanes == body.out_shape[-1]
     kernels.emit(
@@ -122,6 +124,15 @@ def _sizes(call: Any, blocked: Any | None) -> _Sizes | None:
     return _Sizes(weight, out, fields)
 
 
+def _one_column(fields: Mapping[str, Any]) -> bool:
+    sizes = (fields["in_size"], fields["out_size"], fields["kernel"], fields["strides"])
+    return all(size[1] == 1 for size in sizes) and fields["pads"][1] == 0
+
+
+def _turned(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value[::-1] if isinstance(value, tuple) else value for name, value in fields.items()}
+
+
 def convolution(
     bb: relax.BlockBuilder, call: Any, blocked: Any | None, pack: Pack, target: Target, packed: dict[Any, Any]
 ) -> Any | None:
@@ -133,6 +144,10 @@ def convolution(
     sizes = _sizes(call, blocked)
     if sizes is None:
         return None
+    swapped = len(sizes.out) == 4 and _one_column(sizes.fields)
+    if swapped:
+        # Kernels work along rows. Columns of one place lie in memory as a row does.
+        sizes = dataclasses.replace(sizes, weight=sizes.weight.swapaxes(2, 3), fields=_turned(sizes.fields))
     spec = ConvSpec(**sizes.fields)
     if kernels.supported(spec, target.isa) is not None:
         return None
@@ -145,7 +160,8 @@ def convolution(
     kind = relax.TensorType(blocked_shape(sizes.out, lanes), "float32")
     taps = math.prod(spec.kernel) * spec.in_channels // spec.groups
     flops = sizes.flops(spec.batch * math.prod(sizes.out[1:]) * taps)
-    return anchor(bb, "conv", {"spec": vars(spec), "algorithm": algorithm}, [source, packed[key]], kind, flops)
+    parameters = {"spec": vars(spec), "algorithm": algorithm, "swapped": swapped}
+    return anchor(bb, "conv", parameters, [source, packed[key]], kind, flops)
 
 
 def transposed_convolution(
@@ -304,37 +320,42 @@ def _inside_rows(start: Expr, taps: int, step: int, height: int, index: str) -> 
     return total
 
 
-@template("global-mean", per_item=True)
-def global_mean(parameters: dict[str, Any], body: Body) -> None:
-    """Mean over all places of each channel, in blocks."""
+@template("global-pool", per_item=True)
+def global_pool(parameters: dict[str, Any], body: Body) -> None:
+    """Greatest or mean over all places of each channel, in blocks. parameters: kind ("max" or "mean")."""
     v, index = body.vectors, body.index
     (x,) = body.inputs
     batch, blocks, *place, lanes = fixed(body.shapes[0])
     size = math.prod(place)
+    largest = parameters["kind"] == "max"
 
     def const(value: int) -> Expr:
         return tirx.const(value, index)
 
+    def both(a: Expr, b: Expr) -> Expr:
+        return T.max(b, a) if largest else a + b
+
     wide = body.target.cores > 1 and batch * blocks * size * lanes >= 1 << 17
     with (T.parallel if wide else T.serial)(const(batch * blocks)) as plane:
-        sums = v.registers(4, 0.0)
+        sums = v.registers(4, float("-inf") if largest else 0.0)
         base = T.Bind(plane * const(size * lanes))
 
         def add(at: Expr, which: int) -> None:
             here = v.at(const(which * lanes))
-            T.buffer_store(sums, sums[here] + v.load(x, base + at * const(lanes)), [here])
+            T.buffer_store(sums, both(sums[here], v.load(x, base + at * const(lanes))), [here])
 
         with T.serial(const(size // 4)) as i:
             for j in range(4):
                 add(T.Bind(i * const(4) + const(j)), j)
         for j in range(size % 4):
             add(const(size - size % 4 + j), j)
-        total = (sums[v.at(const(0))] + sums[v.at(const(lanes))]) + (
-            sums[v.at(const(2 * lanes))] + sums[v.at(const(3 * lanes))]
+        total = both(
+            both(sums[v.at(const(0))], sums[v.at(const(lanes))]),
+            both(sums[v.at(const(2 * lanes))], sums[v.at(const(3 * lanes))]),
         )
         zeros = [const(0)] * (len(place) + 1)
         item, block = tirx.floordiv(plane, const(blocks)), tirx.floormod(plane, const(blocks))
-        body.store(T.Bind(total * v.splat(1.0 / size)), [item, block, *zeros], None)
+        body.store(T.Bind(total if largest else total * v.splat(1.0 / size)), [item, block, *zeros], None)
 
 
 @template("upsample", per_item=True)
