@@ -14,7 +14,7 @@ import tvm
 from tvm import relax, te, tirx
 from tvm.ir import TensorLoad
 
-from .elements import NotElementwise, nest_of
+from .elements import NotElementwise, nest_of, renamed, size_of
 
 CHANNEL = 1  # the axis that is cut into blocks
 
@@ -83,33 +83,35 @@ def first_channel(function: tirx.PrimFunc) -> int | None:
         return None
     if not isinstance(nest.value, TensorLoad) or len(nest.extents) < 3 or str(nest.value.ty.dtype) != "float32":
         return None
-    shape = [int(d) for d in nest.parameters[0].shape]
+    shape = nest.parameters[0].shape
     if len(shape) != len(nest.extents):
         return None
     analyzer = tvm.sym.Analyzer()
     offsets = [analyzer.simplify(i - a) for i, a in zip(nest.value.indices, nest.axes, strict=True)]
     for axis, (offset, extent, size) in enumerate(zip(offsets, nest.extents, shape, strict=True)):
-        if not isinstance(offset, tirx.IntImm) or (axis != CHANNEL and extent != size):
+        if not isinstance(offset, tirx.IntImm) or (axis != CHANNEL and size_of(extent) != size_of(size)):
             return None
     return int(offsets[CHANNEL])
 
 
 def blocked_elementwise(
-    bb: relax.BlockBuilder, function: tirx.PrimFunc, arguments: Sequence[Any], blocked: Sequence[Any | None], lanes: int
-) -> Any:
+    bb: relax.BlockBuilder, function: tirx.PrimFunc, arguments: Sequence[Any], blocked: Sequence[Any | None],
+    dims: Sequence[Any], lanes: int,
+) -> Any:  # fmt: skip
     """An elementwise function over (N, C, ...) as one over blocks; returns the bound result.
 
-    blocked: for each argument its form in blocks, or None. Arguments that have no channels, or are constants, may be
-    as they are. Raises NotElementwise when another one has channels.
+    dims: (N, C, ...), of which N may be an expression. blocked: for each argument its form in blocks, or None.
+    Arguments that have no channels, or are constants, may be as they are. Raises NotElementwise when another one has
+    channels.
     """
     nest = nest_of(function)
     if len(nest.extents) < 3:
         raise NotElementwise("its output has no channels")
-    c = nest.extents[CHANNEL]
+    c = dims[CHANNEL]
     values: list[Any] = []
     in_blocks: list[bool] = []
     for argument, own, buffer in zip(arguments, blocked, nest.parameters[:-1], strict=True):
-        shape = [int(d) for d in buffer.shape]
+        shape = buffer.shape
         # Aligned to the right: the axis that the channels are.
         axis = len(shape) - len(nest.extents) + CHANNEL
         if isinstance(argument, tvm.ir.GenericConst) and c % lanes and not _finite(argument.value.numpy()):
@@ -119,7 +121,7 @@ def blocked_elementwise(
                 raise NotElementwise("the channels of an input are another axis")
             values.append(own)
             in_blocks.append(True)
-        elif axis < 0 or shape[axis] == 1:
+        elif axis < 0 or size_of(shape[axis]) == 1:
             values.append(argument)
             in_blocks.append(False)
         elif isinstance(argument, tvm.ir.GenericConst):
@@ -130,8 +132,11 @@ def blocked_elementwise(
         else:
             raise NotElementwise("an input is not in blocks")
     exact = c % lanes == 0
-    tensors = [te.placeholder([int(d) for d in v.ty.shape.values], str(v.ty.dtype.dtype), f"x{i}")
-               for i, v in enumerate(values)]  # fmt: skip
+    symbols: dict[Any, Any] = {}
+    tensors = [
+        te.placeholder([renamed(d, symbols) for d in v.ty.shape.values], str(v.ty.dtype.dtype), f"x{i}")
+        for i, v in enumerate(values)
+    ]
     number = {buffer: i for i, buffer in enumerate(nest.parameters[:-1])}
 
     def element(*index: Any) -> Any:
@@ -156,9 +161,9 @@ def blocked_elementwise(
 
         return rebuilt(nest.value, axes, load, safe=not exact)
 
-    shape = [tirx.IntImm("int64", d) for d in blocked_shape(nest.extents, lanes)]
-    out = te.compute(shape, element, name="blocked")
+    shape = [tirx.const(d, "int64") if isinstance(d, int) else d for d in blocked_shape(dims, lanes)]
+    out = te.compute([renamed(d, symbols) for d in shape], element, name="blocked")
     kernel = te.create_prim_func([*tensors, out], "int64").without_attr("global_symbol")
     name = str(getattr(function, "name", "") or "blocked")
-    kind = relax.TensorType(blocked_shape(nest.extents, lanes), out.dtype)
+    kind = relax.TensorType(shape, out.dtype)
     return bb.emit(relax.call_tir(bb.add_func(kernel, f"{name}_blocked"), values, kind))

@@ -8,6 +8,7 @@ expressions in the sizes that are known only at run time.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias, TypeGuard
@@ -53,6 +54,14 @@ def size_of(value: Any) -> Size:
     return int(value) if isinstance(value, tirx.IntImm) else Symbol(value)
 
 
+def renamed(value: Expr, symbols: dict[Any, Any]) -> Expr:
+    """A size in other symbols; those that have none yet get one."""
+    analyzer = sym.Analyzer()
+    for variable in tirx.analysis.undefined_vars(value):
+        analyzer.bind(variable, symbols.setdefault(variable, tirx.Var(variable.name, "int64")))
+    return analyzer.simplify(value)
+
+
 def product(sizes: Iterable[Size]) -> Size:
     """Of sizes; 1 for none."""
     result: Size = 1
@@ -92,10 +101,18 @@ class Load:
     dtype: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Constant:
+    """A number. Equal to those written alike: 0 is not -0, and NaN is NaN."""
+
     value: float | int
     dtype: str
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Constant) and (repr(self.value), self.dtype) == (repr(other.value), other.dtype)
+
+    def __hash__(self) -> int:
+        return hash((repr(self.value), self.dtype))
 
 
 @dataclass(frozen=True)
@@ -118,6 +135,7 @@ Tree: TypeAlias = "Load | Constant | Apply | Anchor"
 
 OPERATIONS: dict[str, Callable[[Expr, Expr], Expr]] = {
     "add": lambda a, b: a + b, "sub": lambda a, b: a - b, "mul": lambda a, b: a * b, "div": lambda a, b: a / b,
+    "truncdiv": lambda a, b: tirx.truncdiv(a, b),
     "max": lambda a, b: T.max(a, b), "min": lambda a, b: T.min(a, b),
     "lt": lambda a, b: a < b, "le": lambda a, b: a <= b, "gt": lambda a, b: a > b, "ge": lambda a, b: a >= b,
     "eq": lambda a, b: a == b, "ne": lambda a, b: a != b,
@@ -232,6 +250,7 @@ class _Reader:
             return Constant(value, dtype)
         kind = _BINARY.get(type(e))
         if kind is not None:
+            kind = "truncdiv" if kind == "div" and dtype != "float32" else kind
             return Apply(kind, (self.tree(e.a), self.tree(e.b)), dtype)
         if isinstance(e, P.Not):
             return Apply("eq", (self.tree(e.a), Constant(0, "bool")), dtype)
@@ -259,7 +278,11 @@ class _Reader:
         if dtype != "float32" or value not in (0.5, 1, 2, 3, -1):
             raise NotElementwise("it raises to a power that varies")
         if value == 0.5:
-            return Apply("sqrt", (base,), dtype)
+            # Other than sqrt, the power of -0 is 0 and that of -infinity is infinity.
+            zero, infinity = Constant(0.0, dtype), Constant(math.inf, dtype)
+            lowest = Apply("eq", (base, Constant(-math.inf, dtype)), "bool")
+            root = Apply("select", (Apply("eq", (base, zero), "bool"), zero, Apply("sqrt", (base,), dtype)), dtype)
+            return Apply("select", (lowest, infinity, root), dtype)
         if value == -1:
             return Apply("div", (Constant(1.0, dtype), base), dtype)
         result = base
@@ -385,7 +408,7 @@ def check_vectors(tree: Tree, extents: Sequence[Size], lanes: int) -> None:
             raise NotElementwise("it reads truth values")
         if load.strides and load.strides[-1] == 1 and load.dtype != "float32" and not filled:
             raise NotElementwise("its last axis does not fill vectors of whole numbers")
-    if tree.dtype != "float32" and (tree.dtype == "bool" or not filled):
+    if tree.dtype != "float32" and (tree.dtype == "bool" or not extents or not filled):
         raise NotElementwise(f"it writes {tree.dtype}")
 
 

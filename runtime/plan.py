@@ -13,7 +13,7 @@ import tvm
 from tvm import relax, tirx
 
 from .blocked import blocked_elementwise, blocked_shape, first_channel
-from .elements import NotElementwise
+from .elements import NotElementwise, size_of
 from .kernels import channels, convolutions, products
 from .kernels.vectors import Vectors
 from .target import Target
@@ -39,6 +39,7 @@ class _Planner(relax.PyExprMutator):
         self.module, self.target = module, target
         self.lanes = Vectors(target.isa).lanes
         self.packed: dict[Any, Any] = {}
+        self.weights: dict[Any, Any] = {}  # packed ones by what they were
         self.copies: dict[Any, Any] = {}  # plain tensors that have been packed
 
     def run(self) -> tvm.IRModule:
@@ -54,11 +55,12 @@ class _Planner(relax.PyExprMutator):
         name = getattr(call.op, "name", "")
         result = None
         if name == "relax.matmul":
-            result = products.matmul(self.builder_, call.args[0], call.args[1], self.target)
+            result = products.matmul(self.builder_, call.args[0], call.args[1], self.target, self.weights)
         elif name in CONVOLUTIONS:
             call = self.builder_.normalize(call)
             blocked = self.in_blocks(call.args[0])
-            blocks = convolutions.convolution(self.builder_, call, blocked, self.into_blocks, self.target)
+            into, weights = self.into_blocks, self.weights
+            blocks = convolutions.convolution(self.builder_, call, blocked, into, self.target, weights)
             result = None if blocks is None else self.unpacked(blocks, original.ty)
         elif name in TRANSPOSED:
             call = self.builder_.normalize(call)
@@ -108,7 +110,8 @@ class _Planner(relax.PyExprMutator):
 
     def unpacked(self, blocks: Any, kind: Any) -> Any:
         """The plain form of a result in blocks, bound so that its users find the blocks."""
-        shape = [int(d) for d in kind.shape.values]
+        shape = convolutions.dims_of(kind)
+        assert shape is not None, "the sizes of an image are known"
         plain = self.builder_.emit(convolutions.unpack(self.builder_, blocks, shape, self.target))
         self.packed[plain] = blocks
         return plain
@@ -118,26 +121,41 @@ class _Planner(relax.PyExprMutator):
         function = self.function(call.args[0])
         if function is None or len(call.args) > 2 or not isinstance(kind, relax.TensorType):
             return None
-        arguments = list(call.args[1].fields)
+        arguments = [a for a in call.args[1].fields if isinstance(a.ty, relax.TensorType)]
         blocked = [self.in_blocks(a) for a in arguments]
         spec = spec_of(function)
-        if spec is not None and spec["template"] in ("pool", "global-mean", "upsample"):
+        if spec is not None and spec["template"] in ("pool", "global-pool", "upsample"):
             source = self.into_blocks(arguments[0])
-            shape = [int(d) for d in kind.shape.values]
+            shape = convolutions.dims_of(kind)
+            assert shape is not None, "the sizes of an image are known"
             out = relax.TensorType(blocked_shape(shape, self.lanes), "float32")
             flops = int(function.attrs["graphwright.flops"])
             result = anchor(self.builder_, spec["template"], spec["parameters"], [source], out, flops)
             return self.unpacked(result, kind)
-        if not any(b is not None for b in blocked) or spec is not None or convolutions.UNPACK in (function.attrs or {}):
+        dims = convolutions.dims_of(kind)
+        if dims is None or not any(b is not None for b in blocked):
             return None
+        if spec is not None or convolutions.UNPACK in (function.attrs or {}):
+            return None
+        if len(arguments) == 1 and relax.analysis.has_reshape_pattern(function):
+            return self.reshaped(arguments[0], blocked[0], dims, kind)
         if len(arguments) == 1 and (first := first_channel(function)) is not None:
             return self.channels([blocked[0]], [(0, first, int(kind.shape.values[1]))], kind)
         blocked = [self.copies.get(a) if b is None else b for a, b in zip(arguments, blocked, strict=True)]
         try:
-            result = blocked_elementwise(self.builder_, function, arguments, blocked, self.lanes)
+            result = blocked_elementwise(self.builder_, function, arguments, blocked, dims, self.lanes)
         except NotElementwise:
             return None
         return self.unpacked(result, kind)
+
+    def reshaped(self, plain: Any, blocks: Any, dims: list[Any], kind: Any) -> Any | None:
+        """Another view of an image, where channels stay and one axis of several is long: the blocks lie alike."""
+        source = convolutions.dims_of(plain.ty)
+        if source is None or len(dims) < 3 or source[1] != dims[1] or size_of(source[0]) != size_of(dims[0]):
+            return None
+        if [d for d in source[2:] if d != 1] != [d for d in dims[2:] if d != 1]:
+            return None
+        return self.unpacked(self.builder_.emit(relax.op.reshape(blocks, blocked_shape(dims, self.lanes))), kind)
 
     def concat(self, call: Any, kind: Any) -> Any | None:
         """Channels behind each other, where at least half of them are in blocks."""
@@ -147,7 +165,8 @@ class _Planner(relax.PyExprMutator):
         rank = len(kind.shape.values)
         if rank < 3 or int(call.attrs.axis) % rank != 1 or str(kind.dtype.dtype) != "float32":
             return None
-        if not all(isinstance(d, tirx.IntImm) and int(d) > 0 for f in fields for d in f.ty.shape.values):
+        dims = [convolutions.dims_of(f.ty) for f in fields]
+        if convolutions.dims_of(kind) is None or any(d is None or 0 in d[1:] for d in dims):
             return None
         blocked = [self.in_blocks(f) for f in fields]
         counts = [int(f.ty.shape.values[1]) for f in fields]
@@ -158,6 +177,7 @@ class _Planner(relax.PyExprMutator):
 
     def channels(self, sources: list[Any], ranges: list[tuple[int, int, int]], kind: Any) -> Any:
         """Ranges of channels of tensors in blocks behind each other."""
-        shape = [int(d) for d in kind.shape.values]
+        shape = convolutions.dims_of(kind)
+        assert shape is not None, "the sizes of an image are known"
         out = relax.TensorType(blocked_shape(shape, self.lanes), "float32")
         return self.unpacked(channels.joined(self.builder_, sources, ranges, out), kind)

@@ -8,6 +8,7 @@ Groups that a template cannot take stay for the default schedule; an anchor in s
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import logging
@@ -57,13 +58,20 @@ class Body:
 
 Template = Callable[[dict[str, Any], Body], None]
 TEMPLATES: dict[str, Template] = {}
+PER_ITEM: set[str] = set()
 
 
-def template(name: str) -> Callable[[Template], Template]:
-    """Register the writer of an anchor's loops: a function (parameters of the anchor, Body)."""
+def template(name: str, per_item: bool = False) -> Callable[[Template], Template]:
+    """Register the writer of an anchor's loops: a function (parameters of the anchor, Body).
+
+    per_item: the first axis of the result and of the inputs that have it is a batch. Where its size is known only at
+    run time the template is given one item, and is run for each.
+    """
 
     def register(function: Template) -> Template:
         TEMPLATES[name] = function
+        if per_item:
+            PER_ITEM.add(name)
         return function
 
     return register
@@ -80,7 +88,7 @@ def anchor(
         T.func_attr({ANCHOR: spec, "op_pattern": FUSES, "tirx.noalias": True, FLOPS: flops})
         symbols: dict[Any, Any] = {}
         for number, kind in enumerate(dims):
-            shape = [_own(d, symbols) for d in kind.shape.values]
+            shape = [elements.renamed(d, symbols) for d in kind.shape.values]
             T.match_buffer(T.arg(f"x{number}", T.handle()), shape, str(kind.dtype.dtype))
         with T.sblock("root"):
             T.evaluate(tirx.const(0, "int32"))
@@ -92,14 +100,6 @@ def spec_of(function: tirx.PrimFunc) -> dict[str, Any] | None:
     """Template and parameters of an anchor's stub; None for other functions."""
     text = (function.attrs or {}).get(ANCHOR)
     return json.loads(str(text)) if text is not None else None
-
-
-def _own(dim: Any, symbols: dict[Any, Any]) -> Any:
-    """A size in other symbols; those that have none yet get one."""
-    analyzer = tvm.sym.Analyzer()
-    for variable in tirx.analysis.undefined_vars(dim):
-        analyzer.bind(variable, symbols.setdefault(variable, tirx.Var(variable.name, "int64")))
-    return analyzer.simplify(dim)
 
 
 # --- groups -----------------------------------------------------------------------------------------------------
@@ -186,7 +186,7 @@ class _Shapes:
         dims = []
         for d in kind.shape.values:
             if self._known(d):
-                dims.append(elements.size_of(_own(d, self.symbols)))
+                dims.append(elements.size_of(elements.renamed(d, self.symbols)))
             elif Symbol(d) in self.wholes:
                 dims.append(Symbol(self.wholes[Symbol(d)]))
             else:
@@ -290,12 +290,12 @@ def _transposes(tree: Tree, extents: Sequence[Size]) -> TypeGuard[elements.Load]
 def _transposition(
     name: str, load: elements.Load, extents: Sequence[Size], kinds: Sequence[Any], shapes: _Shapes, target: Target
 ) -> tirx.PrimFunc:
-    sizes, strides, (base,) = elements.fixed(extents), elements.fixed(load.strides), elements.fixed([load.base])
+    (base,) = elements.fixed([load.base])
 
     def write(v: Vectors, inputs: Sequence[Buffer], y: Buffer, index: str) -> None:
         with moves.prelude(v):
             x = inputs[load.source]
-            moves.emit_transpose(v, x, base, strides, sizes, y, target.cores, index)
+            moves.emit_transpose(v, x, base, load.strides, extents, y, target.cores, index)
 
     return _kernel(name, kinds, shapes, target, 0, write)
 
@@ -326,10 +326,34 @@ def _anchor_kernel(name: str, calls: Sequence[_Call], params: Sequence[Any], tar
 
         read = [shapes.of(a.ty) for a in main.arguments]
         body = Body(v, target, [inputs[p] for p in positions], read, shape, store, index)
-        TEMPLATES[spec["template"]](spec["parameters"], body)
+        name = spec["template"]
+        if name in PER_ITEM and isinstance(shape[0], Symbol):
+            with T.serial(elements.expression(shape[0], index)) as item:
+                TEMPLATES[name](spec["parameters"], _of_item(body, item))
+        else:
+            TEMPLATES[name](spec["parameters"], body)
 
     flops = int((main.function.attrs or {}).get(FLOPS, 0))
     return _kernel(name, kinds, shapes, target, flops, write)
+
+
+def _of_item(body: Body, item: Expr) -> Body:
+    """What is left for a template to do when one item of a batch is taken."""
+    batch = body.out_shape[0]
+    inputs, shapes = [], []
+    for buffer, shape in zip(body.inputs, body.shapes, strict=True):
+        if not shape or shape[0] != batch:
+            inputs.append(buffer)
+            shapes.append(shape)
+            continue
+        size = elements.expression(elements.product(shape[1:]), body.index)
+        inputs.append(T.decl_buffer((size,), buffer.dtype, data=buffer.data, elem_offset=item * size))
+        shapes.append((1, *shape[1:]))
+
+    def store(value: Expr, axes: Sequence[Expr], count: int | None) -> None:
+        body.store(value, [item, *axes[1:]], count)
+
+    return dataclasses.replace(body, inputs=inputs, shapes=shapes, out_shape=(1, *body.out_shape[1:]), store=store)
 
 
 class _Outside:

@@ -16,17 +16,15 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import sys
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    import numpy as np
+from .turns import SETTLE, OnnxRuntime, Runner, medians, one_node, print_head, print_row, take_turns, use_threads
 
+if TYPE_CHECKING:
     from ..runtime.kernels.softmax_passes import SoftmaxEmitter
     from ..runtime.target import Target
 
@@ -37,9 +35,6 @@ MANY_ROWS = [
 ]  # fmt: skip
 QUICK = [(1, 1 << 6), (1, 1 << 14), (1, 1 << 20), (1, 1 << 24), (1000, 49), (1024, 1 << 10)]
 FORMS = ("chosen", "two-pass", "recompute", "reload")
-SETTLE = 0.003  # seconds after which the other library's threads have stopped spinning
-
-Runner = Callable[[], object]
 
 
 def recompute(e: SoftmaxEmitter, rows: Any, length: Any) -> None:
@@ -99,63 +94,19 @@ def kernel(form: str, shape: Sequence[int], target: Target, threads: int) -> Cal
     return tvm.compile(tvm.IRModule({"softmax": function}), target.tvm())["softmax"]
 
 
-def onnxruntime_runner(x: np.ndarray, y: np.ndarray, threads: int) -> Runner:
-    """onnxruntime's Softmax on `x` into `y`, bound once."""
-    import onnxruntime
-    from onnx import TensorProto, helper
-
-    node = helper.make_node("Softmax", ["x"], ["y"], axis=-1)
-    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, x.shape) for name in ("x", "y")]
-    model = helper.make_model(
-        helper.make_graph([node], "g", ends[:1], ends[1:]), opset_imports=[helper.make_opsetid("", 17)], ir_version=8
-    )
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    # Its threads stop spinning when a run ends; left to spin they take a processor from whoever runs next.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    binding = session.io_binding()
-    bound = [onnxruntime.OrtValue.ortvalue_from_numpy(a) for a in (x, y)]
-    binding.bind_ortvalue_input("x", bound[0])
-    binding.bind_ortvalue_output("y", bound[1])
-    return partial(session.run_with_iobinding, binding)
-
-
-def take_turns(runners: dict[str, Runner], settle: float, budget: float) -> dict[str, list[float]]:
-    """Seconds of each runner, turn by turn: the median of as many runs as take about a millisecond."""
-    repeats = {}
-    for name, run in runners.items():
-        run()
-        start = time.perf_counter()
-        run()
-        repeats[name] = max(1, min(50, int(1e-3 / max(1e-9, time.perf_counter() - start))))
-    times: dict[str, list[float]] = {name: [] for name in runners}
-    start = time.perf_counter()
-    while len(times["onnxruntime"]) < 9 or time.perf_counter() - start < budget:
-        for name, run in runners.items():
-            if settle:
-                time.sleep(settle)
-            run()
-            turn = []
-            for _ in range(repeats[name]):
-                begin = time.perf_counter()
-                run()
-                turn.append(time.perf_counter() - begin)
-            times[name].append(sorted(turn)[len(turn) // 2])
-    return times
-
-
 def measure(shape: tuple[int, int], target: Target, threads: int, budget: float) -> dict[str, Any]:
     """One row of the table: nanoseconds per element and ratios, by runner."""
     import numpy as np
     import tvm
+    from onnx import helper
 
     from ..runtime.measure import Spread
 
     x = (np.random.default_rng(0).random(shape, np.float32) * 20 - 10).astype(np.float32)
     source = tvm.runtime.tensor(x)
     result = tvm.runtime.tensor(np.empty_like(x))
-    runners: dict[str, Runner] = {"onnxruntime": onnxruntime_runner(x, np.empty_like(x), threads)}
+    node = helper.make_node("Softmax", ["x"], ["y"], axis=-1)
+    runners: dict[str, Runner] = {"onnxruntime": OnnxRuntime(one_node(node, {"x": x}), {"x": x}, threads)}
     # The forms to compare with are written for one thread.
     forms = [f for f in FORMS if threads == 1 or f == "chosen"]
     for form in forms:
@@ -169,7 +120,7 @@ def measure(shape: tuple[int, int], target: Target, threads: int, budget: float)
         runners[form]()
         errors[form] = float(np.abs(result.numpy() / expected - 1).max())
     del e, expected
-    times = take_turns(runners, SETTLE if threads > 1 else 0.0, budget)
+    times = medians(take_turns(runners, SETTLE if threads > 1 else 0.0, budget))
     count = math.prod(shape)
     ratios = {}
     for name in (*forms, *(["one thread"] if threads > 1 else [])):
@@ -211,23 +162,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--shape", action="append", metavar="ROWSxLENGTH", help="only this; may be given again")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args(arguments)
-    # Read when the library is loaded. Threads that are bound to processors wait for whatever else runs there.
-    os.environ["TVM_NUM_THREADS"] = str(options.threads)
-    os.environ.setdefault("TVM_THREAD_POOL_SPIN_COUNT", "0")
-    os.environ.setdefault("TVM_BIND_THREADS", "0")
+    use_threads(options.threads)
     from ..runtime.target import Target
 
     target = Target.named("cpu")
     shapes = QUICK if options.quick else ONE_ROW + MANY_ROWS
     if options.shape:
         shapes = [(int(rows), int(length)) for rows, _, length in (s.partition("x") for s in options.shape)]
-    print(f"{target.description}, caches {target.caches}, {options.threads} thread(s); ns per element")
-    print("| " + " | ".join(header(options.threads)) + " |")
-    print("|" + "---|" * len(header(options.threads)), flush=True)
+    print_head(target, options.threads, header(options.threads), "; ns per element")
     results = []
     for shape in shapes:
         results.append(measure(shape, target, options.threads, 0.3 if options.quick else 2.0))
-        print("| " + " | ".join(line(results[-1], options.threads)) + " |", flush=True)
+        print_row(line(results[-1], options.threads))
     if options.json:
         document = {"target": target.to_json(), "threads": options.threads, "results": results}
         options.json.write_text(json.dumps(document, indent=1) + "\n")

@@ -38,10 +38,13 @@ WITH_BODY = frozenset(
 )  # fmt: skip
 
 # Operators that are left whole for targets of that name, or whose name begins with it and a dash: there is a kernel.
-_ON_CPUS = frozenset({"Attention", "Swish"})
+_ON_CPUS = frozenset({"Attention", "RotaryEmbedding", "Swish"})
 KERNELS: dict[str, frozenset[str]] = dict.fromkeys(("cpu", "arm64", "armv7", "riscv64"), _ON_CPUS)
 # Whether a kernel takes the form of a node, for operators of which it does not take every form.
-FORMS: dict[str, Callable[[ir.Node], bool]] = {"Attention": transformer.fused_attention}
+FORMS: dict[str, Callable[[ir.Node], bool]] = {
+    "Attention": transformer.fused_attention,
+    "RotaryEmbedding": transformer.rotary_kernel,
+}
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,21 @@ def fused_attention(node: ir.Node) -> bool:
     return cached or not isinstance(keys, int) or not isinstance(columns, int) or columns in (1, keys)
 
 
+def rotary_kernel(node: ir.Node) -> bool:
+    """Whether the rotary kernel takes the form: float32, known heads, as many angles as pairs."""
+    x, cos, sin, positions = [*node.inputs, None][:4]
+    if graph.has_references(node) or any(v is None or v.dtype != ir.DataType.FLOAT for v in (x, cos, sin)):
+        return False
+    shapes = [list(v.shape) if v is not None and v.shape is not None else [] for v in (x, cos, sin)]
+    shape, *angles = shapes
+    heads = shape[1] if len(shape) == 4 else graph.attribute(node, "num_heads", 0) if len(shape) == 3 else None
+    if not isinstance(heads, int) or not heads or not isinstance(shape[-1], int):
+        return False
+    turned = graph.attribute(node, "rotary_embedding_dim", 0) or (shape[-1] if len(shape) == 4 else shape[-1] // heads)
+    rank = 3 if positions is None else 2
+    return all(len(a) == rank and isinstance(a[-1], int) and 2 * a[-1] == turned for a in angles)
+
+
 def attention(node: ir.Node, opset: int, max_steps: int) -> Body:
     """Four axes, float32, no cache; a float mask or causal for fixed lengths, or neither. Raises Refusal for others."""
     q, k, v, mask, *rest = [*node.inputs, *[None] * 7][:7]

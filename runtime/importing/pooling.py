@@ -40,9 +40,11 @@ def pooled_sizes(
 
 
 def templated(site: Site) -> bool:
-    """Whether the CPU's pooling templates take this node: float32, one or two axes, static sizes."""
+    """Whether the CPU's pooling templates take this node: float32, one or two axes, sizes that are known but for the
+    batch's.
+    """
     dims = site.shape()
-    static = all(isinstance(d, int) and d > 0 for d in dims)
+    static = all(isinstance(d, int) and d > 0 for d in dims[1:]) and dims[0] != 0
     return site.target.is_cpu and site.dtype() == "float32" and len(dims) in (3, 4) and static
 
 
@@ -62,10 +64,11 @@ def _pool_anchor(
         "pads": two(before, 0), "include": include,
     }  # fmt: skip
     x = site.x()
-    shape = [int(d) for d in out if isinstance(d, int)]
+    shape = list(out)
     if rank == 1:
-        x, shape = reshaped(site, x, [*site.static()[:2], 1, site.static()[2]]), [*shape[:2], 1, shape[2]]
-    flops = math.prod(shape) * math.prod(kernel)
+        dims = site.shape()
+        x, shape = reshaped(site, x, [*dims[:2], 1, dims[2]]), [*shape[:2], 1, shape[2]]
+    flops = work(shape, math.prod(kernel))
     y = anchor(site.bb, "pool", parameters, [x], relax.TensorType(shape, "float32"), flops)
     return reshaped(site, y, [*out]) if rank == 1 else y
 
@@ -75,16 +78,29 @@ def global_average_pool(site: Site) -> Result:
     axes = list(range(2, site.rank()))
     if not templated(site):
         return mean(site, site.x(), axes)
-    return global_mean(site)
+    return global_pool(site, "mean")
 
 
-def global_mean(site: Site) -> Any:
-    """Mean over all axes behind the channels as a template; the axes stay."""
+@converts("GlobalMaxPool")
+def global_max_pool(site: Site) -> Result:
+    if not templated(site):
+        return site.emit(relax.op.max(site.x(), list(range(2, site.rank())), keepdims=True))
+    return global_pool(site, "max")
+
+
+def global_pool(site: Site, kind: str) -> Any:
+    """Mean or greatest over all axes behind the channels as a template; the axes stay."""
     from ..templates import anchor
 
-    n, c, *place = site.static()
-    out = relax.TensorType([n, c, *([1] * len(place))], "float32")
-    return anchor(site.bb, "global-mean", {}, [site.x()], out, n * c * math.prod(place))
+    dims = site.shape()
+    out = relax.TensorType([*dims[:2], *([1] * (len(dims) - 2))], "float32")
+    return anchor(site.bb, "global-pool", {"kind": kind}, [site.x()], out, work(dims, 1))
+
+
+def work(dims: Sequence[Dim], each: int) -> int:
+    """Operations on a tensor, `each` an element; 0 where its size is known only at run time."""
+    numbers = [d for d in dims if isinstance(d, int)]
+    return math.prod(numbers) * each if len(numbers) == len(dims) else 0
 
 
 @converts("AveragePool")

@@ -13,6 +13,8 @@ from tvm import relax, te, tirx
 
 from ..kernels import two_pass_softmax
 from ..kernels.log_softmax import log_softmax
+from ..kernels.reductions import EXACT, place_of_greatest
+from ..kernels.reductions import reduction as reduction_kernel
 from .kernels import call, named
 from .shapes import filled, reshaped
 from .site import (
@@ -82,6 +84,9 @@ def reduced(site: Site, x: tvm.ir.Expr, axes: Sequence[int], kind: str) -> tvm.i
     dtype = dtype_of(x)
     if not axes:
         return x
+    ours = _by_kernel(site, x, axes, kind)
+    if ours is not None:
+        return ours
     if kind in ("sum", "prod"):
         wide = site.cast(x, "float32") if dtype in ("float16", "bfloat16") else x
         op = relax.op.sum if kind == "sum" else relax.op.prod
@@ -111,9 +116,26 @@ def reduced(site: Site, x: tvm.ir.Expr, axes: Sequence[int], kind: str) -> tvm.i
     return site.te(compute, x, name=f"reduce_{kind}")
 
 
+def _by_kernel(site: Site, x: tvm.ir.Expr, axes: Sequence[int], kind: str) -> tvm.ir.Expr | None:
+    """A float32 reduction over neighbouring axes by our kernel; None where it is not for that form."""
+    if not site.target.is_cpu or dtype_of(x) != "float32" or kind not in ("sum", "mean", "max"):
+        return None
+    first, last = min(axes), max(axes) + 1
+    dims = shape_of(x)
+    if last - first != len(set(axes)) or not all(isinstance(d, int) for d in dims[last:]):
+        return None
+    (shape,) = named(dims)
+    behind = tuple(int(d) for d in dims[last:])
+    kernel = reduction_kernel(kind, shape[:first], shape[first:last], behind, site.target.isa, site.target.cores)
+    return call(site, kernel, [x], [1 if first <= i < last else d for i, d in enumerate(dims)])
+
+
 def mean(site: Site, x: tvm.ir.Expr, axes: Sequence[int]) -> tvm.ir.Expr:
     """The mean over axes, which stay as size 1; integers round towards 0."""
     dtype = dtype_of(x)
+    ours = _by_kernel(site, x, axes, "mean") if axes else None
+    if ours is not None:
+        return ours
     if is_float(dtype):
         wide = site.cast(x, "float32") if dtype in ("float16", "bfloat16") else x
         return site.cast(site.emit(relax.op.mean(wide, list(axes), keepdims=True)), dtype)
@@ -183,10 +205,10 @@ def reduce(site: Site) -> Result:
             return reduction(site, site.x(), [])
     over = sorted({normal_axis(int(a), rank) for a in axes}) if axes else list(range(rank))
     if site.op == "ReduceMean" and over == list(range(2, rank)):
-        from .pooling import global_mean, templated
+        from .pooling import global_pool, templated
 
         if templated(site):
-            return squeezed(site, global_mean(site), over, keep)
+            return squeezed(site, global_pool(site, "mean"), over, keep)
     return squeezed(site, reduction(site, site.x(), over), over, keep)
 
 
@@ -220,6 +242,8 @@ def _runtime_axes(site: Site, keep: bool) -> Result:
 
 @converts("ArgMax", "ArgMin")
 def arg(site: Site) -> Result:
+    if site.rank() == 0:
+        return const(0, "int64")
     axis = site.axis()
     x = site.x()
     if site.dtype() == "bool":
@@ -227,6 +251,16 @@ def arg(site: Site) -> Result:
     last = bool(site.attr("select_last_index", 0))
     largest = site.op == "ArgMax"
     keep = bool(site.attr("keepdims", 1))
+    dims = shape_of(x)
+    length = dims[axis]
+    if (
+        site.target.is_cpu and dtype_of(x) == "float32" and not last and axis == len(dims) - 1
+        and isinstance(length, int) and 1 <= length <= EXACT
+    ):  # fmt: skip
+        (rows,) = named(dims[:axis])
+        kernel = place_of_greatest(rows, length, site.target.isa, site.target.cores, not largest)
+        places = call(site, kernel, [x], dims[:axis], "int64")
+        return reshaped(site, places, [*dims[:axis], 1]) if keep else places
     dtype = dtype_of(x)
     low = float("-inf") if is_float(dtype) else np.iinfo(np_dtype(dtype)).min
     high = float("inf") if is_float(dtype) else np.iinfo(np_dtype(dtype)).max
@@ -254,11 +288,8 @@ def arg(site: Site) -> Result:
             out or (tirx.IntImm("int64", 1),), (lambda *i: element(*i)) if out else (lambda i: element()), name="arg"
         )[0]
 
-    if site.rank() == 0:
-        return const(0, "int64")
     found = site.te(compute, x, name=site.op.lower())
-    dims = [1 if i == axis else d for i, d in enumerate(site.shape()) if keep or i != axis]
-    return reshaped(site, found, dims)
+    return reshaped(site, found, [1 if i == axis else d for i, d in enumerate(dims) if keep or i != axis])
 
 
 @converts("TopK")

@@ -237,8 +237,7 @@ def resize(site: Site) -> Result:
     if mode == "nearest" and (factors := _whole_factors(site, rule, out, fixed_scales)) is not None:
         from ..templates import anchor
 
-        shape = [int(d) for d in out if isinstance(d, int)]
-        return anchor(site.bb, "upsample", {"factors": factors}, [site.x()], relax.TensorType(shape, F32))
+        return anchor(site.bb, "upsample", {"factors": factors}, [site.x()], relax.TensorType(list(out), F32))
     x, dtype = site.x(), site.dtype()
     work = dtype if mode == "nearest" or dtype in (F32, "float64") else F32
     x = site.cast(x, work)

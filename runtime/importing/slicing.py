@@ -9,6 +9,8 @@ import numpy as np
 import tvm
 from tvm import relax, te, tirx
 
+from ..kernels.reductions import gather_rows
+from .kernels import call, for_kernels, named
 from .shapes import broadcast, content_value, filled, reshaped
 from .site import (
     Dim,
@@ -20,9 +22,11 @@ from .site import (
     const,
     constant_of,
     converts,
+    dtype_of,
     int64,
     normal_axis,
     number,
+    product,
     same,
     shape_of,
 )
@@ -359,6 +363,13 @@ def gather(site: Site) -> Result:
             raise Refuse("an index is out of range")
         fixed = const(np.where(known < 0, known + size, known), site.dtype(1))
         return relax.op.take(site.x(), fixed, axis)
+    behind = site.shape()[axis + 1 :]
+    if axis == 0 and for_kernels(site, 0) and all(isinstance(d, int) for d in behind):
+        row, chosen = product(behind), site.shape(1)
+        ((height,), places) = named([size], chosen)
+        kernel = gather_rows(height, int(row), places, dtype_of(index), site.target.isa, site.target.cores)
+        picked = call(site, kernel, [reshaped(site, site.x(), [size, row]), index], [*chosen, row])
+        return reshaped(site, picked, [*chosen, *behind])
     return site.te(lambda data, where: _gather(data, where, axis), site.x(), index, name="gather")
 
 

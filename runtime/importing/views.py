@@ -37,6 +37,14 @@ class View:
         dims = shape_of(expr)
         return cls(expr, dims, row_major(dims))
 
+    @property
+    def whole(self) -> bool:
+        """Whether these are all elements of the base, in order."""
+        if self.first or not same(product(self.dims), product(shape_of(self.base))):
+            return False
+        steps = zip(self.dims, self.strides, row_major(self.dims), strict=True)
+        return all((isinstance(d, int) and d == 1) or same(have, want) for d, have, want in steps)
+
     def transposed(self, axes: Sequence[int]) -> View:
         return View(self.base, tuple(self.dims[a] for a in axes), tuple(self.strides[a] for a in axes), self.first)
 

@@ -53,7 +53,7 @@ def joined(bb: relax.BlockBuilder, sources: Sequence[Any], ranges: Sequence[tupl
     return anchor(bb, "channels", {"ranges": ranges}, sources, out)
 
 
-@template("channels")
+@template("channels", per_item=True)
 def channels(parameters: dict[str, Any], body: Body) -> None:
     """parameters: ranges, as `pieces` takes them."""
     v, index = body.vectors, body.index

@@ -32,6 +32,7 @@ from .conv_spec import Accumulators, ConvSpec, Emission, axis, split_evenly, tap
 from .vectors import Expr, Vectors
 
 UNROLL = 4  # input channels of one turn of the innermost loop
+SHARED = 16  # tiles that read the same weights from which on these are brought into the first cache
 
 
 @dataclass(frozen=True)
@@ -199,8 +200,10 @@ def split(spec: ConvSpec, plan: Tiling, lanes: int, caches: Caches, threads: int
     _, rows, panels = best
     blocks = -(-in_each // lanes) if spec.blocked_input else 1
     chunk = blocks
-    if weights > caches.l2 / 4 and rows * len(plan.tiles) > 1:
-        chunk = max(1, int(caches.l2 / 4 / (weights / blocks)))
+    uses = rows * sum(tiles.count for tiles in plan.tiles)
+    held = caches.l1 * 3 / 4 if uses >= SHARED else caches.l2 / 4
+    if weights > held and uses > 1:
+        chunk = max(1, int(held / (weights / blocks)))
         chunk = -(-blocks // -(-blocks // chunk))
     return Split(rows, -(-plan.rows // rows), panels, -(-plan.panels // panels), chunk)
 

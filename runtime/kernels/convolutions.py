@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,9 +24,9 @@ from .conv_transposed import TransposedSpec
 from .vectors import Expr, Vectors
 
 
-@template("conv")
+@template("conv", per_item=True)
 def conv(parameters: dict[str, Any], body: Body) -> None:
-    """parameters: the fields of ConvSpec and the algorithm."""
+    """parameters: the fields of ConvSpec, the algorithm, and whether rows are the spec's columns."""
     fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in parameters["spec"].items()}
     x, w = body.inputs
     lanes = body.vectors.lanes
@@ -33,7 +34,8 @@ def conv(parameters: dict[str, Any], body: Body) -> None:
 
     def finish(value: Expr, place: Sequence[Expr]) -> None:
         batch, block, *at = place
-        body.store(value, [batch, block, *at[drop:], tirx.const(0, body.index)], None)
+        at = at[::-1] if parameters["swapped"] else at[drop:]
+        body.store(value, [batch, block, *at, tirx.const(0, body.index)], None)
 
     assert lanes == body.out_shape[-1]
     kernels.emit(
@@ -42,7 +44,7 @@ def conv(parameters: dict[str, Any], body: Body) -> None:
     )  # fmt: skip
 
 
-@template("conv-transposed")
+@template("conv-transposed", per_item=True)
 def transposed(parameters: dict[str, Any], body: Body) -> None:
     """parameters: the fields of TransposedSpec."""
     fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in parameters.items()}
@@ -72,24 +74,38 @@ Pack = Callable[[Any], Any]  # a tensor (N, C, ...) -> in blocks
 
 @dataclass(frozen=True)
 class _Sizes:
-    """What a Relax convolution over one or two axes says, with two axes. fields: those that all specs share."""
+    """What a Relax convolution over one or two axes says, with two axes. fields: those that all specs share; a batch
+    that is known only at run time is one item there.
+    """
 
     weight: np.ndarray
-    out: list[int]
+    out: list[Any]
     fields: dict[str, Any]
+
+    def flops(self, multiply_adds: int) -> int:
+        """Of the whole batch, 0 where it is not known. multiply_adds: those of the spec."""
+        return 2 * multiply_adds if isinstance(self.out[0], int) else 0
+
+
+def dims_of(kind: Any) -> list[Any] | None:
+    """A shape of which all but the first axis, the batch, are numbers; None for others."""
+    if not isinstance(kind, relax.TensorType) or not isinstance(kind.shape, relax.ShapeExpr):
+        return None
+    dims = [int(d) if isinstance(d, tirx.IntImm) else d for d in kind.shape.values]
+    return dims if all(isinstance(d, int) for d in dims[1:]) else None
 
 
 def _sizes(call: Any, blocked: Any | None) -> _Sizes | None:
-    """None for other types than float32, dynamic or empty shapes, weights that are not constant."""
+    """None for other types than float32, dynamic or empty images, weights that are not constant."""
     x, w = call.args
     if not isinstance(w, tvm.ir.GenericConst) or str(x.ty.dtype.dtype) != "float32":
         return None
-    if not isinstance(x.ty.shape, relax.ShapeExpr) or not all(isinstance(d, tirx.IntImm) for d in x.ty.shape.values):
+    shape, out = dims_of(x.ty), dims_of(call.ty)
+    if shape is None or out is None:
         return None
     attrs = call.attrs
-    shape, out = ([int(d) for d in k.shape.values] for k in (x.ty, call.ty))
     rank = len(shape) - 2
-    if rank not in (1, 2) or 0 in (*shape, *out):
+    if rank not in (1, 2) or 0 in [d for d in (*shape, *out) if isinstance(d, int)]:
         return None
 
     def pair(values: Any, fill: int) -> tuple[int, int]:
@@ -100,7 +116,7 @@ def _sizes(call: Any, blocked: Any | None) -> _Sizes | None:
     if rank == 1:
         weight = weight[:, :, None, :]
     fields = {
-        "batch": shape[0], "in_channels": shape[1], "out_channels": out[1],
+        "batch": shape[0] if isinstance(shape[0], int) else 1, "in_channels": shape[1], "out_channels": out[1],
         "in_size": pair(shape[2:], 1), "out_size": pair(out[2:], 1), "kernel": (weight.shape[2], weight.shape[3]),
         "strides": pair(attrs.strides, 1), "dilations": pair(attrs.dilation, 1), "pads": pair(attrs.padding, 0),
         "groups": int(attrs.groups), "blocked_input": shape[1] > 4 or blocked is not None or int(attrs.groups) > 1,
@@ -108,26 +124,44 @@ def _sizes(call: Any, blocked: Any | None) -> _Sizes | None:
     return _Sizes(weight, out, fields)
 
 
-def convolution(bb: relax.BlockBuilder, call: Any, blocked: Any | None, pack: Pack, target: Target) -> Any | None:
+def _one_column(fields: Mapping[str, Any]) -> bool:
+    sizes = (fields["in_size"], fields["out_size"], fields["kernel"], fields["strides"])
+    return all(size[1] == 1 for size in sizes) and fields["pads"][1] == 0
+
+
+def _turned(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value[::-1] if isinstance(value, tuple) else value for name, value in fields.items()}
+
+
+def convolution(
+    bb: relax.BlockBuilder, call: Any, blocked: Any | None, pack: Pack, target: Target, packed: dict[Any, Any]
+) -> Any | None:
     """A Relax convolution with constant weights as a template over blocks; the result in blocks, or None.
 
     blocked: the input in blocks, None where it is not; `pack` brings it there. Convolutions that take few channels read
-    them unblocked.
+    them unblocked. packed: weights that were packed before, so that those of several convolutions are held once.
     """
     sizes = _sizes(call, blocked)
     if sizes is None:
         return None
+    swapped = len(sizes.out) == 4 and _one_column(sizes.fields)
+    if swapped:
+        # Kernels work along rows. Columns of one place lie in memory as a row does.
+        sizes = dataclasses.replace(sizes, weight=sizes.weight.swapaxes(2, 3), fields=_turned(sizes.fields))
     spec = ConvSpec(**sizes.fields)
     if kernels.supported(spec, target.isa) is not None:
         return None
     lanes = Vectors(target.isa).lanes
     algorithm, _ = kernels.choose_algorithm(spec, target.isa, target.caches)
-    packed = relax.const(kernels.pack_weights(sizes.weight, spec, target.isa, algorithm), "float32")
+    key = (call.args[1], spec, algorithm)
+    if key not in packed:
+        packed[key] = relax.const(kernels.pack_weights(sizes.weight, spec, target.isa, algorithm), "float32")
     source = pack(call.args[0]) if spec.blocked_input else call.args[0]
     kind = relax.TensorType(blocked_shape(sizes.out, lanes), "float32")
     taps = math.prod(spec.kernel) * spec.in_channels // spec.groups
-    flops = 2 * math.prod(sizes.out) * taps
-    return anchor(bb, "conv", {"spec": vars(spec), "algorithm": algorithm}, [source, packed], kind, flops)
+    flops = sizes.flops(spec.batch * math.prod(sizes.out[1:]) * taps)
+    parameters = {"spec": vars(spec), "algorithm": algorithm, "swapped": swapped}
+    return anchor(bb, "conv", parameters, [source, packed[key]], kind, flops)
 
 
 def transposed_convolution(
@@ -145,7 +179,7 @@ def transposed_convolution(
     narrow = conv_transposed.narrow(spec, target.isa)
     kind = relax.TensorType(sizes.out if narrow else blocked_shape(sizes.out, lanes), "float32")
     inputs = [source, *(relax.const(w, "float32") for w in weights)]
-    return anchor(bb, "conv-transposed", vars(spec), inputs, kind, 2 * spec.multiply_adds), not narrow
+    return anchor(bb, "conv-transposed", vars(spec), inputs, kind, sizes.flops(spec.multiply_adds)), not narrow
 
 
 # --- layouts ----------------------------------------------------------------------------------------------------
@@ -156,7 +190,8 @@ UNPACK = "graphwright.unpack"
 def pack(bb: relax.BlockBuilder, x: Any, target: Target) -> Any:
     """(N, C, ...) float32 -> blocks."""
     lanes = Vectors(target.isa).lanes
-    shape = [int(d) for d in x.ty.shape.values]
+    shape = dims_of(x.ty)
+    assert shape is not None, "the sizes of an image are known"
     out = blocked_shape(shape, lanes)
     if shape[1] % lanes == 0 and math.prod(shape[2:]) == 1:
         return bb.emit(relax.op.reshape(x, out))
@@ -168,7 +203,7 @@ def pack(bb: relax.BlockBuilder, x: Any, target: Target) -> Any:
     return bb.emit(relax.call_tir(kernel, [x], relax.TensorType(out, "float32")))
 
 
-def unpack(bb: relax.BlockBuilder, blocked: Any, shape: Sequence[int], target: Target) -> Any:
+def unpack(bb: relax.BlockBuilder, blocked: Any, shape: Sequence[Any], target: Target) -> Any:
     """Blocks -> (N, C, ...)."""
     lanes = Vectors(target.isa).lanes
     if shape[1] % lanes == 0 and math.prod(shape[2:]) == 1:
@@ -180,7 +215,7 @@ def unpack(bb: relax.BlockBuilder, blocked: Any, shape: Sequence[int], target: T
     if dtype == "float32":
         function = moves.blocks(shape, target, into=False)
     else:
-        data = te.placeholder([int(d) for d in blocked.ty.shape.values], dtype, "x")
+        data = te.placeholder(list(blocked.ty.shape.values), dtype, "x")
 
         def element(n: Any, channel: Any, *place: Any) -> Any:
             return data(n, tirx.floordiv(channel, lanes), *place, tirx.floormod(channel, lanes))
@@ -194,7 +229,7 @@ def unpack(bb: relax.BlockBuilder, blocked: Any, shape: Sequence[int], target: T
 # --- poolings ---------------------------------------------------------------------------------------------------
 
 
-@template("pool")
+@template("pool", per_item=True)
 def pool(parameters: dict[str, Any], body: Body) -> None:
     """Greatest or mean of windows, in blocks. parameters: kind ("max" or "mean"), kernel, strides, dilations, pads
     (above, left), include (padding counts in a mean)."""
@@ -285,40 +320,45 @@ def _inside_rows(start: Expr, taps: int, step: int, height: int, index: str) -> 
     return total
 
 
-@template("global-mean")
-def global_mean(parameters: dict[str, Any], body: Body) -> None:
-    """Mean over all places of each channel, in blocks."""
+@template("global-pool", per_item=True)
+def global_pool(parameters: dict[str, Any], body: Body) -> None:
+    """Greatest or mean over all places of each channel, in blocks. parameters: kind ("max" or "mean")."""
     v, index = body.vectors, body.index
     (x,) = body.inputs
     batch, blocks, *place, lanes = fixed(body.shapes[0])
     size = math.prod(place)
+    largest = parameters["kind"] == "max"
 
     def const(value: int) -> Expr:
         return tirx.const(value, index)
 
+    def both(a: Expr, b: Expr) -> Expr:
+        return T.max(b, a) if largest else a + b
+
     wide = body.target.cores > 1 and batch * blocks * size * lanes >= 1 << 17
     with (T.parallel if wide else T.serial)(const(batch * blocks)) as plane:
-        sums = v.registers(4, 0.0)
+        sums = v.registers(4, float("-inf") if largest else 0.0)
         base = T.Bind(plane * const(size * lanes))
 
         def add(at: Expr, which: int) -> None:
             here = v.at(const(which * lanes))
-            T.buffer_store(sums, sums[here] + v.load(x, base + at * const(lanes)), [here])
+            T.buffer_store(sums, both(sums[here], v.load(x, base + at * const(lanes))), [here])
 
         with T.serial(const(size // 4)) as i:
             for j in range(4):
                 add(T.Bind(i * const(4) + const(j)), j)
         for j in range(size % 4):
             add(const(size - size % 4 + j), j)
-        total = (sums[v.at(const(0))] + sums[v.at(const(lanes))]) + (
-            sums[v.at(const(2 * lanes))] + sums[v.at(const(3 * lanes))]
+        total = both(
+            both(sums[v.at(const(0))], sums[v.at(const(lanes))]),
+            both(sums[v.at(const(2 * lanes))], sums[v.at(const(3 * lanes))]),
         )
         zeros = [const(0)] * (len(place) + 1)
         item, block = tirx.floordiv(plane, const(blocks)), tirx.floormod(plane, const(blocks))
-        body.store(T.Bind(total * v.splat(1.0 / size)), [item, block, *zeros], None)
+        body.store(T.Bind(total if largest else total * v.splat(1.0 / size)), [item, block, *zeros], None)
 
 
-@template("upsample")
+@template("upsample", per_item=True)
 def upsample(parameters: dict[str, Any], body: Body) -> None:
     """Each place repeated (rows, columns) times, in blocks."""
     v, index = body.vectors, body.index

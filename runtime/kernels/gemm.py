@@ -11,8 +11,8 @@ Names: m, n, k rows, columns, depth; a, b, y flat buffers; tile: rows x vectors 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from tvm import tirx
@@ -27,6 +27,8 @@ REGISTER_BUFFER = 1024
 # Multiply-adds below which a second thread costs more than it gives.
 PARALLEL = 1 << 17
 UNROLL = 4  # steps of k that are written out
+FEW = 8  # tiles of A in the second cache, and times that B is read, from which on the depth is cut into parts
+SUMS = 1 << 18  # elements of the sums that wait between two parts of the depth
 
 # Called with a vector of results, its row and first column, and how many of its lanes exist (None: all).
 Finish = Callable[[Expr, Expr, Expr, "int | None"], None]
@@ -133,8 +135,9 @@ class GemmEmitter:
         cuts = panels(spec.columns, self.tile, lanes)
         if not cuts or self.rows == 0 or self.batch == 0:
             return
-        uneven = cuts[-1][1] < self.tile.vectors or spec.columns % lanes != 0
-        full = len(cuts) - uneven
+        if (depth := self.part_of_depth()) is not None:
+            self._deep(cuts, depth)
+            return
         chunks, per_chunk = self._chunks()
         tasks = self.const(self.batch) * self.const(chunks) * self.const(len(cuts))
         with (T.parallel if self._parallel() else T.serial)(tasks) as task:
@@ -143,22 +146,74 @@ class GemmEmitter:
             chunk = T.Bind(tirx.floormod(rest, self.const(chunks)))
             item = T.Bind(tirx.floordiv(rest, self.const(chunks)))
 
-            def whole() -> None:
-                self._panel(_Panel(panel, self.tile.vectors, None), chunk, per_chunk, item)
+            self._any_panel(cuts, panel, lambda chosen: self._panel(chosen, chunk, per_chunk, item))
 
-            def last() -> None:
-                self._panel(_Panel(self.const(full), cuts[-1][1], spec.columns % lanes or None), chunk, per_chunk, item)
+    def _any_panel(self, cuts: Sequence[tuple[int, int]], number: Expr, body: Callable[[_Panel], None]) -> None:
+        """`body` of panel `number`; the last one may have fewer columns."""
+        spec, lanes = self.spec, self.vectors.lanes
+        uneven = cuts[-1][1] < self.tile.vectors or spec.columns % lanes != 0
+        full = len(cuts) - uneven
 
-            if not uneven:
-                whole()
-            elif not full:
-                last()
-            else:
-                with T.If(panel < self.const(full)):
-                    with T.Then():
-                        whole()
-                    with T.Else():
-                        last()
+        def whole() -> None:
+            body(_Panel(number, self.tile.vectors, None))
+
+        def last() -> None:
+            body(_Panel(self.const(full), cuts[-1][1], spec.columns % lanes or None))
+
+        if not uneven:
+            whole()
+        elif not full:
+            last()
+        else:
+            with T.If(number < self.const(full)):
+                with T.Then():
+                    whole()
+                with T.Else():
+                    last()
+
+    # -- depth in parts --------------------------------------------------------------------------------------
+
+    def part_of_depth(self) -> int | None:
+        """Steps of k of one part, where all of B would come from far away many times: a part of A that stays in half of
+        the second cache has few rows. None elsewhere."""
+        if not (self.spec.packed and isinstance(self.rows, int) and isinstance(self.inner, int)):
+            return None
+        most = self.caches.l2 // 2 // (4 * self.tile.rows)  # steps of k times tiles
+        if most >= FEW * self.inner or -(-self.rows // self.tile.rows) * self.inner < FEW * most:
+            return None
+        parts = -(-self.inner * 2 * FEW // most)
+        return -(-self.inner // (parts * UNROLL)) * UNROLL
+
+    def _deep(self, cuts: Sequence[tuple[int, int]], depth: int) -> None:
+        """The product in parts of the depth: a part of A stays in the second cache while all panels of a task go
+        through it. Sums wait in a buffer until the last part."""
+        assert isinstance(self.rows, int) and isinstance(self.inner, int)
+        const, height, inner = self.const, self.tile.rows, self.inner
+        tiles, each = -(-self.rows // height), height * self.tile.vectors * self.vectors.lanes
+        chunks = -(-tiles // max(1, self.caches.l2 // 2 // (4 * height * depth)))
+        groups = max(1, -(-tiles // chunks) * each * len(cuts) // SUMS)
+        if self._parallel():
+            # Two shares for a thread, so that one that is late holds up less.
+            chunks = max(chunks, min(2 * self.threads, tiles // FEW))
+            groups = max(groups, min(len(cuts), -(-2 * self.threads // chunks)))
+        per_chunk, per_group = -(-tiles // chunks), -(-len(cuts) // groups)
+        chunks, groups = -(-tiles // per_chunk), -(-len(cuts) // per_group)
+        with (T.parallel if self._parallel() and chunks * groups > 1 else T.serial)(const(chunks * groups)) as task:
+            chunk, group = T.Bind(task // const(groups)), T.Bind(task % const(groups))
+            sums = T.alloc_buffer((per_group * per_chunk * each,), "float32", scope="global")
+            first = T.Bind(group * const(per_group))
+            panels = T.Bind(T.min(const(per_group), const(len(cuts)) - first))
+            parts = -(-inner // depth)
+            with T.serial(const(parts)) as number, T.serial(panels) as turn:
+                start = T.Bind(number * const(depth))
+                steps = depth if inner % depth == 0 else T.Bind(T.min(const(depth), const(inner) - start))
+                waiting = T.Bind(turn * const(per_chunk * each))
+                part = _Part(start, steps, sums, waiting, number > const(0), number < const(parts - 1))
+
+                def body(panel: _Panel, chunk: Expr = chunk, part: _Part = part) -> None:
+                    self._panel(panel, chunk, per_chunk, const(0), part)
+
+                self._any_panel(cuts, T.Bind(first + turn), body)
 
     def _parallel(self) -> bool:
         if self.threads == 1:
@@ -188,8 +243,10 @@ class GemmEmitter:
         per_chunk = -(-tiles // chunks)
         return -(-tiles // per_chunk), per_chunk
 
-    def _panel(self, panel: _Panel, chunk: Expr, per_chunk: int, item: Expr) -> None:
-        """All row tiles of one chunk against one panel."""
+    def _panel(
+        self, panel: _Panel, chunk: Expr, per_chunk: int, item: Expr, part: _Part | None = None
+    ) -> None:
+        """All row tiles of one chunk against one panel, or a part of the depth of it."""
         height, const = self.tile.rows, self.const
         first = T.Bind(chunk * const(per_chunk))
         if isinstance(self.rows, int):
@@ -199,14 +256,15 @@ class GemmEmitter:
             with T.serial(last - first) as step:
                 at = T.Bind(first + step)
                 row = T.Bind(at * const(height) - T.max(const(0), at - const(tall)))
+                here = part and part.moved(step * const(height * self.tile.vectors * self.vectors.lanes))
                 if tall == tiles or tall == 0:
-                    self._tile(height if tall else height - 1, panel, row, item)
+                    self._tile(height if tall else height - 1, panel, row, item, here)
                 else:
                     with T.If(at < const(tall)):
                         with T.Then():
-                            self._tile(height, panel, row, item)
+                            self._tile(height, panel, row, item, here)
                         with T.Else():
-                            self._tile(height - 1, panel, row, item)
+                            self._tile(height - 1, panel, row, item, here)
             return
         start = T.Bind(first * const(height))
         stop = T.Bind(T.min(start + const(per_chunk * height), self.rows))
@@ -223,8 +281,8 @@ class GemmEmitter:
                 self._tile(size, panel, before, item)
             size //= 2
 
-    def _tile(self, height: int, panel: _Panel, row: Expr, item: Expr) -> None:
-        """`height` rows of one panel, from the first product to the epilogue."""
+    def _tile(self, height: int, panel: _Panel, row: Expr, item: Expr, part: _Part | None = None) -> None:
+        """`height` rows of one panel, from the first product, or from the sums so far, to the epilogue."""
         v, spec, lanes, const = self.vectors, self.spec, self.vectors.lanes, self.const
         count = panel.vectors
         accumulators = Accumulators(v, height * count)
@@ -248,12 +306,43 @@ class GemmEmitter:
                 for j in range(count):
                     accumulators.add(i * count + j, a, bs[j])
 
-        repeat(self.inner, UNROLL, step, self.index)
-        for i in range(height):
-            for j in range(count):
-                there = panel.lanes if j == count - 1 else None
-                at_row = item * const(self.rows) + row + const(i)
-                self.finish(accumulators.value(i * count + j), at_row, column + const(j * lanes), there)
+        def finish() -> None:
+            for i in range(height):
+                for j in range(count):
+                    there = panel.lanes if j == count - 1 else None
+                    at_row = item * const(self.rows) + row + const(i)
+                    self.finish(accumulators.value(i * count + j), at_row, column + const(j * lanes), there)
+
+        if part is None:
+            repeat(self.inner, UNROLL, step, self.index)
+            finish()
+            return
+        with T.If(part.begun), T.Then():
+            for n in range(height * count):
+                accumulators.set(n, v.load(part.sums, part.at + const(n * lanes)))
+        repeat(part.steps, UNROLL, lambda k: step(part.start + k), self.index)
+        with T.If(part.goes_on):
+            with T.Then():
+                for n in range(height * count):
+                    v.store(part.sums, part.at + const(n * lanes), accumulators.value(n))
+            with T.Else():
+                finish()
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Steps [start, start + steps) of k. Its tile's sums are at `at` of `sums`: begun: from an earlier part; goes_on:
+    for a later one."""
+
+    start: Expr
+    steps: int | Expr
+    sums: Buffer
+    at: Expr
+    begun: Expr
+    goes_on: Expr
+
+    def moved(self, by: Expr) -> _Part:
+        return replace(self, at=T.Bind(self.at + by))
 
 
 @dataclass(frozen=True)
@@ -306,6 +395,10 @@ class Accumulators:
     def value(self, number: int) -> Expr:
         buffer, at = self._place(number)
         return buffer[at]
+
+    def set(self, number: int, value: Expr) -> None:
+        buffer, at = self._place(number)
+        T.buffer_store(buffer, value, [at])
 
     def add(self, number: int, a: Expr, b: Expr) -> None:
         """accumulator += a·b."""

@@ -14,6 +14,7 @@ from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
 
+from ..elements import Size, Symbol, expression, fixed, product
 from ..target import Target
 from .vectors import Buffer, Expr, Vectors
 
@@ -74,30 +75,38 @@ def prelude(v: Vectors) -> Any:
     return T.attr(T.int32(0), "pragma_import_llvm", transposition(v.lanes) + transposition(v.lanes, part=True))
 
 
-def blocks(shape: Sequence[int], target: Target, into: bool) -> tirx.PrimFunc:
-    """A kernel (x, y) that brings the channels of float32 (N, C, ...) into blocks of a vector, or out of them."""
+def blocks(shape: Sequence[Any], target: Target, into: bool) -> tirx.PrimFunc:
+    """A kernel (x, y) that brings the channels of float32 (N, C, ...) into blocks of a vector, or out of them. N may be
+    known only at run time.
+    """
     v = Vectors(target.isa)
-    batch, channels, places = shape[0], shape[1], math.prod(shape[2:])
-    packed = [batch, -(-channels // v.lanes), *shape[2:], v.lanes]
-    index = "int32" if math.prod(packed) < 1 << 30 else "int64"
+    batch: Size = shape[0] if isinstance(shape[0], int) else Symbol(tirx.Var("batch", "int64"))
+    channels, places = shape[1], math.prod(shape[2:])
+    plain = (batch, *shape[1:])
+    packed = (batch, -(-channels // v.lanes), *shape[2:], v.lanes)
+    size = product(packed)
+    index = "int32" if isinstance(size, int) and size < 1 << 30 else "int64"
     with IRBuilder() as builder, T.prim_func(is_private=True, s_tir=True):
         T.func_name("pack" if into else "unpack")
         T.func_attr({"tirx.noalias": True, "op_pattern": OPAQUE, "tirx.is_scheduled": True})
         ends = [
-            T.match_buffer(T.arg(name, T.handle()), [tirx.const(d, index) for d in dims], "float32")
-            for name, dims in (("x", shape if into else packed), ("y", packed if into else shape))
+            T.match_buffer(T.arg(name, T.handle()), [expression(d, index) for d in dims], "float32")
+            for name, dims in (("x", plain if into else packed), ("y", packed if into else plain))
         ]
         with T.sblock("root"):
             T.reads()
             T.writes()
-            x, y = (T.decl_buffer((math.prod(map(int, e.shape)),), "float32", data=e.data) for e in ends)
+            x, y = (
+                T.decl_buffer((expression(product(dims), index),), "float32", data=e.data)
+                for e, dims in zip(ends, (plain, packed) if into else (packed, plain), strict=True)
+            )
             with v.prelude(), prelude(v):
                 emit_blocks(v, x, y, batch, channels, places, target.cores, index, into)
     return builder.get()
 
 
 def emit_blocks(
-    v: Vectors, x: Buffer, y: Buffer, batch: int, channels: int, places: int, threads: int, index: str, into: bool
+    v: Vectors, x: Buffer, y: Buffer, batch: Size, channels: int, places: int, threads: int, index: str, into: bool
 ) -> None:
     """Y = X with its channels in blocks of a vector, or (into=False) out of them. Lanes beyond the channels repeat the
     last one, or are 0 where there is one place.
@@ -109,8 +118,10 @@ def emit_blocks(
     def const(value: int) -> Expr:
         return tirx.const(value, index)
 
-    wide = threads > 1 and batch * channels * places >= PARALLEL and batch * blocks > 1
-    with (T.parallel if wide else T.serial)(const(batch * blocks)) as task:
+    known = batch if isinstance(batch, int) else 1
+    count = product((batch, blocks))
+    wide = threads > 1 and known * channels * places >= PARALLEL and count != 1
+    with (T.parallel if wide else T.serial)(expression(count, index)) as task:
         n, block = T.Bind(task // const(blocks)), T.Bind(task % const(blocks))
         plain = T.Bind((n * const(channels) + block * const(lanes)) * const(places))
         packed = T.Bind(task * const(places * lanes))
@@ -157,20 +168,21 @@ def emit_transpose(
     v: Vectors,
     x: Buffer,
     base: int,
-    strides: Sequence[int],
-    extents: Sequence[int],
+    strides: Sequence[Size],
+    extents: Sequence[Size],
     y: Buffer,
     threads: int,
     index: str,
 ) -> None:
-    """Y[i...] = X[base + strides · i] for a row-major Y of the extents. One stride is 1, not the last.
+    """Y[i...] = X[base + strides · i] for a row-major Y of the extents. One stride is 1, not the last. Raises
+    NotElementwise where a size of that axis or of the last is known only at run time.
 
     x, y: flat float32. Emits into the IR builder that is open, within `prelude`.
     """
-    row_axis = max(axis for axis, stride in enumerate(strides) if stride == 1 and extents[axis] > 1)
+    row_axis = max(axis for axis, stride in enumerate(strides) if stride == 1 and extents[axis] != 1)
     last = len(extents) - 1
-    size = [math.prod(extents[axis + 1 :]) for axis in range(len(extents))]
-    rows, columns = extents[row_axis], extents[last]
+    size = [product(extents[axis + 1 :]) for axis in range(len(extents))]
+    rows, columns, row_size, step_size = fixed((extents[row_axis], extents[last], size[row_axis], strides[last]))
     outer = [axis for axis in range(len(extents)) if axis not in (row_axis, last)]
     lanes = v.lanes
 
@@ -178,32 +190,33 @@ def emit_transpose(
         return tirx.const(value, index)
 
     strips = -(-rows // lanes)
-    count = math.prod(extents[axis] for axis in outer) * strips
-    wide = threads > 1 and math.prod(extents) >= PARALLEL and count > 1
-    with (T.parallel if wide else T.serial)(const(count)) as step:
+    count = product((*(extents[axis] for axis in outer), strips))
+    known = math.prod(extent for extent in extents if isinstance(extent, int))
+    wide = threads > 1 and known >= PARALLEL and count != 1
+    with (T.parallel if wide else T.serial)(expression(count, index)) as step:
         strip = T.Bind(tirx.floormod(step, const(strips)))
         rest = T.Bind(tirx.floordiv(step, const(strips)))
         source: Expr = const(base)
         result: Expr = const(0)
         for position, axis in reversed(list(enumerate(outer))):
-            at = rest if position == 0 else T.Bind(tirx.floormod(rest, const(extents[axis])))
-            rest = rest if position == 0 else T.Bind(tirx.floordiv(rest, const(extents[axis])))
-            source = source + at * const(strides[axis])
-            result = result + at * const(size[axis])
+            at = rest if position == 0 else T.Bind(tirx.floormod(rest, expression(extents[axis], index)))
+            rest = rest if position == 0 else T.Bind(tirx.floordiv(rest, expression(extents[axis], index)))
+            source = source + at * expression(strides[axis], index)
+            result = result + at * expression(size[axis], index)
         row = strip * const(lanes)
         source = T.Bind(source + row)
-        result = T.Bind(result + row * const(size[row_axis]))
+        result = T.Bind(result + row * const(row_size))
 
         def single(i: Expr, j: Expr) -> None:
-            T.buffer_store(y, x[source + j * const(strides[last]) + i], [result + i * const(size[row_axis]) + j])
+            T.buffer_store(y, x[source + j * const(step_size) + i], [result + i * const(row_size) + j])
 
         def whole() -> None:
             if columns // lanes:
                 with T.serial(const(columns // lanes)) as tile:
                     column = T.Bind(tile * const(lanes))
                     arguments = (
-                        T.address_of(x[source + column * const(strides[last])]), T.int64(strides[last]),
-                        T.address_of(y[result + column]), T.int64(size[row_axis]),
+                        T.address_of(x[source + column * const(step_size)]), T.int64(step_size),
+                        T.address_of(y[result + column]), T.int64(row_size),
                     )  # fmt: skip
                     T.evaluate(T.call_extern("int32", f"gw_transpose_{lanes}", *arguments))
             if columns % lanes:

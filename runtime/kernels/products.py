@@ -47,9 +47,10 @@ def _number(size: Size) -> Expr | int:
     return size if isinstance(size, int) else size.expr
 
 
-def matmul(bb: relax.BlockBuilder, a: Any, b: Any, target: Target) -> Any | None:
+def matmul(bb: relax.BlockBuilder, a: Any, b: Any, target: Target, packed: dict[Any, Any]) -> Any | None:
     """A product as a template; None where it has none: other types than float32, vectors, columns or a broadcast
-    that are known only at run time.
+    that are known only at run time. packed: weights that were packed before, so that those of several products are
+    held once.
     """
     kinds = (a.ty, b.ty)
     if any(str(k.dtype.dtype) != "float32" or not isinstance(k.shape, relax.ShapeExpr) for k in kinds):
@@ -80,7 +81,10 @@ def matmul(bb: relax.BlockBuilder, a: Any, b: Any, target: Target) -> Any | None
     if weight is not None:
         lanes = Vectors(target.isa).lanes
         tile = choose_tile(spec.rows, columns, target.isa, lanes)
-        b = relax.const(pack(weight.reshape(weight.shape[-2:]), tile, lanes), "float32")
+        key = (b, tile.vectors)
+        if key not in packed:
+            packed[key] = relax.const(pack(weight.reshape(weight.shape[-2:]), tile, lanes), "float32")
+        b = packed[key]
     out = relax.TensorType([expression(d) for d in (*batch, rows, columns)], "float32")
     return anchor(bb, "gemm", vars(spec), [a, b], out, spec.flops)
 

@@ -171,7 +171,7 @@ def row_total(v: Vectors, length: int | Expr, start: Expr, index: str, term: Ter
 
 
 def _lanes_total(v: Vectors, length: int | Expr, group: int, start: Expr, index: str, term: Term) -> Expr:
-    return _folded(v, length, group, start, index, 0.0, term, lambda a, b: a + b)
+    return folded(v, length, group, start, index, 0.0, term, lambda a, b: a + b)
 
 
 def row_most(v: Vectors, length: int | Expr, start: Expr, index: str, x: Buffer) -> Expr:
@@ -181,10 +181,10 @@ def row_most(v: Vectors, length: int | Expr, start: Expr, index: str, x: Buffer)
     def term(most: Expr, at: Expr, part: int | Expr | None) -> Expr:
         return T.max(most, v.load(x, at, count_of(part, index), LOWEST))
 
-    return v.greatest(_folded(v, length, 4, start, index, LOWEST, term, T.max))
+    return v.greatest(folded(v, length, 4, start, index, LOWEST, term, T.max))
 
 
-def _folded(
+def folded(
     v: Vectors, length: int | Expr, group: int, start: Expr, index: str, first: float, term: Term,
     combine: Callable[[Expr, Expr], Expr],
 ) -> Expr:  # fmt: skip

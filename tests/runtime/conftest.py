@@ -250,7 +250,7 @@ class Compiled:
     def run(self, feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
         import tvm
 
-        inputs = [tvm.runtime.tensor(np.ascontiguousarray(feeds[i.name])) for i in self.proto.graph.input]
+        inputs = [tvm.runtime.tensor(np.asarray(feeds[i.name], order="C")) for i in self.proto.graph.input]
         result = self.machine["main"](*inputs, tuple(self.constants))
         return [tensor.numpy() for tensor in (result if not hasattr(result, "numpy") else [result])]
 

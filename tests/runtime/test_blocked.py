@@ -26,7 +26,7 @@ def feeds(**shapes: tuple[int, ...]) -> dict[str, np.ndarray]:
 SLOW = [pytest.param(c, batch, marks=pytest.mark.slow) for c in CHANNELS for batch in (2, 5)]
 
 
-@pytest.mark.parametrize(("channels", "batch"), [(1, 1), (4, 1), (16, 3), (17, 3), *SLOW])
+@pytest.mark.parametrize(("channels", "batch"), [(1, 1), (17, 3), *SLOW])
 def test_a_residual_block(channels: int, batch: int, compile_model: Callable[..., Any]) -> None:
     """conv -> batch normalization -> relu -> add -> conv, with a residual from in front of it."""
     c = channels
@@ -148,8 +148,12 @@ def with_weights(proto: Any, weights: dict[str, np.ndarray]) -> Any:
     return proto
 
 
+REST = ((24, 24, 24), (33, 33, 33), (12, 20, 4), (15, 15, 5))
+GROUPS = [pytest.param(*sizes, marks=pytest.mark.slow) for sizes in REST]
+
+
 @pytest.mark.parametrize(
-    ("inputs", "outputs", "groups"), [(16, 32, 2), (24, 24, 24), (33, 33, 33), (12, 20, 4), (6, 12, 6), (15, 15, 5)]
+    ("inputs", "outputs", "groups"), [(16, 32, 2), (17, 17, 17), (6, 12, 6), *GROUPS]
 )
 def test_groups(inputs: int, outputs: int, groups: int, compile_model: Callable[..., Any]) -> None:
     text = f"""g (float[2,{inputs},6,7] x) => (float[2,{outputs},6,7] y) {{
@@ -261,3 +265,34 @@ def test_constants_that_are_not_finite(compile_model: Callable[..., Any]) -> Non
         "zero": np.float32(0), "one": np.float32(1), "infinite": np.float32(np.inf),
     }  # fmt: skip
     compile_model(text, **weights).check(feeds(x=(1, 5, 3, 3)))
+
+
+@pytest.mark.parametrize("channels", [3, 17])
+def test_columns_of_one_place_and_other_views(channels: int, compile_model: Callable[..., Any]) -> None:
+    """A convolution along one axis, written as one over two, whose result loses the axis in front of a pooling."""
+    text = f"""g (float[2,{channels},19,1] x) => (float[2,21,17] y, float[2,21,1] m, float[2,5,19,1] z) {{
+      a = Conv<kernel_shape=[3,1]>(x, w, b)  s = Squeeze(a, axis)  y = Relu(s)  m = GlobalMaxPool(y)
+      z = Conv<kernel_shape=[5,1], pads=[4,0,4,0], dilations=[2,1]>(x, v) }}"""
+    weights = {
+        "w": draw(21, channels, 3, 1), "b": draw(21), "v": draw(5, channels, 5, 1), "axis": np.array([3], np.int64),
+    }  # fmt: skip
+    compile_model(text, **weights).check(feeds(x=(2, channels, 19, 1)))
+
+
+def test_a_batch_that_is_known_at_run_time(compile_model: Callable[..., Any]) -> None:
+    """Everything that works on blocks, for one item and for several."""
+    text = """g (float[N,3,12,10] x) => (float[N,9,12,10] y, float[N,7,1,1] g, float[N,20,6,5] p) {
+      a = Conv<kernel_shape=[3,3], pads=[1,1,1,1]>(x, w, b)  h = HardSwish(a)
+      d = Conv<kernel_shape=[3,3], pads=[1,1,1,1], group=20>(h, k)  c = Concat<axis=1>(d, h)
+      p = MaxPool<kernel_shape=[2,2], strides=[2,2]>(d)  q = AveragePool<kernel_shape=[2,2], strides=[2,2]>(d)
+      r = Add(p, q)  t = ConvTranspose<kernel_shape=[2,2], strides=[2,2]>(r, u)
+      e = Conv<kernel_shape=[3,3], pads=[1,1,1,1]>(c, v)  y = Add(e, t)
+      o = GlobalAveragePool(c)  f = Conv<kernel_shape=[1,1]>(o, s)  g = Sigmoid(f) }"""
+    weights = {
+        "w": draw(20, 3, 3, 3), "b": draw(20), "k": draw(20, 1, 3, 3), "u": draw(20, 9, 2, 2), "v": draw(9, 40, 3, 3),
+        "s": draw(7, 40, 1, 1),
+    }  # fmt: skip
+    model = compile_model(text, **weights)
+    for batch in (1, 3):
+        model.check(feeds(x=(batch, 3, 12, 10)))
+    assert not model.kernels("conv2d")

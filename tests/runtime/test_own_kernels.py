@@ -254,3 +254,81 @@ def test_softmax_of_the_last_axis(op: str, kernel: str) -> None:
     model = Model(f"g (float[2,9,3] x) => (float[2,9,3] y) {{ y = {op} <axis=1> (x) }}")
     assert "two_pass_softmax" not in model.kernels
     model.check({"x": draw(2, 9, 3)})
+
+
+# Rotary embedding.
+
+
+ROTARY = {
+    "four axes": ("b,3,s,8", "b,s,4", "", ""),
+    "neighbours": ("b,3,s,8", "b,s,4", "", "interleaved=1"),
+    "three axes": ("b,s,24", "b,s,4", "", "num_heads=3"),
+    "a part of each head": ("b,3,s,8", "b,s,2", "", "rotary_embedding_dim=4"),
+    "positions": ("b,3,s,8", "11,4", "int64[b,s] i", ""),
+    "positions, three axes": ("b,s,24", "11,2", "int64[b,s] i", "num_heads=3, rotary_embedding_dim=4, interleaved=1"),
+}
+
+
+@pytest.mark.parametrize("form", ROTARY)
+def test_rotary_embedding(form: str) -> None:
+    shape, angles, positions, attributes = ROTARY[form]
+    model = Model(f"g (float[{shape}] x, float[{angles}] c, float[{angles}] d{', ' if positions else ''}{positions})"
+                  f" => (float[{shape}] y)"
+                  f"{{ y = RotaryEmbedding <{attributes}> (x, c, d{', i' if positions else ''}) }}"
+                  .replace("<>", ""))  # fmt: skip
+    assert model.kernels == {"rotary_embedding"}
+    for b, s in ((2, 5), (1, 1)):
+        def sizes(text: str, b: int = b, s: int = s) -> tuple[int, ...]:
+            return tuple({"b": b, "s": s}.get(d, 0) or int(d) for d in text.split(","))
+
+        feeds = {"x": draw(*sizes(shape)), "c": draw(*sizes(angles)), "d": draw(*sizes(angles)) + 1}
+        if positions:
+            feeds["i"] = np.random.default_rng(0).integers(0, 11, (b, s))
+        agrees(model, feeds)
+
+
+def test_rotary_embedding_between_a_projection_and_attention() -> None:
+    """Heads are read from the projection, turned, and read by attention, without a transposition or a copy; angles
+    that are the same for every sequence are not repeated."""
+    model = Model("""g (float[b,s,96] x, float[1,s,4] c, float[1,s,4] d) => (float[b,s,32] y) {
+        n = Shape <start=0, end=1> (x) sizes = Concat <axis=0> (n, ones)
+        cos = Expand (c, sizes) sin = Expand (d, sizes)
+        a0, a1, a2 = Split <axis=2, num_outputs=3> (x)
+        q0 = Reshape (a0, four) k0 = Reshape (a1, four) v0 = Reshape (a2, four)
+        q1 = Transpose <perm=[0,2,1,3]> (q0) k1 = Transpose <perm=[0,2,1,3]> (k0)
+        v = Transpose <perm=[0,2,1,3]> (v0)
+        q = RotaryEmbedding (q1, cos, sin) k = RotaryEmbedding (k1, cos, sin)
+        a = Attention <is_causal=1> (q, k, v) t = Transpose <perm=[0,2,1,3]> (a) y = Reshape (t, back)
+    }""", four=np.array([0, 0, 4, 8]), back=np.array([0, 0, 32]), ones=np.array([1, 1]))  # fmt: skip
+    assert model.kernels == {"rotary_embedding", "attention"}
+    agrees(model, {"x": draw(2, 9, 96), "c": draw(1, 9, 4), "d": draw(1, 9, 4)})
+
+
+# Reductions and rows of tables.
+
+
+@pytest.mark.parametrize("op", ["ReduceSum", "ReduceMean", "ReduceMax"])
+def test_reductions_over_neighbouring_axes(op: str) -> None:
+    kernel = f"reduce_{op.removeprefix('Reduce').lower()}"
+    for axes, keep, shape in (([-1], 1, "b,s,1"), ([1], 0, "b,20"), ([1, 2], 0, "b"), ([0, 1, 2], 1, "1,1,1")):
+        model = Model(f"g (float[b,s,20] x) => (float[{shape}] y) {{ y = {op} <keepdims={keep}> (x, axes) }}",
+                      axes=np.array(axes))  # fmt: skip
+        assert kernel in model.kernels and model.kernels <= {kernel, "reshape"}
+        model.check({"x": draw(2, 7, 20)}, {"x": draw(1, 1, 20)})
+
+
+@pytest.mark.parametrize("op", ["ArgMax", "ArgMin"])
+@pytest.mark.parametrize("shape", ["b,s,50", "2,50", "50"])
+def test_places_of_greatest_elements(op: str, shape: str) -> None:
+    sizes = [{"b": 3, "s": 4}.get(d, 0) or int(d) for d in shape.split(",")]
+    model = Model(f"g (float[{shape}] x) => (y) {{ y = {op} <axis=-1, keepdims=0> (x) }}".replace("(y)", "(int64["
+                  + ",".join(shape.split(",")[:-1]) + "] y)"))  # fmt: skip
+    assert model.kernels == {"place_of_greatest"}
+    model.check({"x": draw(*sizes)})
+
+
+@pytest.mark.parametrize("integers", ["int64", "int32"])
+def test_rows_of_a_table(integers: str) -> None:
+    model = Model(f"g ({integers}[b,s] i) => (float[b,s,3,7] y) {{ y = Gather (table, i) }}", table=draw(11, 3, 7))
+    assert model.kernels <= {"gather_rows", "reshape"} and "gather_rows" in model.kernels
+    model.check({"i": np.array([[0, 10, -1], [5, 5, -11]], integers)}, {"i": np.zeros((0, 2), integers)})

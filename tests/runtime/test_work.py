@@ -44,7 +44,7 @@ def test_a_matrix_product_is_two_operations_a_term_and_its_operands_and_result()
     # The first value of each sum is counted too by some schedules: 16 * 8 on top.
     assert 2 * 16 * 8 * 32 <= kernel["flops"] <= 2 * 16 * 8 * 32 + 2 * 16 * 8
     assert kernel["bytes"] == 4 * (16 * 32 + 32 * 8 + 16 * 8)
-    assert kernel["op"] == "matmul"
+    assert kernel["op"] == "gemm"
 
 
 def test_activations_are_the_storage_of_the_plan() -> None:

@@ -265,7 +265,7 @@ def test_bench_profile_shows_the_kernels_and_the_limits(cli: Cli, artifact: Path
     assert re.search(r"^limits measured on 1 thread: \d+ GFLOP/s, .*memory \d+ GB/s$", out, re.MULTILINE)
     data = json.loads(cli(*arguments, "--format", "json").stdout)
     assert {"threads", "run_ms", "kernels_ms", "limit_ms", "peaks", "kernels", "operators"} <= data.keys()
-    assert any("matmul" in kernel["name"] for kernel in data["kernels"])
+    assert any("gemm" in kernel["name"] for kernel in data["kernels"])
 
 
 def test_a_profile_has_no_reference(cli: Cli, model: Path) -> None:

@@ -1,0 +1,143 @@
+"""What the benchmarks of kernels share: runners that take turns in one process, and onnxruntime as one of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from ..runtime.target import Target
+
+SETTLE = 0.003  # seconds after which the other library's threads have stopped spinning
+STEPS = 40_000  # of the loop that measures the peak
+
+Runner = Callable[[], object]
+
+
+def use_threads(threads: int) -> None:
+    """To be called before TVM is loaded, which reads it. Threads that are bound to processors wait for whatever else
+    runs there."""
+    os.environ["TVM_NUM_THREADS"] = str(threads)
+    os.environ.setdefault("TVM_THREAD_POOL_SPIN_COUNT", "0")
+    os.environ.setdefault("TVM_BIND_THREADS", "0")
+
+
+def take_turns(runners: Mapping[str, Runner], settle: float, budget: float) -> dict[str, list[list[float]]]:
+    """Seconds of every run of each runner, turn by turn: in a turn as many runs as take about a millisecond."""
+    repeats = {}
+    for name, run in runners.items():
+        run()
+        start = time.perf_counter()
+        run()
+        repeats[name] = max(1, min(50, int(1e-3 / max(1e-9, time.perf_counter() - start))))
+    times: dict[str, list[list[float]]] = {name: [] for name in runners}
+    start = time.perf_counter()
+    while min(map(len, times.values())) < 9 or time.perf_counter() - start < budget:
+        for name, run in runners.items():
+            if settle:
+                time.sleep(settle)
+            run()
+            turn = []
+            for _ in range(repeats[name]):
+                begin = time.perf_counter()
+                run()
+                turn.append(time.perf_counter() - begin)
+            times[name].append(turn)
+    return times
+
+
+def medians(times: Mapping[str, list[list[float]]]) -> dict[str, list[float]]:
+    """Of each turn."""
+    return {name: [sorted(turn)[len(turn) // 2] for turn in turns] for name, turns in times.items()}
+
+
+def one_node(node: Any, feeds: Mapping[str, np.ndarray], constants: Mapping[str, np.ndarray] | None = None) -> Any:
+    """A model of one node, or of several, whose result is y."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    nodes = list(node) if isinstance(node, Sequence) else [node]
+    inputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, a.shape) for name, a in feeds.items()]
+    output = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
+    held = [numpy_helper.from_array(a, name) for name, a in (constants or {}).items()]
+    graph = helper.make_graph(nodes, "g", inputs, [output], held)
+    domains = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
+    return helper.make_model(graph, opset_imports=domains, ir_version=8)
+
+
+class OnnxRuntime:
+    """onnxruntime on arrays that are bound once. result: what the last run computed.
+
+    profiled: a file's name without its end, beside which onnxruntime writes what each node takes.
+    """
+
+    def __init__(
+        self, model: Any, feeds: Mapping[str, np.ndarray], threads: int, profiled: Path | None = None
+    ) -> None:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        # Its threads stop spinning when a run ends; left to spin they take a processor from whoever runs next.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        if profiled is not None:
+            options.enable_profiling = True
+            options.profile_file_prefix = str(profiled)
+        self.session = onnxruntime.InferenceSession(
+            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )
+        self.binding = self.session.io_binding()
+        # The result's memory is reused as well once its shape is known.
+        first = self.session.run(None, dict(feeds))[0]
+        self.result = onnxruntime.OrtValue.ortvalue_from_numpy(first)
+        self.bound = [onnxruntime.OrtValue.ortvalue_from_numpy(a) for a in feeds.values()]
+        for name, value in zip(feeds, self.bound, strict=True):
+            self.binding.bind_ortvalue_input(name, value)
+        self.binding.bind_ortvalue_output("y", self.result)
+
+    def __call__(self) -> None:
+        self.session.run_with_iobinding(self.binding)
+
+    def node_seconds(self, operator: str) -> list[float]:
+        """What the operator's node took in every bound run so far, without what brings tensors into its layout. Ends
+        the profile."""
+        file = Path(self.session.end_profiling())
+        events = json.loads(file.read_text())
+        file.unlink()
+        found = [
+            e["dur"] * 1e-6
+            for e in events
+            if e.get("cat") == "Node" and e["name"].endswith("_kernel_time") and e["args"]["op_name"] == operator
+        ]
+        return found[1:]
+
+
+def peak(target: Target, threads: int) -> tuple[Runner, float]:
+    """A loop of nothing but independent multiply-adds, and its floating-point operations."""
+    import numpy as np
+    import tvm
+
+    from ..runtime.kernels import probes
+
+    lanes = max(4, target.isa.lanes())
+    function = probes.multiply_adds(target.isa, threads, STEPS)
+    compiled = tvm.compile(tvm.IRModule({"probe": function}), target.tvm())["probe"]
+    x = tvm.runtime.tensor(np.full((probes.ACCUMULATORS + 1) * lanes, 0.5, np.float32))
+    y = tvm.runtime.tensor(np.zeros(threads * lanes, np.float32))
+    return partial(compiled, x, y), 2.0 * threads * STEPS * probes.ACCUMULATORS * lanes
+
+
+def print_head(target: Target, threads: int, columns: Sequence[str], more: str = "") -> None:
+    print(f"{target.description}, caches {target.caches}, {threads} thread(s){more}")
+    print_row(columns)
+    print("|" + "---|" * len(columns), flush=True)
+
+
+def print_row(cells: Sequence[str]) -> None:
+    print("| " + " | ".join(cells) + " |", flush=True)
