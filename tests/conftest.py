@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,14 +43,18 @@ def fetched() -> Callable[[str], None]:
 
 @pytest.fixture(scope="session")
 def exported(fetched: Callable[[str], None], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """The ONNX file of a model, exported on first use."""
-    folder = tmp_path_factory.mktemp("exported")
+    """The ONNX file of a model, exported on first use by whichever worker of the run comes first."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "exported"
+    folder.mkdir(exist_ok=True)
 
     def export(name: str, **options: Any) -> Path:
         path = folder / f"{'-'.join([name, *(f'{k}{v}' for k, v in sorted(options.items()))])}.onnx"
-        if not path.exists():
-            fetched(name)
-            registry.export(name, path, **options)
+        fetched(name)
+        with path.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not path.exists():
+                registry.export(name, path, **options)
         return path
 
     return export

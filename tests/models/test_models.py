@@ -72,7 +72,13 @@ def test_seeded_models_have_the_published_size(name: str, parameters: int) -> No
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize("name", ["mobilenet-v2", "mobilenet-v3-small", "resnet-50", "unet", "vit-tiny", "gpt-mini"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mobilenet-v3-small", "unet", "vit-tiny", "gpt-mini",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("mobilenet-v2", "resnet-50")),
+    ],
+)  # fmt: skip
 def test_seeded_models_keep_their_numbers_in_range(name: str) -> None:
     """Logits of trained networks are between about 1 and 30; the exact numbers follow from the seed."""
     import torch
