@@ -28,6 +28,7 @@ from graphwright.runtime.kernels.vectors import Vectors  # noqa: E402
 # Of the largest output. A float32 sum of K products in the order of a loop is off by about sqrt(K)·6e-8 of it.
 TOLERANCE = 1e-5
 X86 = ["cpu-avx512", "cpu-avx2", "cpu-baseline"]
+WIDE = [*X86[:2], pytest.param(X86[2], marks=pytest.mark.slow)]
 
 Kernel = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 
@@ -203,7 +204,7 @@ def test_winograd(name: str, case: str) -> None:
 
 
 @pytest.mark.parametrize("channels", [1, 15, 16, 17, 31, 33, 80, 112])
-@pytest.mark.parametrize("name", X86)
+@pytest.mark.parametrize("name", WIDE)
 def test_channels_that_do_not_fill_vectors(name: str, channels: int) -> None:
     target = runnable(name)
     check(spec_of((channels, 16), (7, 9), (3, 3), pads=same(3)), target)
@@ -221,7 +222,7 @@ def test_widths_around_tiles(width: int) -> None:
 
 
 @pytest.mark.parametrize("case", ["3x3", "1x1", "stride 2", "plain input"])
-@pytest.mark.parametrize("name", X86)
+@pytest.mark.parametrize("name", WIDE)
 def test_batch_known_at_run_time(name: str, case: str) -> None:
     target = runnable(name)
     spec = dataclasses.replace(DIRECT[case], batch=None)
