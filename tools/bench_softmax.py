@@ -213,8 +213,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     # Read when the library is loaded. Threads that are bound to processors wait for whatever else runs there.
     os.environ["TVM_NUM_THREADS"] = str(options.threads)
-    os.environ.setdefault("TVM_THREAD_POOL_SPIN_COUNT", "0")
     os.environ.setdefault("TVM_BIND_THREADS", "0")
+    from ..runtime.session import SPIN_COUNT
+
+    os.environ.setdefault("TVM_THREAD_POOL_SPIN_COUNT", SPIN_COUNT)
     from ..runtime.target import Target
 
     target = Target.named("cpu")
