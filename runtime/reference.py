@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 WHOLE_LIMIT = 128 << 20  # bytes of weights up to which one session holds the model
 SEGMENT_LIMIT = 64 << 20
+# Without it onnxruntime adds products of unsigned and signed bytes in 16 bits on x86-64 without VNNI, and saturates.
+EXACT_BYTES = "session.x64quantprecision"
+BYTE_PRODUCTS = frozenset({"ConvInteger", "MatMulInteger", "QLinearConv", "QLinearMatMul"})
 
 ORT_TYPES = {
     "tensor(float)": np.float32, "tensor(double)": np.float64, "tensor(float16)": np.float16,
@@ -47,8 +50,11 @@ def ort_session(
     options.log_severity_level = 4
     if not optimized:  # a session for a run or two: packing weights costs more than it gives, and a second copy
         options.add_session_config_entry("session.disable_prepacking", "1")
+    options.add_session_config_entry(EXACT_BYTES, "1")
     levels = ort.GraphOptimizationLevel
     options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimized else levels.ORT_DISABLE_ALL
+    if not optimized and any(node.op_type in BYTE_PRODUCTS for node in model.graph.all_nodes()):
+        options.graph_optimization_level = levels.ORT_ENABLE_EXTENDED  # the first at which it can be exact
     on_disk = {
         name: value.const_value
         for name, value in model.graph.initializers.items()

@@ -18,7 +18,7 @@ from ..passes.errors import ArtifactError, InputError, TargetError, did_you_mean
 from ..passes.io import first_line
 from .artifact import MODEL, WEIGHTS, Artifact, Parameter, RegionSpec, TensorSpec
 from .partition import TVM
-from .reference import default_threads, run_session
+from .reference import EXACT_BYTES, default_threads, run_session
 from .target import host_flags
 from .tvm_import import import_tvm
 
@@ -418,6 +418,7 @@ class _OrtStep:
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 4
+        options.add_session_config_entry(EXACT_BYTES, "1")
         # Threads that go on spinning after a run take the processors from TVM's regions.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         path = artifact.root / region.file

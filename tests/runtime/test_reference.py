@@ -120,3 +120,13 @@ print(peak_rss_mb() - before)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     # What the last segment reads, makes, and its copies, each of 80 MB.
     assert float(done.stdout) < 520
+
+
+def test_products_of_bytes_do_not_saturate() -> None:
+    """255 * 127 * 2 does not fit the 16 bits in which processors without VNNI add two products."""
+    x, w = np.full((1, 8, 4, 4), 255, np.uint8), np.full((2, 8, 1, 1), 127, np.int8)
+    text = """(uint8[1,8,4,4] x) => (uint8[1,2,4,4] y)
+    { y = QLinearConv (x, one, zero, w, one, signed, scale, zero) }"""
+    weights = {"one": np.float32(1), "zero": np.uint8(0), "signed": np.int8(0), "scale": np.float32(2000)}
+    found = Reference(model(text, w=w, **weights), threads=1).run({"x": x})
+    assert np.unique(found["y"]).tolist() == [round(8 * 255 * 127 / 2000)]
