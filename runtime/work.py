@@ -64,7 +64,9 @@ def kernel_work(name: str, function: tirx.PrimFunc, arguments: Sequence[Any]) ->
     attrs = function.attrs or {}
     op = str(attrs[OP]) if OP in attrs else _op(name)
     flops = float(attrs[FLOPS]) if FLOPS in attrs else _estimate(function)
-    return {"flops": flops, "bytes": _bytes(arguments, op), "op": op}
+    nbytes = _bytes(arguments, op)
+    # Kernels count 0 operations where a size is known only at run time.
+    return {"flops": None if not flops and nbytes is None else flops, "bytes": nbytes, "op": op}
 
 
 def _op(name: str) -> str:

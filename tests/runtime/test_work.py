@@ -61,6 +61,8 @@ def test_sizes_that_are_known_at_run_time_only_leave_the_work_open() -> None:
     work, _ = lowered(HEADER + "g (float[n,32] x) => (float[n,32] y) { a = Exp(x)  y = MatMul(a, w) }",
                       {"w": np.ones((32, 32), np.float32)})  # fmt: skip
     assert work.kernels and all(kernel["bytes"] is None for kernel in work.kernels.values())
+    products = [kernel for kernel in work.kernels.values() if kernel["op"] == "gemm"]
+    assert products and all(kernel["flops"] is None for kernel in products)
 
 
 def test_a_gather_reads_no_more_than_it_gives() -> None:
