@@ -55,6 +55,7 @@ def ort_session(
     options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimized else levels.ORT_DISABLE_ALL
     if not optimized and any(node.op_type in BYTE_PRODUCTS for node in model.graph.all_nodes()):
         options.graph_optimization_level = levels.ORT_ENABLE_EXTENDED  # the first at which it can be exact
+        options.add_session_config_entry("session.disable_quant_qdq", "1")  # floats between QDQ nodes stay floats
     on_disk = {
         name: value.const_value
         for name, value in model.graph.initializers.items()
