@@ -24,7 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from .turns import SETTLE, OnnxRuntime, Runner, one_node, peak, print_head, print_row, take_turns, use_threads
+from .turns import SETTLE, OnnxRuntime, Runner, one_node, peak, print_head, print_row, take_turns, untimed, use_threads
 
 if TYPE_CHECKING:
     import numpy as np
@@ -211,9 +211,9 @@ def measure(case: Case, target: Target, threads: int, budget: float) -> dict[str
         runners: dict[str, Runner] = {"kernel": run, "onnxruntime": other}
         runners["peak"], loop = peak(target, threads)
         times = take_turns(runners, SETTLE if threads > 1 else 0.0, budget)
-        nodes = iter(other.node_seconds(operator.op_type)[-sum(len(t) + 1 for t in times["onnxruntime"]) :])
-    # The first run of a turn is not timed.
-    times["onnxruntime"] = [[next(nodes) for _ in range(len(t) + 1)][1:] for t in times["onnxruntime"]]
+        counts = [(untimed(len(turn)), len(turn)) for turn in times["onnxruntime"]]
+        nodes = iter(other.node_seconds(operator.op_type)[-sum(map(sum, counts)) :])
+    times["onnxruntime"] = [[next(nodes) for _ in range(skipped + n)][skipped:] for skipped, n in counts]
     medians = {name: [float(np.median(turn)) for turn in turns] for name, turns in times.items()}
     work = {"kernel": case.flops, "onnxruntime": case.flops, "peak": loop}
     rates = {name: [work[name] / t / 1e9 for t in ts] for name, ts in medians.items()}

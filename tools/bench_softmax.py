@@ -4,7 +4,7 @@
     python -m graphwright.tools.bench_softmax --threads 2 --json softmax.json
     python -m graphwright.tools.bench_softmax --quick           a few shapes, seconds
 
-All run in one process on the same arrays, bound once, in turn; after each change of runner one run is not timed.
+All run in one process on the same arrays, bound once, in turn; after each change of runner some runs are not timed.
 `chosen` is what a compiled model uses. The ratio is onnxruntime's time over its time, pair by pair: above 1 it is
 faster. Brackets hold the 10th and 90th percentile. `2 threads` compares the kernel with itself on one thread.
 
@@ -22,7 +22,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .turns import SETTLE, OnnxRuntime, Runner, medians, one_node, print_head, print_row, take_turns, use_threads
+from . import turns
+from .turns import OnnxRuntime, Runner, aligned, medians, one_node, print_head, print_row, use_threads
 
 if TYPE_CHECKING:
     from ..runtime.kernels.softmax_passes import SoftmaxEmitter
@@ -102,9 +103,9 @@ def measure(shape: tuple[int, int], target: Target, threads: int, budget: float)
 
     from ..runtime.measure import Spread
 
-    x = (np.random.default_rng(0).random(shape, np.float32) * 20 - 10).astype(np.float32)
-    source = tvm.runtime.tensor(x)
-    result = tvm.runtime.tensor(np.empty_like(x))
+    x = aligned((np.random.default_rng(0).random(shape, np.float32) * 20 - 10).astype(np.float32))
+    y = aligned(np.empty_like(x))
+    source, result = tvm.runtime.from_dlpack(x), tvm.runtime.from_dlpack(y)
     node = helper.make_node("Softmax", ["x"], ["y"], axis=-1)
     runners: dict[str, Runner] = {"onnxruntime": OnnxRuntime(one_node(node, {"x": x}), {"x": x}, threads)}
     # The forms to compare with are written for one thread.
@@ -118,9 +119,9 @@ def measure(shape: tuple[int, int], target: Target, threads: int, budget: float)
     expected = e / e.sum(axis=-1, keepdims=True)
     for form in forms:
         runners[form]()
-        errors[form] = float(np.abs(result.numpy() / expected - 1).max())
+        errors[form] = float(np.abs(y / expected - 1).max())
     del e, expected
-    times = medians(take_turns(runners, SETTLE if threads > 1 else 0.0, budget))
+    times = medians(turns.take_turns(runners, turns.SETTLE if threads > 1 else 0.0, budget))
     count = math.prod(shape)
     ratios = {}
     for name in (*forms, *(["one thread"] if threads > 1 else [])):

@@ -37,6 +37,7 @@ from typing import TYPE_CHECKING, Any
 from graphwright.passes.errors import GraphwrightError, UsageError, did_you_mean
 
 from .shell import as_bytes, as_error, fail
+from .turns import SETTLE, Runner, aligned
 
 if TYPE_CHECKING:
     import numpy as np
@@ -59,12 +60,9 @@ SUITE: dict[str, dict[str, int]] = {
     "magika": {},
 }
 FOLDER = Path("bench")
-SETTLE = 0.003  # seconds after which the other library's threads have stopped spinning
 PLAIN_SETTLE = 0.05  # the same when onnxruntime's threads spin on after a run
 LIMIT = 1e-3  # relative error beyond which a row is marked: then it is another model that was timed
 NUMBERS = ("threads", "onnxruntime ms", "graphwright ms", "ratio", "max error", "load ms", "activations", "compile s")
-
-Runner = Callable[[], object]
 
 
 @dataclass(frozen=True)
@@ -187,17 +185,6 @@ def _forget(folder: Path, pattern: str, keep: Path | None = None) -> None:
             shutil.rmtree(path)
         else:
             path.unlink()
-
-
-def aligned(array: np.ndarray) -> np.ndarray:
-    """A copy at an address that is a multiple of 64, which no runtime has to copy again."""
-    import numpy as np
-
-    raw = np.empty(array.nbytes + 64, np.uint8)
-    start = -raw.ctypes.data % 64
-    copy = raw[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
-    copy[...] = array
-    return copy
 
 
 # --- one model, in a process of its own --------------------------------------------------------------------------

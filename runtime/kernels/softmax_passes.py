@@ -22,6 +22,9 @@ REGISTER_VECTORS = 8
 LANE_TERMS = 1 << 8
 # An element below FLOOR counts as FLOOR, so that its n is still exact: |n| < 2^22.
 FLOOR = -2.9e6
+# Elements ahead of what the two-pass form reads: the processor's own prefetching stops at the end of each page.
+AHEAD = 1 << 8
+LINE = 16  # elements of a cache line
 EMPTY = -16777216.0  # the n of an empty sum
 
 # Called with the offsets of whole vectors and None, or with one offset and how many elements there are.
@@ -194,6 +197,9 @@ class SoftmaxEmitter:
         """(m, n) of each vector of X: e^x = m·2^n, times whatever the coefficients were multiplied by."""
         v = self.vectors
         result = []
+        if len(offsets) > 1:
+            for offset in offsets[:: max(1, LINE // v.lanes)]:
+                v.prefetch(self.x, offset + AHEAD)
         for offset in offsets:
             # The constant first: a NaN passes.
             x = T.Bind(T.max(v.splat(FLOOR), v.load(self.x, offset, part, NEGATIVE_INFINITY)))

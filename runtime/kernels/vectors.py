@@ -164,6 +164,10 @@ class Vectors:
         else:
             T.buffer_store(buffer, value, [self.at(offset)])
 
+    def prefetch(self, buffer: Buffer, offset: Expr) -> None:
+        """Ask for the cache line of an element; past the buffer's end nothing happens."""
+        T.evaluate(T.call_extern("int32", "gw_prefetch", T.address_of(buffer[offset])))
+
     def to_aligned(self, buffer: Buffer, offset: Expr) -> Expr:
         """Elements from `offset` to the next address that a whole vector is aligned to, as int32."""
         return T.Bind(T.call_extern("int32", self._name("to_aligned"), T.address_of(buffer[offset])))
@@ -245,12 +249,17 @@ define i32 @gw_to_aligned_{lanes}(ptr %p) alwaysinline {{
   %r = trunc i64 %e to i32
   ret i32 %r
 }}
+define i32 @gw_prefetch(ptr %p) alwaysinline {{
+  call void @llvm.prefetch.p0(ptr %p, i32 0, i32 3, i32 1)
+  ret i32 0
+}}
 define {vector} @gw_add_{lanes}({vector} %v, {vector} %c) alwaysinline {{
   %r = fadd {vector} %v, %c
   ret {vector} %r
 }}
 declare {vector} @llvm.masked.load.v{lanes}f32.p0(ptr, {mask}, {vector})
 declare void @llvm.masked.store.v{lanes}f32.p0({vector}, ptr, {mask})
+declare void @llvm.prefetch.p0(ptr, i32, i32, i32)
 !0 = !{{i32 1}}
 """
 

@@ -11,7 +11,7 @@ import onnx
 import pytest
 from graphwright.models import registry
 from graphwright.passes.errors import AssetError, GraphwrightError
-from graphwright.tools import bench_suite
+from graphwright.tools import bench_suite, turns
 from onnx import parser
 
 from .conftest import mlp
@@ -73,7 +73,7 @@ def test_runners_take_turns() -> None:
 
 def test_inputs_are_aligned_copies() -> None:
     array = np.arange(10, dtype=np.int64)[1:]
-    copy = bench_suite.aligned(array)
+    copy = turns.aligned(array)
     assert copy.ctypes.data % 64 == 0 and copy.flags.c_contiguous and np.array_equal(copy, array)
 
 
