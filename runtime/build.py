@@ -36,6 +36,7 @@ from .artifact import (
 )
 from .partition import ONNXRUNTIME, TVM, Region, cut, partition
 from .reference import ort_session
+from .spared import spared
 from .target import Target
 from .work import Work, work_of
 from .worker import Compiled, Compiler
@@ -154,7 +155,8 @@ def _compile_regions(
 ) -> list[RegionSpec]:
     with tempfile.TemporaryDirectory(prefix="graphwright-") as name:
         work = Path(name)
-        refused = {node: reason for node in model.graph if (reason := distrust(node) or _unknown_type(node))}
+        refused = _spared(model, target)
+        refused.update({n: reason for n in model.graph if (reason := distrust(n) or _unknown_type(n))})
         while True:
             if refused and not target.is_cpu:
                 raise CompileError(_cannot(target, refused))
@@ -192,12 +194,12 @@ def _cannot(target: Target, refused: dict[ir.Node, str]) -> str:
 
 
 def find_refused(model: ir.Model, target: Target, work: Path) -> dict[ir.Node, str]:
-    """Nodes of the main graph that TVM cannot take, by a look at each; nothing is compiled.
+    """Nodes of the main graph that TVM cannot or need not take, by a look at each; nothing is compiled.
 
     work: an existing folder for files on the way.
     """
-    nodes = list(model.graph)
-    refused = {node: reason for node in nodes if (reason := _unknown_type(node))}
+    refused = _spared(model, target)
+    refused.update({node: reason for node in model.graph if (reason := _unknown_type(node))})
     regions = partition(model, refused)
     for index, (region, part) in enumerate(zip(regions, cut(model, [r.nodes for r in regions]), strict=True)):
         if region.runtime != TVM:
@@ -206,6 +208,11 @@ def find_refused(model: ir.Model, target: Target, work: Path) -> dict[ir.Node, s
         io.save(part, path, overwrite=True)
         refused.update(_refused_of(region.nodes, path, target))
     return refused
+
+
+def _spared(model: ir.Model, target: Target) -> dict[ir.Node, str]:
+    """Nodes that TVM can take and that onnxruntime, where it is at hand, runs faster."""
+    return spared(model) if target.beside_onnxruntime else {}
 
 
 def _refused_of(nodes: Sequence[ir.Node], path: Path, target: Target) -> dict[ir.Node, str]:

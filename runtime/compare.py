@@ -37,6 +37,11 @@ class Difference:
     def ok(self) -> bool:
         return not self.note and (self.relative <= self.limit or self.max_abs <= FLOOR)
 
+    @property
+    def by_floor(self) -> bool:
+        """Whether it is equal only because so small an absolute error is never judged."""
+        return self.ok and self.relative > self.limit
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -82,6 +87,7 @@ class Verdict:
             "shapes": list(self.shapes),
             "max_abs_error": _number(self.max_abs),
             "max_relative_error": _number(self.relative),
+            "not_judged_below": FLOOR if any(o.by_floor for o in self.outputs) else None,
             "outputs": [
                 {
                     "name": o.name, "shape": list(o.shape), "max_abs_error": _number(o.max_abs),

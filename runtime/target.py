@@ -108,6 +108,11 @@ class Target:
         return self.kind == "llvm"
 
     @property
+    def beside_onnxruntime(self) -> bool:
+        """Whether its artifacts run where onnxruntime does too: targets for devices get by without it if they can."""
+        return self.is_cpu and self.name.partition("-")[0] == "cpu"
+
+    @property
     def machine(self) -> str:
         """The processor architecture in uname's words: x86_64, aarch64, armv7l, riscv64."""
         first = self.triple.split("-")[0]

@@ -20,7 +20,7 @@ from .shell import (
 )
 
 if TYPE_CHECKING:
-    from graphwright.runtime.compare import Verdict
+    from graphwright.runtime.compare import Difference, Verdict
 
 
 def compare_models(
@@ -97,8 +97,16 @@ def command(
         columns = ("output", "shape", "relative error", "absolute error", "limit", "")
         rows = [
             (o.name, as_shape(o.shape), as_error(o.relative), as_error(o.max_abs), as_error(o.limit),
-             "equal" if o.ok else o.note or "differs")
+             _word(o))
             for o in verdict.outputs
         ]  # fmt: skip
         print_table(columns, rows, right=columns[2:5], title=f"inputs: {'; '.join(verdict.shapes)} ({verdict.inputs})")
     verdict.check(f"{candidate} against {reference}")
+
+
+def _word(output: Difference) -> str:
+    from graphwright.runtime.compare import FLOOR
+
+    if output.by_floor:
+        return f"equal: absolute error below {as_error(FLOOR)}"
+    return "equal" if output.ok else output.note or "differs"

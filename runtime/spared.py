@@ -1,0 +1,88 @@
+"""Convolutions that TVM can take and onnxruntime runs faster.
+
+The kernels for convolutions are written for one or two spatial axes of known sizes. TVM's general code for others takes
+several times what onnxruntime's kernels take, so an artifact for this processor leaves such convolutions, and the nodes
+between them, to onnxruntime.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import onnx_ir as ir
+
+from .partition import reads
+
+UNKNOWN = "its height, width or length is known only at run time, where onnxruntime is faster; pin it to compile it"
+DEEP = "onnxruntime is faster at convolutions along three or more axes"
+BETWEEN = "between convolutions that onnxruntime is faster at"
+CONVOLUTIONS = frozenset({"Conv", "ConvTranspose"})
+PRODUCTS = frozenset({"MatMul", "Gemm", "Attention", "LSTM", "GRU", "RNN", "Einsum"})
+
+
+def spared(model: ir.Model) -> dict[ir.Node, str]:
+    """Nodes of the main graph that onnxruntime should run -> why; none where there are kernels for all convolutions.
+
+    Around the convolutions these are the nodes that such tensors lead to or come from, what is on a way
+    from one of them to another, such as sizes that are computed, and all others where no convolution or product is
+    left. Products stay.
+    """
+    nodes = list(model.graph)
+    found = {node: reason for node in nodes if (reason := _reason(node))}
+    if not found:
+        return {}
+    found.update(dict.fromkeys(_beside(found, set(nodes)) - set(found), BETWEEN))
+    before, after = _ahead(nodes, found), _behind(nodes, found)
+    between = before & after - set(found)
+    found.update((n, BETWEEN) for n in nodes if n in between and n.op_type not in PRODUCTS)
+    rest = [n for n in nodes if n not in found]
+    if all(n.op_type not in PRODUCTS | CONVOLUTIONS for n in rest):
+        found.update(dict.fromkeys(rest, BETWEEN))
+    return found
+
+
+def _reason(node: ir.Node) -> str | None:
+    if node.op_type not in CONVOLUTIONS or node.domain or node.inputs[0] is None or node.inputs[0].shape is None:
+        return None
+    if len(node.inputs[0].shape) > 4:
+        return DEEP
+    return UNKNOWN if _moving(node.inputs[0]) else None
+
+
+def _moving(value: ir.Value | None) -> bool:
+    """Whether there are three or more axes behind the channels, or one of a size that is known only at run time."""
+    if value is None or value.shape is None:
+        return False
+    behind = value.shape.dims[2:]
+    return len(behind) > 2 or any(not isinstance(d, int) for d in behind)
+
+
+def _beside(started: Iterable[ir.Node], nodes: set[ir.Node]) -> set[ir.Node]:
+    """Nodes that are reached from `started` through tensors whose sizes are not known, in either direction."""
+    found, waiting = set(started), list(started)
+    while waiting:
+        node = waiting.pop()
+        values = filter(_moving, (*reads(node), *node.outputs))
+        near = {other for v in values for other in (v.producer(), *(use.node for use in v.uses())) if other is not None}
+        new = (near & nodes) - found
+        found |= new
+        waiting += new
+    return found
+
+
+def _ahead(nodes: list[ir.Node], found: Iterable[ir.Node]) -> set[ir.Node]:
+    """Nodes that depend on `found`."""
+    reached = set(found)
+    for node in nodes:
+        if any(value.producer() in reached for value in reads(node)):
+            reached.add(node)
+    return reached
+
+
+def _behind(nodes: list[ir.Node], found: Iterable[ir.Node]) -> set[ir.Node]:
+    """Nodes that `found` depend on."""
+    reached = set(found)
+    for node in reversed(nodes):
+        if node in reached:
+            reached |= {p for value in reads(node) if (p := value.producer()) is not None}
+    return reached
