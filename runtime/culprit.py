@@ -29,7 +29,7 @@ def judged(artifact: Artifact, tried: Trial, threads: int | None = None) -> Verd
 
     Raises TargetError when it cannot run on this machine.
     """
-    session = Session(artifact, threads=threads, verify=False)
+    session = Session(artifact, threads=threads, verify=False, rescue=False)
     names = [value.name for value in session.get_outputs()]
     what = f"artifact for {artifact.target.name}"
     try:

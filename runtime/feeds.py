@@ -187,14 +187,21 @@ def _size_choices(
     batch = [name for name, at in places.items() if all(axis == 0 and rank > 1 for axis, rank in at)]
     others = [name for name in places if name not in batch]
     if not others:
-        yield from (dict.fromkeys(batch, size) for size in BATCH_SIZES)
+        first, *rest = BATCH_SIZES
+        yield dict.fromkeys(batch, first)
+        if len(batch) > 1:
+            yield dict(zip(batch, itertools.cycle(rest), strict=False))
+        yield from (dict.fromkeys(batch, size) for size in rest)
         return
     images = any(len(value.shape or ()) >= 4 for value in required_inputs(model))
     candidates = IMAGE_SIZES if images else SEQUENCE_SIZES
-    # Together first, as dimensions are often tied (height and width, past and mask), then each on its own.
-    for size in candidates:
+    # Together first, as dimensions are often tied (height and width, past and mask), then each on its own: once
+    # before the second common size, so that dimensions that may differ do.
+    for number, size in enumerate(candidates):
         for count in BATCH_SIZES[:2]:
             yield {**dict.fromkeys(batch, count), **dict.fromkeys(others, size)}
+        if number == 0 and 1 < len(others) <= len(candidates):
+            yield {**dict.fromkeys(batch, BATCH_SIZES[1]), **dict(zip(others, candidates[1:], strict=False))}
     if 1 < len(others) <= 4:
         for combination in itertools.islice(itertools.product(candidates, repeat=len(others)), 4096):
             yield {**dict.fromkeys(batch, 1), **dict(zip(others, combination, strict=True))}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import copy
 import functools
+import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -61,18 +62,34 @@ class Step(Protocol):
     def __call__(self, values: Mapping[str, Any]) -> dict[str, Any]: ...
 
 
+log = logging.getLogger("graphwright")
+
+
+class Refused(InputError):
+    """A check of the compiled code failed: the inputs have sizes that it does not take."""
+
+
 class Session:
     """An artifact, loaded. `run`, `get_inputs` and `get_outputs` are those of onnxruntime.
 
     Inputs with a default value are compiled in and may be left out. A run that gives one is done by onnxruntime on the
-    artifact's model: right, but not by the compiled code.
+    artifact's model: right, but not by the compiled code. So is a run with sizes that the model takes and the compiled
+    code does not, such as a dynamic dimension of 1 that is to be broadcast.
 
     threads: how many a run uses, onnxruntime's regions included; None for all processors this process may use.
+    rescue: False has such sizes refused with an InputError.
     Raises ArtifactError when the folder is damaged or altered, TargetError when this machine cannot run it.
     """
 
+    _rescue = False
+
     def __init__(
-        self, artifact: str | os.PathLike[str] | Artifact, *, threads: int | None = None, verify: bool = True
+        self,
+        artifact: str | os.PathLike[str] | Artifact,
+        *,
+        threads: int | None = None,
+        verify: bool = True,
+        rescue: bool = True,
     ) -> None:
         if not isinstance(artifact, Artifact):
             artifact = Artifact.load(artifact, verify=verify)
@@ -83,6 +100,7 @@ class Session:
         self._inputs = {spec.name: spec for spec in artifact.manifest.inputs}
         self._outputs = [spec.name for spec in artifact.manifest.outputs]
         self._steps = _steps(artifact, self.threads)
+        self._rescue = rescue and artifact.target.beside_onnxruntime
 
     def get_inputs(self) -> list[NodeArg]:
         return [node_arg(spec) for spec in self.artifact.manifest.inputs]
@@ -104,7 +122,7 @@ class Session:
 
     @functools.cached_property
     def _whole(self) -> _OrtStep:
-        """The whole model on onnxruntime, for runs that give an input that has a default value."""
+        """The whole model on onnxruntime, for runs that the compiled code cannot do."""
         inputs = [*self._inputs, *self._optional]
         region = RegionSpec(runtime="onnxruntime", file=MODEL, inputs=inputs, outputs=self._outputs, nodes=0)
         return _OrtStep(self.artifact, region, self.threads)
@@ -130,15 +148,29 @@ class Session:
             if name not in self._outputs:
                 raise InputError(f"unknown output {name!r}; {did_you_mean(name, self._outputs)}")
         feeds = self._check(input_feed)
-        values = dict(feeds)
-        for step in self._steps if feeds.keys() <= self._inputs.keys() else [self._whole]:
-            values.update(step(values))
+        values = self._values(feeds)
         results = []
         for index, name in enumerate(names):
             # What is an input too, or is asked for twice, must not share its memory.
             shared = name in feeds or name in names[:index]
             results.append(copy.deepcopy(values[name]) if shared else values[name])
         return results
+
+    def _values(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
+        """The feeds and what is computed from them, the outputs included."""
+        if not feeds.keys() <= self._inputs.keys():
+            return {**feeds, **self._whole(feeds)}
+        values = dict(feeds)
+        try:
+            for step in self._steps:
+                values.update(step(values))
+        except Refused as error:
+            if not self._rescue:
+                raise
+            results = self._whole(feeds)
+            log.info("onnxruntime ran these inputs: %s", error)
+            return {**feeds, **results}
+        return values
 
     def _check(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
         if not isinstance(feeds, Mapping):
@@ -353,7 +385,7 @@ class _TvmStep:
         try:
             result = machine.main(*inputs, self._weights)
         except Exception as error:  # a run-time check of the compiled code: shapes that the model cannot take
-            raise InputError(f"the compiled model refused these inputs: {first_line(error)}") from error
+            raise Refused(f"the compiled model refused these inputs: {first_line(error)}") from error
         results = [result] if len(self.region.outputs) == 1 and hasattr(result, "numpy") else list(result)
         outputs = dict(zip(self.region.outputs, self._arrays_of(results, inputs), strict=True))
         self._idle.append(machine)  # not after an error, which leaves its frames behind

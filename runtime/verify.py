@@ -14,7 +14,7 @@ from ..passes.base import Contract, Pass, PassContext, PassReport
 from ..passes.errors import InputError, ModelError, VerificationError
 from ..passes.graph import all_nodes
 from ..passes.pipeline import Pipeline
-from .compare import Runner, Verdict, compare, judge
+from .compare import Runner, Verdict, approximate_outputs, compare, judge
 from .feeds import Feeds, check_names, made_up
 from .reference import Reference
 
@@ -38,10 +38,11 @@ class Trial:
     feeds: Sequence[Feeds]
     expected: Sequence[Mapping[str, Any]]
     source: str
+    approximate: frozenset[str] = frozenset()
 
     def judge(self, candidate: Runner, limit: float | None = None) -> Verdict:
         """limit: relative error allowed; None: by the output's type."""
-        return judge(self.feeds, self.expected, candidate, limit, self.source)
+        return judge(self.feeds, self.expected, candidate, limit, self.source, self.approximate)
 
 
 def trial(model: ir.Model, ctx: PassContext, threads: int = 0) -> Trial:
@@ -52,9 +53,10 @@ def trial(model: ir.Model, ctx: PassContext, threads: int = 0) -> Trial:
         feeds = [{name: values[i] for name, values in ctx.calibration.items()} for i in range(count)]
         for one in feeds:
             check_names(one, model, "calibration")
-        return Trial(feeds, [reference.run(one) for one in feeds], "calibration")
+        return Trial(feeds, [reference.run(one) for one in feeds], "calibration", approximate_outputs(model))
     found = made_up(model, reference.run, pins=ctx.pins, seed=ctx.seed)
-    return Trial([feeds for feeds, _ in found], [outputs for _, outputs in found], f"random, seed {ctx.seed}")
+    source = f"random, seed {ctx.seed}"
+    return Trial([one for one, _ in found], [outputs for _, outputs in found], source, approximate_outputs(model))
 
 
 def limit_of(pipeline: Pipeline, reports: Sequence[PassReport], max_drop: float | None) -> float | None:
@@ -97,7 +99,7 @@ class Verifier:
         old = Reference(self._before, threads=self.threads)
         try:
             new = Reference(model, threads=self.threads)
-            verdict = compare(old.run, new.run, self.feeds, limit)
+            verdict = compare(old.run, new.run, self.feeds, limit, approximate=approximate_outputs(model))
         except UNUSABLE as error:
             raise VerificationError(f"pass {step}: its result cannot be run: {error}") from error
         verdict.check(f"pass {step}")

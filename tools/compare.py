@@ -9,6 +9,7 @@ from graphwright.passes.errors import ModelError
 
 from .shell import (
     Command,
+    ErrorLimit,
     as_error,
     as_shape,
     print_json,
@@ -37,7 +38,7 @@ def compare_models(
     Without a file, inputs are made up, with two sizes of every symbolic dimension. Raises ModelError when a model
     gives other numbers every run, and what loading and running raise.
     """
-    from graphwright.runtime.compare import compare
+    from graphwright.runtime.compare import approximate_outputs, compare
     from graphwright.runtime.verify import random_node
 
     from .opened import choose_feeds, opened
@@ -58,14 +59,15 @@ def compare_models(
             say("choose inputs")
             feeds, where = choose_feeds(a, b, file, seed)
             say("compare")
-            return compare(a.run, b.run, feeds, limit, where)
+            approximate = approximate_outputs(a.graph) if limit is None else ()
+            return compare(a.run, b.run, feeds, limit, where, approximate)
 
 
 @click.command(cls=Command, name="compare")
 @click.argument("reference", metavar="A")
 @click.argument("candidate", metavar="B")
 @click.option("-i", "--input", "file", metavar="IN.npz", help="One array an input; made up when not given.")
-@click.option("--limit", type=click.FloatRange(min=0), metavar="X",
+@click.option("--limit", type=ErrorLimit(), metavar="X",
               help="Largest error relative to the output's scale; by default 1e-4, 1e-2 for float16.")  # fmt: skip
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of inputs made up.")
 @click.option("--json", "json_file", metavar="FILE", help="Also write the result here as JSON; - is stdout.")

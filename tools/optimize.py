@@ -14,6 +14,7 @@ from graphwright.passes.errors import OutputError, UsageError
 
 from .shell import (
     Command,
+    ErrorLimit,
     format_options,
     parse_pins,
     pin_option,
@@ -185,7 +186,7 @@ def show(done: dict[str, Any], as_json: bool) -> None:
     help="Processes for passes that evaluate many candidates (1).",
 )
 @click.option("--backend", type=click.Choice(["local", "ray", "dask"]), help="Where these processes run (local).")
-@click.option("--max-drop", type=click.FloatRange(min=0), metavar="X", help="Error budget of lossy and learned passes.")
+@click.option("--max-drop", type=ErrorLimit(), metavar="X", help="Error budget of lossy and learned passes.")
 @click.option("--overwrite", is_flag=True, default=None, help="Replace outputs that exist.")
 @click.option("--no-verify", "verify", flag_value=False, type=bool, default=None,
               help="Do not compare the result with the original.")  # fmt: skip

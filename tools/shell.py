@@ -208,6 +208,19 @@ def threads_option(function: F) -> F:
     )(function)
 
 
+class ErrorLimit(click.FloatRange):
+    """A number of at least zero."""
+
+    def __init__(self) -> None:
+        super().__init__(min=0)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = float(super().convert(value, param, ctx))
+        if number != number:
+            self.fail(f"{value!r} is not in the range x>=0.", param, ctx)
+        return number
+
+
 def parse_pins(pins: Sequence[str]) -> dict[str, tuple[int, ...]]:
     """`["x=1x3", "y=4"]` -> `{"x": (1, 3), "y": (4,)}`. Raises UsageError for anything else."""
     shapes: dict[str, tuple[int, ...]] = {}

@@ -3,7 +3,7 @@
 `min(sequence, 512)` of a sliced table and `sequence` of the tokens are added to each other: ONNX's semantics leave
 only "equal" or "one of them is 1", but TVM cannot derive the sum's shape and would refuse it. Such operands get the
 same dimension by a `match_cast`, which is a check at run time: a size that does not fit, a dynamic dimension that
-is 1 and meant to broadcast included, is an error there and never a wrong answer.
+is 1 and meant to broadcast included, is an error there and never a wrong answer. A session then has onnxruntime run it.
 """
 
 from __future__ import annotations

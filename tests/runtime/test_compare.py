@@ -8,9 +8,11 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+import onnx_ir as ir
 import pytest
 from graphwright.passes.errors import VerificationError
-from graphwright.runtime.compare import FLOAT16_LIMIT, FLOOR, LIMIT, compare, difference
+from graphwright.runtime.compare import FLOAT16_LIMIT, FLOOR, LIMIT, approximate_outputs, compare, difference
+from onnx import parser
 
 ONE = np.ones(4, np.float32)
 
@@ -33,9 +35,9 @@ def test_limits(limit: float | None, equal: bool) -> None:
     assert ok(ONE, ONE + np.float32(5e-5), limit) is equal
 
 
-def test_what_is_below_the_functions_of_onnxruntime_is_not_judged() -> None:
-    zero = np.zeros(4, np.float32)
-    assert ok(zero, zero + np.float32(FLOOR / 2), 1e-5) and not ok(zero, zero + np.float32(FLOOR * 2), 1e-5)
+def test_nothing_is_too_small_to_be_judged() -> None:
+    zero, small = np.zeros(4, np.float32), np.full(4, 1e-30, np.float32)
+    assert not ok(zero, zero + np.float32(FLOOR / 2)) and not ok(small, -small) and ok(small, small)
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
@@ -126,3 +128,18 @@ def test_a_verdict_is_json() -> None:
     verdict = compare(lambda feeds: {"y": values[0]}, lambda feeds: {"y": values[1]}, [{"x": ONE}])
     data = json.loads(json.dumps(verdict.to_json(), allow_nan=False))
     assert data["ok"] is False and data["outputs"][0]["max_abs_error"] is None and data["shapes"] == ["x[4]"]
+
+
+GATES = """g (float[4] x) => (float[4] near, float[4] far, float[2, 2] moved) {
+  near = Sigmoid(x)  far = Mul(near, x)  two = Constant <value_ints = [2, 2]> ()  moved = Reshape(near, two) }"""
+
+
+def test_only_results_of_approximate_functions_have_an_absolute_floor() -> None:
+    model = ir.from_proto(parser.parse_model(f'<ir_version: 8, opset_import: ["" : 17]>\n{GATES}'))
+    names = approximate_outputs(model)
+    assert names == {"near", "moved"}
+    small = {name: np.full(4, 1e-8, np.float32) for name in ("near", "far")}
+    other = {name: -array for name, array in small.items()}
+    verdict = compare(lambda feeds: small, lambda feeds: other, [{}], approximate=names)
+    assert [output.ok for output in verdict.outputs] == [True, False] and verdict.outputs[0].by_floor
+    assert not compare(lambda feeds: small, lambda feeds: other, [{}], 1e-4).ok

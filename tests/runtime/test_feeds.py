@@ -91,6 +91,18 @@ def test_sizes_that_the_model_refuses_are_passed_over() -> None:
     assert all(made["x"].shape[2] % 32 == 0 for made, _ in found)
 
 
+def test_dimensions_that_may_differ_do() -> None:
+    """Height and width, and two batches: the second set tells them apart."""
+    for text in ("(float[1,3,H,W] x) => (float[1,3,H,W] y) { y = Neg(x) }",
+                 "(float[N,3] x, float[M,3] z) => (float[N,3] y) { s = ReduceSum(z)  y = Add(x, s) }"):  # fmt: skip
+        first, second = feeds(model(text))
+        assert len(set(_dynamic(first))) == 1 and len(set(_dynamic(second))) == 2
+
+
+def _dynamic(made: Feeds) -> list[int]:
+    return [*made["x"].shape[2:]] or [array.shape[0] for array in made.values()]
+
+
 def test_pinned_shapes_are_used() -> None:
     made = feeds(model("(float[N,S] x, float[N,2] z) => (float[N,S] y) { y = Neg(x) }"), pins={"x": (3, 5)})
     assert made[0]["x"].shape == (3, 5) and made[0]["z"].shape == (3, 2)

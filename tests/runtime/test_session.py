@@ -19,8 +19,10 @@ import psutil
 import pytest
 from graphwright.passes.errors import GraphwrightError, InputError
 from graphwright.runtime import session as sessions
+from graphwright.runtime.build import build
 from graphwright.runtime.session import Session
-from onnx import TensorProto, helper
+from graphwright.runtime.target import Target
+from onnx import TensorProto, helper, parser
 
 pytestmark = pytest.mark.tvm
 Optimize = Callable[..., Any]
@@ -529,3 +531,18 @@ print(session.run(["h"], {{"x": np.ones((2, 8), np.float32)}})[0].shape)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "(2, 4)\n" and done.stderr == ""
+
+
+def test_a_dynamic_dimension_of_one_broadcasts(tmp_path: Path) -> None:
+    """Compiled code takes the two for equal; onnxruntime runs what it refuses, unless it is asked not to."""
+    graph = "g (float[n, 3] x, float[m, 3] z) => (float[k, 3] y) { y = Add(x, z) }"
+    model = parser.parse_model(f'<ir_version: 8, opset_import: ["" : 17]>\n{graph}')
+    build(ir.from_proto(model), Target.named("cpu"), tmp_path / "out")
+    session = Session(tmp_path / "out")
+    x, row = np.arange(12, dtype=np.float32).reshape(4, 3), np.ones((1, 3), np.float32)
+    for other in (x, row):
+        np.testing.assert_array_equal(session.run(None, {"x": x, "z": other})[0], x + other)
+    with pytest.raises(InputError, match="refused these inputs"):
+        session.run(None, {"x": x, "z": np.ones((2, 3), np.float32)})
+    with pytest.raises(InputError, match="compiled model refused these inputs"):
+        Session(tmp_path / "out", rescue=False).run(None, {"x": x, "z": row})

@@ -324,6 +324,11 @@ def test_inputs_that_are_no_npz(cli: Cli, model: Path, content: bytes | None, me
     refused(cli, message, "run", model, "--input", file, folder=model.parent)
 
 
+@pytest.mark.parametrize("limit", ["nan", "-1"])
+def test_a_limit_that_is_none(cli: Cli, model: Path, limit: str) -> None:
+    refused(cli, "is not in the range x>=0", "compare", model, model, "--limit", limit, folder=model.parent, code=2)
+
+
 def test_an_npz_of_one_array(cli: Cli, model: Path) -> None:
     np.save(model.with_name("in.npy"), np.zeros(3))
     refused(cli, "holds one array", "run", model, "--input", model.with_name("in.npy"), folder=model.parent)
