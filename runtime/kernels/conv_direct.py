@@ -279,11 +279,11 @@ class DirectEmitter:
         if chunk >= blocks:
             with e.serial(rows) as i:
                 row = T.Bind(first_row + i)
-                for column, tile in self.row_tiles():
+                for column, tile, turn in self.row_tiles(i):
                     acc = Accumulators(e.vectors, tile.width, vectors)
                     for j, v in itertools.product(range(tile.width), range(vectors)):
                         acc.set(j, v, e.vectors.splat(0.0))
-                    self.reduce(acc, tile, vectors, image, weights, row, column, e.const(0), blocks)
+                    self.reduce(acc, tile, vectors, image, weights, row, column, e.const(0), blocks, turn)
                     for j, v in itertools.product(range(tile.width), range(vectors)):
                         finish(row, column + j, v, acc.get(j, v))
             return
@@ -303,12 +303,12 @@ class DirectEmitter:
                 count = T.Bind(T.min(e.const(chunk), e.const(blocks) - first))
             with e.serial(rows) as i:
                 row = T.Bind(first_row + i)
-                for column, tile in self.row_tiles():
+                for column, tile, turn in self.row_tiles(i):
                     acc = Accumulators(e.vectors, tile.width, vectors)
                     start = T.Bind(at(i, column, 0))
                     for j, v in itertools.product(range(tile.width), range(vectors)):
                         acc.set(j, v, sums[e.vectors.at(start + j * each + v * self.lanes)])
-                    self.reduce(acc, tile, vectors, image, weights, row, column, first, count)
+                    self.reduce(acc, tile, vectors, image, weights, row, column, first, count, turn)
                     for j, v in itertools.product(range(tile.width), range(vectors)):
                         e.vectors.store(sums, start + j * each + v * self.lanes, acc.get(j, v))
         with e.serial(rows) as i, T.serial(e.const(self.plan.columns)) as column:
@@ -322,11 +322,14 @@ class DirectEmitter:
         pixel, width = row * self.e.const(self.plan.columns) + column, self.e.const(self.spec.out_size[1])
         return pixel // width, pixel % width
 
-    def row_tiles(self) -> Iterator[tuple[Expr, Tiles]]:
-        """(first column, tile) of a row, inside the loop over tiles."""
+    def row_tiles(self, row: Expr) -> Iterator[tuple[Expr, Tiles, Expr]]:
+        """(first column, tile, its number among those of a task) of a row of a task, inside the loop over tiles."""
+        e, before = self.e, 0
         for tiles in self.plan.tiles:
-            with self.e.serial(tiles.count) as t:
-                yield T.Bind(self.e.const(tiles.start) + t * self.e.const(tiles.width)), tiles
+            with e.serial(tiles.count) as t:
+                turn = row * e.const(sum(each.count for each in self.plan.tiles)) + e.const(before) + t
+                yield T.Bind(e.const(tiles.start) + t * e.const(tiles.width)), tiles, turn
+            before += tiles.count
 
     @contextmanager
     def kernel_rows(self, row: Expr) -> Iterator[tuple[Expr, Expr]]:
@@ -359,9 +362,9 @@ class DirectEmitter:
 
     def reduce(
         self, acc: Accumulators, tile: Tiles, vectors: int, image: Expr, weights: Expr, row: Expr, column: Expr,
-        first: Expr, count: int | Expr,
+        first: Expr, count: int | Expr, turn: Expr,
     ) -> None:  # fmt: skip
-        """Add the taps of input blocks [first, first + count) to a tile."""
+        """Add the taps of input blocks [first, first + count) to a tile, the one number `turn` that does."""
         e, spec = self.e, self.spec
         width = self.plan.columns if flat(spec) else spec.in_size[1]
         plane = math.prod(spec.in_size)
@@ -369,6 +372,13 @@ class DirectEmitter:
             return
         left = T.Bind(column * e.const(spec.strides[1]) - e.const(spec.pads[1]))
         tap = self.depth * vectors * self.lanes  # weights of a tap
+        begin = T.Bind(weights + first * e.const(self.block_weights * vectors))
+        ahead = None
+        if spec.blocked_input:
+            total = min(self.split.chunk, self.in_blocks) * self.block_weights * vectors
+            turns = self.split.rows * sum(tiles.count for tiles in self.plan.tiles)
+            group = self.unroll * vectors * self.lanes
+            ahead = e.vectors.ahead(e.w, begin, total, group, turn, turns, e.const)
         with e.serial(count) as i:
             block = T.Bind(first + i)
             x_block = T.Bind(image + block * e.const(plane * self.depth))
@@ -384,6 +394,8 @@ class DirectEmitter:
                         with self.channel_steps(block) as q:
                             x_at = T.Bind(x_tap + q * e.const(self.unroll * self.channel))
                             w_at = T.Bind(w_tap + q * e.const(self.unroll * vectors * self.lanes))
+                            if ahead:
+                                ahead(w_at)
                             for u in range(self.unroll):
                                 at = w_at + u * vectors * self.lanes
                                 self.step(acc, taps, vectors, x_at + u * self.channel, at)

@@ -208,7 +208,7 @@ class GemmEmitter:
                 start = T.Bind(number * const(depth))
                 steps = depth if inner % depth == 0 else T.Bind(T.min(const(depth), const(inner) - start))
                 waiting = T.Bind(turn * const(per_chunk * each))
-                part = _Part(start, steps, sums, waiting, number > const(0), number < const(parts - 1))
+                part = _Part(start, steps, depth, sums, waiting, number > const(0), number < const(parts - 1))
 
                 def body(panel: _Panel, chunk: Expr = chunk, part: _Part = part) -> None:
                     self._panel(panel, chunk, per_chunk, const(0), part)
@@ -257,20 +257,22 @@ class GemmEmitter:
                 at = T.Bind(first + step)
                 row = T.Bind(at * const(height) - T.max(const(0), at - const(tall)))
                 here = part and part.moved(step * const(height * self.tile.vectors * self.vectors.lanes))
+                turn = (step, min(per_chunk, tiles)) if self.spec.packed else None
                 if tall == tiles or tall == 0:
-                    self._tile(height if tall else height - 1, panel, row, item, here)
+                    self._tile(height if tall else height - 1, panel, row, item, here, turn)
                 else:
                     with T.If(at < const(tall)):
                         with T.Then():
-                            self._tile(height, panel, row, item, here)
+                            self._tile(height, panel, row, item, here, turn)
                         with T.Else():
-                            self._tile(height - 1, panel, row, item, here)
+                            self._tile(height - 1, panel, row, item, here, turn)
             return
         start = T.Bind(first * const(height))
         stop = T.Bind(T.min(start + const(per_chunk * height), self.rows))
         whole = T.Bind(tirx.floordiv(stop - start, const(height)))
         with T.serial(whole) as step:
-            self._tile(height, panel, T.Bind(start + step * const(height)), item)
+            turn = (step, per_chunk) if self.spec.packed else None
+            self._tile(height, panel, T.Bind(start + step * const(height)), item, turn=turn)
         done = T.Bind(start + whole * const(height))
         left = T.Bind(stop - done)
         size = 1 << (height.bit_length() - 1)
@@ -281,8 +283,14 @@ class GemmEmitter:
                 self._tile(size, panel, before, item)
             size //= 2
 
-    def _tile(self, height: int, panel: _Panel, row: Expr, item: Expr, part: _Part | None = None) -> None:
-        """`height` rows of one panel, from the first product, or from the sums so far, to the epilogue."""
+    def _tile(
+        self, height: int, panel: _Panel, row: Expr, item: Expr, part: _Part | None = None,
+        turn: tuple[Expr, int] | None = None,
+    ) -> None:
+        """`height` rows of one panel, from the first product, or from the sums so far, to the epilogue.
+
+        turn: of the tile among those that go through a packed panel behind each other, and how many these are.
+        """
         v, spec, lanes, const = self.vectors, self.spec, self.vectors.lanes, self.const
         count = panel.vectors
         accumulators = Accumulators(v, height * count)
@@ -313,14 +321,20 @@ class GemmEmitter:
                     at_row = item * const(self.rows) + row + const(i)
                     self.finish(accumulators.value(i * count + j), at_row, column + const(j * lanes), there)
 
+        ahead = None
+        if turn is not None and isinstance(self.inner, int):
+            begin = T.Bind(b_start + part.start * const(b_step)) if part else b_start
+            total = (part.depth if part else self.inner) // UNROLL * UNROLL * b_step
+            ask = v.ahead(self.b, begin, total, UNROLL * b_step, *turn, const)
+            ahead = ask and (lambda k: ask(begin + k * const(b_step)))
         if part is None:
-            repeat(self.inner, UNROLL, step, self.index)
+            repeat(self.inner, UNROLL, step, self.index, ahead)
             finish()
             return
         with T.If(part.begun), T.Then():
             for n in range(height * count):
                 accumulators.set(n, v.load(part.sums, part.at + const(n * lanes)))
-        repeat(part.steps, UNROLL, lambda k: step(part.start + k), self.index)
+        repeat(part.steps, UNROLL, lambda k: step(part.start + k), self.index, ahead)
         with T.If(part.goes_on):
             with T.Then():
                 for n in range(height * count):
@@ -331,11 +345,12 @@ class GemmEmitter:
 
 @dataclass(frozen=True)
 class _Part:
-    """Steps [start, start + steps) of k. Its tile's sums are at `at` of `sums`: begun: from an earlier part; goes_on:
-    for a later one."""
+    """Steps [start, start + steps) of k, `depth` of them except in the last part. Its tile's sums are at `at` of
+    `sums`: begun: from an earlier part; goes_on: for a later one."""
 
     start: Expr
     steps: int | Expr
+    depth: int
     sums: Buffer
     at: Expr
     begun: Expr
@@ -354,8 +369,15 @@ class _Panel:
     lanes: int | None
 
 
-def repeat(count: int | Expr, unroll: int, body: Callable[[Expr], None], index: str) -> None:
-    """`body(k)` for k below `count`, `unroll` of them written out in each turn of the loop."""
+def repeat(
+    count: int | Expr,
+    unroll: int,
+    body: Callable[[Expr], None],
+    index: str,
+    before: Callable[[Expr], None] | None = None,
+) -> None:
+    """`body(k)` for k below `count`, `unroll` of them written out in each turn of the loop, which begins with
+    `before(k)`."""
 
     def const(value: int) -> Expr:
         return tirx.const(value, index)
@@ -365,6 +387,8 @@ def repeat(count: int | Expr, unroll: int, body: Callable[[Expr], None], index: 
         if whole > 1:
             with T.serial(const(whole)) as outer:
                 first = T.Bind(outer * const(unroll))
+                if before:
+                    before(first)
                 for u in range(unroll):
                     body(first + const(u))
         for k in range(whole * unroll if whole > 1 else 0, count):
@@ -373,6 +397,8 @@ def repeat(count: int | Expr, unroll: int, body: Callable[[Expr], None], index: 
     whole = T.Bind(tirx.floordiv(count, const(unroll)))
     with T.serial(whole) as outer:
         first = T.Bind(outer * const(unroll))
+        if before:
+            before(first)
         for u in range(unroll):
             body(first + const(u))
     done = T.Bind(whole * const(unroll))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
-from .vectors import LOWEST, NEGATIVE_INFINITY, POLYNOMIAL, Buffer, Expr, Vectors
+from .vectors import LINE, LOWEST, NEGATIVE_INFINITY, POLYNOMIAL, Buffer, Expr, Vectors
 
 # Rows of up to so many vectors stay in registers. Longer ones would be no faster in the cache and up to twice as slow
 # out of it, where all stores of a row at once wait for memory.
@@ -24,7 +24,6 @@ LANE_TERMS = 1 << 8
 FLOOR = -2.9e6
 # Elements ahead of what the two-pass form reads: the processor's own prefetching stops at the end of each page.
 AHEAD = 1 << 8
-LINE = 16  # elements of a cache line
 EMPTY = -16777216.0  # the n of an empty sum
 
 # Called with the offsets of whole vectors and None, or with one offset and how many elements there are.

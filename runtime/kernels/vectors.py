@@ -10,7 +10,7 @@ arXiv 2001.04438, and its implementation in google/XNNPACK.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from tvm.tirx.script import builder as T
@@ -38,6 +38,7 @@ EXP_ZERO = -105.0
 EXP_ZERO_BITS = -88.0
 LOWEST = -3.4028234663852886e38
 NEGATIVE_INFINITY = float("-inf")
+LINE = 16  # elements of a cache line
 
 Expr = Any  # a TIR expression; TVM gives its expression classes no common public name
 Buffer = Any
@@ -167,6 +168,30 @@ class Vectors:
     def prefetch(self, buffer: Buffer, offset: Expr) -> None:
         """Ask for the cache line of an element; past the buffer's end nothing happens."""
         T.evaluate(T.call_extern("int32", "gw_prefetch", T.address_of(buffer[offset])))
+
+    def ahead(
+        self, buffer: Buffer, begin: Expr, total: int, group: int, turn: Expr, turns: int, const: Callable[[int], Expr]
+    ) -> Callable[[Expr], None] | None:
+        """What asks for the `total` elements behind those from `begin` on, while `turns` tiles read these in groups.
+
+        Every tile reads all of them, `group` elements at a time, and calls the result with the offset of each group.
+        The first tiles ask for a share each, a few lines a group, so that all has come when the next elements are
+        read, and no tile waits for many lines at once. turn: number of the tile. None where groups are too small.
+        """
+        lines = group // LINE
+        if not lines or not turns:
+            return None
+        each = -(-lines // turns)  # lines that are asked for in a group
+        shares = -(-lines // each)
+        of_share = total // group * each * LINE
+        start = T.Bind(begin + const(total) + T.min(turn, const(shares - 1)) * const(of_share))
+
+        def ask(at: Expr) -> None:
+            line = T.Bind(start + (at - begin) // const(group) * const(each * LINE))
+            for number in range(each):
+                self.prefetch(buffer, line + const(number * LINE))
+
+        return ask
 
     def to_aligned(self, buffer: Buffer, offset: Expr) -> Expr:
         """Elements from `offset` to the next address that a whole vector is aligned to, as int32."""

@@ -216,7 +216,10 @@ class WinogradEmitter:
             piece = T.Bind(position * e.const(self.piece))
             product = T.Bind(position * e.const(self.product))
             weights = T.Bind((panel * e.const(POSITIONS) + position) * e.const(depth * step))
-            for first, width in self.register_tiles():
+            for first, width, turn in self.register_tiles():
+                ahead = e.vectors.ahead(
+                    e.w, weights, depth * step, UNROLL * step, turn, len(self.plan.widths), e.const
+                )
                 acc = Accumulators(e.vectors, width, vectors)
                 for j, v in itertools.product(range(width), range(vectors)):
                     acc.set(j, v, e.vectors.splat(0.0))
@@ -224,6 +227,8 @@ class WinogradEmitter:
                     block, quarter = e.divide(q, lanes // UNROLL)
                     x_at = T.Bind(piece + (block * e.const(self.tiles) + first) * lanes + quarter * UNROLL)
                     w_at = T.Bind(weights + q * e.const(UNROLL * step))
+                    if ahead:
+                        ahead(w_at)
                     for u in range(UNROLL):
                         row = [T.Bind(e.w[e.vectors.at(w_at + u * step + v * lanes)]) for v in range(vectors)]
                         for j in range(width):
@@ -234,14 +239,16 @@ class WinogradEmitter:
                 for j, v in itertools.product(range(width), range(vectors)):
                     e.vectors.store(products, into + j * step + v * lanes, acc.get(j, v))
 
-    def register_tiles(self) -> Iterator[tuple[Expr, int]]:
-        """(first, count) of the tiles that are multiplied together, inside the loop over them."""
-        start = 0
+    def register_tiles(self) -> Iterator[tuple[Expr, int, Expr]]:
+        """(first, count) of the tiles that are multiplied together, and their number, inside the loop over them."""
+        start = number = 0
         for width, group in itertools.groupby(self.plan.widths):
             count = len(list(group))
             with self.e.serial(count) as t:
-                yield T.Bind(t * self.e.const(width) + self.e.const(start)), width
+                first = T.Bind(t * self.e.const(width) + self.e.const(start))
+                yield first, width, t + self.e.const(number)
             start += count * width
+            number += count
 
     # -- output ----------------------------------------------------------------------------------------------
 
