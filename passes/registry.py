@@ -16,6 +16,7 @@ PASSES: dict[str, str] = {
     "pin-shapes": "graphwright.passes.prepare.pin_shapes:PinShapes",
     "infer-shapes": "graphwright.passes.prepare.infer_shapes:InferShapes",
     "fold-constants": "graphwright.passes.prepare.fold_constants:FoldConstants",
+    "fold-batch-norm": "graphwright.passes.prepare.fold_batch_norm:FoldBatchNorm",
     "dead-code": "graphwright.passes.prepare.dead_code:DeadCode",
     "common-subexpressions": "graphwright.passes.prepare.common_subexpressions:CommonSubexpressions",
     "simplify": "graphwright.passes.prepare.simplify:Simplify",
@@ -43,10 +44,11 @@ RECOGNISE = (
 
 PRESETS: dict[str, str] = {
     # Cleans a model for any runtime.
-    "default": "pin-shapes,infer-shapes,fold-constants,simplify,dedupe-initializers,common-subexpressions,dead-code",
+    "default": "pin-shapes,infer-shapes,fold-constants,simplify,fold-batch-norm,dedupe-initializers,"
+    "common-subexpressions,dead-code",
     # What a compiler needs: one opset, no functions, no constants as nodes, large operators, only those it has.
     "compile": "inline-functions,pin-shapes,convert-opset,infer-shapes,fold-constants,simplify,infer-shapes,"
-    f"fold-constants,simplify,{RECOGNISE},infer-shapes,fold-constants,decompose,infer-shapes,"
+    f"fold-constants,simplify,fold-batch-norm,{RECOGNISE},infer-shapes,fold-constants,decompose,infer-shapes,"
     "fold-constants,simplify,lift-constants,dedupe-initializers,common-subexpressions,dead-code,infer-shapes",
     "none": "",
 }
