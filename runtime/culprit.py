@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import tempfile
 import time
 from collections.abc import Callable, Collection
@@ -15,6 +16,7 @@ from ..passes.graph import site
 from .artifact import Artifact
 from .build import build
 from .compare import Verdict
+from .device import NoAnswer, RunFailed
 from .session import Session
 from .target import Target
 from .verify import Trial
@@ -25,9 +27,10 @@ log = logging.getLogger("graphwright")
 
 
 def judged(artifact: Artifact, tried: Trial, threads: int | None = None) -> Verdict | VerificationError:
-    """The verdict on an artifact; the error that says how its results differ from what is expected when they do.
+    """The verdict on an artifact; the error that says how its results differ from what is expected when they do, or
+    that its code fails.
 
-    Raises TargetError when it cannot run on this machine.
+    Raises TargetError when it cannot run on this machine, VerificationError when it does not come to an end.
     """
     session = Session(artifact, threads=threads, verify=False)
     names = [value.name for value in session.get_outputs()]
@@ -35,11 +38,18 @@ def judged(artifact: Artifact, tried: Trial, threads: int | None = None) -> Verd
     try:
         verdict = tried.judge(lambda one: dict(zip(names, session.run(None, one), strict=True)))
         verdict.check(what)
-    except InputError as error:  # the original took these inputs
-        return VerificationError(f"{what}: {error}")
+    except NoAnswer as error:  # a search would wait as long at every step
+        raise VerificationError(f"{what}: {_inside(error, artifact)}, or --no-verify") from error
+    except (InputError, RunFailed) as error:  # the original took these inputs
+        return VerificationError(f"{what}: {_inside(error, artifact)}")
     except VerificationError as error:
         return error
     return verdict
+
+
+def _inside(error: GraphwrightError, artifact: Artifact) -> str:
+    """What an error says, with the files of the artifact named as they are inside it."""
+    return str(error).replace(f"{artifact.root}{os.sep}", "")
 
 
 def find_wrong(

@@ -152,6 +152,7 @@ def optimize(
 
     from .build import build
     from .culprit import find_wrong, judged
+    from .device import NoAnswer
 
     defaults = [value.name for value in rewritten.graph.inputs if value.is_initializer()]
     if defaults:
@@ -168,7 +169,7 @@ def optimize(
         try:
             found = judged(artifact, tried, threads)
         except TargetError as error:
-            unverified = f"the artifact cannot run here: {str(error).removeprefix(f'{artifact.root}: ')}"
+            unverified = f"the artifact cannot run here: {str(error).removeprefix(str(artifact.root)).lstrip(':/ ')}"
             return None
         if isinstance(found, VerificationError):
             raise found
@@ -203,7 +204,7 @@ def optimize(
     try:
         artifact = built(lambda node: "")
     except VerificationError as error:
-        if not goal.runs_here:
+        if not goal.is_cpu or isinstance(error.__cause__, NoAnswer):
             raise
         artifact = built_around(error)
     return Result(rewritten, tuple(reports), pipeline, artifact, path, verdict, unverified)

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from graphwright.passes.errors import InputError, ModelError
-from graphwright.runtime import session, worker
+from graphwright.passes.errors import InputError, ModelError, VerificationError
+from graphwright.runtime import device, session, worker
 from onnx import TensorProto, helper, numpy_helper, parser
 
 import graphwright
@@ -105,6 +105,58 @@ def test_when_too_many_are_wrong_onnxruntime_runs_all(tmp_path: Path, monkeypatc
     result = graphwright.optimize(write(tmp_path / "m.onnx", CHAIN), target="cpu", out=tmp_path / "out")
     assert result.verdict is not None and result.verdict.ok
     assert result.artifact.native_nodes == (0, 7)
+
+
+def emulated_by(script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a shell script be the runner of artifacts for other processors."""
+    program = tmp_path / "runner"
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+
+    class Emulator(device.LocalDevice):
+        runner = program  # type: ignore[assignment]
+
+    monkeypatch.setattr(device, "_emulated", lambda machine: Emulator())
+
+
+@pytest.mark.tvm
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [
+        ("echo 'main: Check failed' >&2; exit 2", "the compiled model refused these inputs: main: Check failed"),
+        ("kill -SEGV $$", "crashed (SIGSEGV)"),
+        ("echo 'no such symbol' >&2; exit 1", "no such symbol"),
+    ],
+)
+def test_code_for_another_processor_that_fails_runs_on_onnxruntime(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, reason: str
+) -> None:
+    emulated_by(script, tmp_path, monkeypatch)
+    path = write(tmp_path / "m.onnx", "(float[N,4] x) => (float[N,4] y) { y = Tanh(x) }")
+    result = graphwright.optimize(path, target="riscv64", out=tmp_path / "out")
+    assert result.verdict is not None and result.verdict.ok
+    (region,) = result.artifact.manifest.regions
+    assert region.runtime == "onnxruntime" and reason in region.reasons["y"]
+    assert ".part" not in region.reasons["y"]
+
+
+@pytest.mark.tvm
+def test_code_for_another_processor_that_hangs_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    emulated_by("exec sleep 100", tmp_path, monkeypatch)
+    monkeypatch.setattr(device, "TIMEOUT", 0.2)
+    path = write(tmp_path / "m.onnx", "(float[N,4] x) => (float[N,4] y) { y = Tanh(x) }")
+    with pytest.raises(VerificationError, match=r"artifact for riscv64: region0-\S+ on local: no answer in 0.2 s"):
+        graphwright.optimize(path, target="riscv64", out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.tvm
+def test_an_instruction_that_this_place_lacks_is_not_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    emulated_by("kill -ILL $$", tmp_path, monkeypatch)
+    path = write(tmp_path / "m.onnx", "(float[N,4] x) => (float[N,4] y) { y = Tanh(x) }")
+    result = graphwright.optimize(path, target="riscv64", out=tmp_path / "out")
+    assert result.artifact.manifest.verdict is None
+    assert result.unverified.startswith("the artifact cannot run here: region0-")
 
 
 @pytest.mark.tvm
