@@ -35,7 +35,7 @@ from .artifact import (
     write_manifest,
 )
 from .partition import ONNXRUNTIME, TVM, Region, cut, partition
-from .reference import ort_session
+from .reference import ort_session, with_own_bytes
 from .spared import spared
 from .target import Target
 from .work import Work, work_of
@@ -353,7 +353,10 @@ def _read(path: Path, offset: int, left: int) -> Any:
 
 
 def _write_model(model: ir.Model, folder: Path, store: WeightStore, name: str = MODEL) -> None:
-    """Save a model whose large weights are references into the artifact's weights file."""
+    """Save a model, so that onnxruntime can multiply its bytes exactly, whose large weights are references into the
+    artifact's weights file.
+    """
+    model = with_own_bytes(model)
     large = {
         value.name or "": value.const_value
         for value in model.graph.initializers.values()
