@@ -22,6 +22,7 @@ from ..passes.pipeline import Observer, Pipeline
 from . import verify as checks
 from .compare import Verdict
 from .feeds import Unfed
+from .reference import NoKernel
 from .target import Target
 
 if TYPE_CHECKING:
@@ -135,7 +136,10 @@ def optimize(
             if pins:  # the model may take other shapes, so the pins are to blame
                 raise
             unverified = str(error)
-            log.warning("not verified: %s", error)
+        except NoKernel as error:
+            unverified = str(error)
+        if unverified:
+            log.warning("not verified: %s", unverified)
     # A model that was loaded here has no other use: rewriting it in place saves a copy of the graph.
     rewritten, reports = pipeline.run(original, ctx, observers, in_place=where is not None)
     if dry_run:

@@ -14,7 +14,7 @@ from typing import TypeVar
 import numpy as np
 import onnx_ir as ir
 
-from ..passes.errors import GraphwrightError, InputError, did_you_mean
+from ..passes.errors import GraphwrightError, InputError, ModelError, did_you_mean
 from ..passes.prepare.pin_shapes import bound_symbols
 
 Feeds = dict[str, np.ndarray]
@@ -131,8 +131,9 @@ def made_up(
 ) -> list[tuple[Feeds, Result]]:  # fmt: skip
     """Up to `sets` feeds that the model accepts, each with another size of every symbolic dimension, and their results.
 
-    run: the model; raises GraphwrightError on feeds it does not accept. pins: input name -> shape, where one is
-    given. Raises Unfed, with the last error of `run`, when no feeds were found; InputError when the pins do not fit.
+    run: the model; raises a GraphwrightError on feeds it does not accept, a ModelError when it accepts none.
+    pins: input name -> shape, where one is given. Raises Unfed, with the last error of `run`, when no feeds were found;
+    InputError when the pins do not fit.
     """
     rng = np.random.default_rng(seed)
     pins = pins or {}
@@ -152,6 +153,8 @@ def made_up(
         feeds = {value.name or "": _random(value, shape, rng) for value, shape in shapes.items()}
         try:
             found.append((feeds, run(feeds)))
+        except ModelError:  # no inputs would help
+            raise
         except GraphwrightError as error:
             last = error
             continue

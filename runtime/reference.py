@@ -37,10 +37,15 @@ ORT_TYPES = {
 }  # fmt: skip
 
 
+class NoKernel(ModelError):
+    """onnxruntime has no implementation of an operator for the types that a model, perhaps a valid one, gives it."""
+
+
 def ort_session(
     model: ir.Model, *, threads: int = 0, optimized: bool = False
 ) -> onnxruntime.InferenceSession:
-    """An onnxruntime CPU session over `model`. Raises ModelError when onnxruntime refuses it.
+    """An onnxruntime CPU session over `model`. Raises ModelError when onnxruntime refuses it, NoKernel when it
+    is not able to run it.
 
     threads: intra-op threads, 0 for all. optimized: with onnxruntime's own graph optimizations; off for checks.
     """
@@ -70,8 +75,15 @@ def ort_session(
         options.add_external_initializers(list(on_disk), values)
     try:
         return ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    except ort.capi.onnxruntime_pybind11_state.NotImplemented as error:
+        raise NoKernel(f"onnxruntime cannot run the model: {_without_code(error)}") from error
     except Exception as error:  # onnxruntime raises a family of its own for every kind of refusal
         raise ModelError(f"onnxruntime cannot load the model: {io.first_line(error)}") from error
+
+
+def _without_code(error: Exception) -> str:
+    """The reason in an error of onnxruntime, without the code in front that its class says."""
+    return io.first_line(error).rpartition("NOT_IMPLEMENTED : ")[2]
 
 
 def with_own_bytes(model: ir.Model) -> ir.Model:

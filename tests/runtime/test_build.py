@@ -245,6 +245,20 @@ def test_nothing_is_left_in_the_temporary_folder(model: Path, tmp_path: Path) ->
     assert json.loads((tmp_path / "o" / "manifest.json").read_text())["source"] == "m.onnx"
 
 
+def test_what_onnxruntime_would_be_faster_at_and_has_no_kernel_for(tmp_path: Path) -> None:
+    w = np.ones((4, 3, 3, 3))
+    model = read("g (double[1,3,h,8] x) => (double[1,4,p,6] y) { y = Conv(x, w) }", w=w)
+    artifact = build(model, Target.named("cpu"), tmp_path / "a")
+    assert artifact.native_nodes == (1, 1)
+    (y,) = Session(artifact).run(None, {"x": np.ones((1, 3, 4, 8))})
+    np.testing.assert_allclose(y, np.full((1, 4, 2, 6), 27.0))
+    with pytest.raises(
+        CompileError, match=r"Could not find .* Conv.* and TVM cannot take all of it: y \(Conv\): a test"
+    ):
+        build(model, Target.named("cpu"), tmp_path / "b", distrust=lambda node: "a test")
+    assert not (tmp_path / "b").exists()
+
+
 @pytest.mark.parametrize(
     "text",
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -179,6 +180,20 @@ def test_sizes_that_cannot_be_guessed(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no inputs were found"):
         graphwright.optimize(path, out=tmp_path / "q.onnx", pins={"x": (7, 12)})
     assert not (tmp_path / "q.onnx").exists()
+
+
+@pytest.mark.tvm
+def test_a_model_that_onnxruntime_has_no_kernel_for(tmp_path: Path) -> None:
+    path = write(tmp_path / "m.onnx", "(bool[4] c, uint64[4] a, uint64[4] b) => (uint64[4] y) { y = Where(c, a, b) }")
+    reason = r"^onnxruntime cannot run the model: Could not find an implementation for Where\(16\)"
+    result = graphwright.optimize(path, out=tmp_path / "o.onnx")
+    assert result.verdict is None and re.match(reason, result.unverified)
+    result = graphwright.optimize(path, target="cpu", out=tmp_path / "out", pins={"a": (4,)})
+    assert result.verdict is None and re.match(reason, result.unverified) and result.artifact.native_nodes == (1, 1)
+    c, a, b = np.array([True, False] * 2), np.arange(4, dtype=np.uint64), np.arange(10, 14, dtype=np.uint64)
+    np.testing.assert_array_equal(
+        graphwright.load(tmp_path / "out").run(None, {"c": c, "a": a, "b": b})[0], [0, 11, 2, 13]
+    )
 
 
 @pytest.mark.tvm
