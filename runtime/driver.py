@@ -133,7 +133,7 @@ def optimize(
         try:
             tried = checks.trial(original, ctx, threads or 0)
         except Unfed as error:
-            if pins:  # the model may take other shapes, so the pins are to blame
+            if pins and error.only_sizes:  # the model may take other shapes, so the pins are to blame
                 raise
             unverified = str(error)
         except NoKernel as error:

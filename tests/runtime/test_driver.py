@@ -182,6 +182,14 @@ def test_sizes_that_cannot_be_guessed(tmp_path: Path) -> None:
     assert not (tmp_path / "q.onnx").exists()
 
 
+def test_numbers_that_cannot_be_guessed(tmp_path: Path) -> None:
+    """Pins are not to blame where an integer input may be."""
+    text = "(float[4] x, int64[1] k) => (float[A] y) { j = Add(k, m)  y = Gather(x, j) }"
+    path = write(tmp_path / "m.onnx", text, m=np.array([-1000]))
+    result = graphwright.optimize(path, out=tmp_path / "o.onnx", pins={"x": (4,)})
+    assert result.verdict is None and "no inputs were found" in result.unverified
+
+
 @pytest.mark.tvm
 def test_a_model_that_onnxruntime_has_no_kernel_for(tmp_path: Path) -> None:
     path = write(tmp_path / "m.onnx", "(bool[4] c, uint64[4] a, uint64[4] b) => (uint64[4] y) { y = Where(c, a, b) }")
