@@ -145,7 +145,7 @@ def made_up(
     inputs = required_inputs(model)
     for value in inputs:
         if value.dtype is None or isinstance(value.type, ir.SequenceType | ir.OptionalType):
-            raise InputError(f"input {value.name!r} is no tensor; give real inputs with --input")
+            raise Unfed(f"input {value.name!r} is no tensor; only tensors are made up, run it from Python")
     whole = [value for value in inputs if value.dtype is not None and value.dtype.is_integer()]
     last: GraphwrightError | None = None
     for guess in (FIRST_TOKENS, FEWEST_TOKENS) if whole else (FIRST_TOKENS,):

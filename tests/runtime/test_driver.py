@@ -182,6 +182,17 @@ def test_sizes_that_cannot_be_guessed(tmp_path: Path) -> None:
     assert not (tmp_path / "q.onnx").exists()
 
 
+@pytest.mark.tvm
+def test_inputs_that_are_no_tensors(tmp_path: Path) -> None:
+    path = write(tmp_path / "m.onnx", "(seq(float[4]) q, float[N] x) => (float[4] y) {"
+                 " i = Constant<value_int = 0>()  a = SequenceAt(q, i)  y = Neg(a)  z = Relu(x) }")  # fmt: skip
+    result = graphwright.optimize(path, target="cpu", out=tmp_path / "out", pins={"x": (4,)})
+    assert result.verdict is None and "input 'q' is no tensor" in result.unverified
+    x = np.arange(4, dtype=np.float32)
+    (y,) = graphwright.load(tmp_path / "out").run(None, {"q": [x], "x": x})
+    np.testing.assert_array_equal(y, -x)
+
+
 def test_numbers_that_cannot_be_guessed(tmp_path: Path) -> None:
     """Pins are not to blame where an integer input may be."""
     text = "(float[4] x, int64[1] k) => (float[A] y) { j = Add(k, m)  y = Gather(x, j) }"
