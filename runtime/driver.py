@@ -28,7 +28,7 @@ from .target import Target
 if TYPE_CHECKING:
     from .artifact import Artifact
 
-MOST_BLAMED = 3  # nodes that are compiled wrongly, before the whole model is left to onnxruntime
+MOST_BLAMED = 3  # nodes that TVM and onnxruntime differ in, before the whole model is left to onnxruntime
 
 log = logging.getLogger("graphwright")
 
@@ -187,22 +187,22 @@ def optimize(
         )  # fmt: skip
 
     def built_around(error: VerificationError) -> Artifact:
-        """The rewritten model is right, it passed its own check. What the compiler makes of it is not."""
+        """The rewritten model passed its own check. What the compiler makes of it is another function."""
         assert tried is not None  # nothing else can have failed
         blamed: dict[str, str] = {}
         while len(blamed) < MOST_BLAMED:
-            log.warning("%s; looking for the node that is compiled wrongly", error)
+            log.warning("%s; looking for the node that makes the difference", error)
             node = find_wrong(rewritten, goal, tried, known=blamed, threads=threads, progress=progress)
             if node is None:
                 break
-            blamed[site(node)] = f"compiled by TVM, the result is wrong: {error}"
-            log.warning("%s (%s) is compiled wrongly; onnxruntime runs it instead", site(node), node.op_type)
+            blamed[site(node)] = f"TVM and onnxruntime differ: {error}"
+            log.warning("%s (%s) makes the difference; onnxruntime runs it", site(node), node.op_type)
             try:
                 return built(lambda node: blamed.get(site(node), ""))
             except VerificationError as again:
                 error = again
         log.warning("%s; onnxruntime runs the whole model instead", error)
-        reason = f"compiled by TVM, the result is wrong: {error}"
+        reason = f"TVM and onnxruntime differ: {error}"
         return built(lambda node: reason)
 
     try:
