@@ -35,7 +35,7 @@ from .artifact import (
     write_manifest,
 )
 from .partition import ONNXRUNTIME, TVM, Region, cut, partition
-from .reference import ort_session
+from .reference import NoKernel, ort_session, with_own_bytes
 from .spared import spared
 from .target import Target
 from .work import Work, work_of
@@ -66,7 +66,8 @@ def build(
     """Compile `model` (left untouched) for `target` into the folder `out`.
 
     Raises CompileError, naming the nodes, when a target other than a CPU cannot take all of them; OutputError when
-    `out` cannot be written. On CPU targets such nodes run on onnxruntime inside the artifact.
+    `out` cannot be written. On CPU targets such nodes run on onnxruntime inside the artifact; CompileError when it has
+    no kernel for one.
     distrust: why a node is not to be compiled by TVM, "" where it may be; onnxruntime runs it inside the artifact.
     check: sees the finished artifact before it takes its place; what it returns is recorded as the verdict, and what
     it raises leaves nothing behind.
@@ -155,14 +156,21 @@ def _compile_regions(
 ) -> list[RegionSpec]:
     with tempfile.TemporaryDirectory(prefix="graphwright-") as name:
         work = Path(name)
-        refused = _spared(model, target)
-        refused.update({n: reason for n in model.graph if (reason := distrust(n) or _unknown_type(n))})
+        spare = _spared(model, target)
+        refused = spare | {n: reason for n in model.graph if (reason := distrust(n) or _unknown_type(n))}
         while True:
             if refused and not target.is_cpu:
                 raise CompileError(_cannot(target, refused))
             regions = partition(model, refused)
             models = cut(model, [region.nodes for region in regions])
-            if len(regions) > 1 and (reason := _unloadable(regions, models)):
+            try:
+                reason = _unloadable(regions, models)
+            except NoKernel as error:
+                if all(refused.get(node) != reason for node, reason in spare.items()):
+                    raise CompileError(f"{error}, and TVM cannot take all of it: {_first(refused)}") from error
+                refused = {node: reason for node, reason in refused.items() if spare.get(node) != reason}
+                continue
+            if reason and len(regions) > 1:
                 refused.update({node: reason for node in model.graph if node not in refused})
                 continue
             compiled = _compile_all(regions, models, target, work, progress, refused)
@@ -176,21 +184,26 @@ def _compile_regions(
 
 def _unloadable(regions: Sequence[Region], models: Sequence[ir.Model]) -> str | None:
     """Why onnxruntime cannot load one of its regions alone: some of its operators need shapes that only the whole
-    model gives them. None when it can load all.
+    model gives them. None when it can load all. Raises NoKernel when it has no kernel for one of them.
     """
     for region, part in zip(regions, models, strict=True):
         if region.runtime == ONNXRUNTIME and part.graph.outputs:
             try:
                 ort_session(part, threads=1)
+            except NoKernel:
+                raise
             except ModelError as error:
                 return f"onnxruntime takes the model only as a whole: {error}"
     return None
 
 
 def _cannot(target: Target, refused: dict[ir.Node, str]) -> str:
+    return f"target {target.name} cannot take {len(refused)} of the nodes: {_first(refused)}; see `doctor`"
+
+
+def _first(refused: dict[ir.Node, str]) -> str:
     first = [f"{site(node)} ({node.op_type}): {reason}" for node, reason in list(refused.items())[:3]]
-    more = f" and {len(refused) - 3} more" if len(refused) > 3 else ""
-    return f"target {target.name} cannot take {len(refused)} of the nodes: {'; '.join(first)}{more}; see `doctor`"
+    return "; ".join(first) + (f" and {len(refused) - 3} more" if len(refused) > 3 else "")
 
 
 def find_refused(model: ir.Model, target: Target, work: Path) -> dict[ir.Node, str]:
@@ -353,7 +366,10 @@ def _read(path: Path, offset: int, left: int) -> Any:
 
 
 def _write_model(model: ir.Model, folder: Path, store: WeightStore, name: str = MODEL) -> None:
-    """Save a model whose large weights are references into the artifact's weights file."""
+    """Save a model, so that onnxruntime can multiply its bytes exactly, whose large weights are references into the
+    artifact's weights file.
+    """
+    model = with_own_bytes(model)
     large = {
         value.name or "": value.const_value
         for value in model.graph.initializers.values()

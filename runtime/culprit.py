@@ -1,8 +1,9 @@
-"""Which node of a model the compiler gets wrong: found by halves, with the artifact's own verdict as the judge."""
+"""Which node of a model TVM and onnxruntime differ in: found by halves, the verdict on the artifact being the judge."""
 
 from __future__ import annotations
 
 import logging
+import os
 import tempfile
 import time
 from collections.abc import Callable, Collection
@@ -15,6 +16,7 @@ from ..passes.graph import site
 from .artifact import Artifact
 from .build import build
 from .compare import Verdict
+from .device import NoAnswer, RunFailed
 from .session import Session
 from .target import Target
 from .verify import Trial
@@ -25,9 +27,10 @@ log = logging.getLogger("graphwright")
 
 
 def judged(artifact: Artifact, tried: Trial, threads: int | None = None) -> Verdict | VerificationError:
-    """The verdict on an artifact; the error that says how its results differ from what is expected when they do.
+    """The verdict on an artifact; the error that says how its results differ from what is expected when they do, or
+    that its code fails.
 
-    Raises TargetError when it cannot run on this machine.
+    Raises TargetError when it cannot run on this machine, VerificationError when it does not come to an end.
     """
     session = Session(artifact, threads=threads, verify=False, rescue=False)
     names = [value.name for value in session.get_outputs()]
@@ -35,11 +38,18 @@ def judged(artifact: Artifact, tried: Trial, threads: int | None = None) -> Verd
     try:
         verdict = tried.judge(lambda one: dict(zip(names, session.run(None, one), strict=True)))
         verdict.check(what)
-    except InputError as error:  # the original took these inputs
-        return VerificationError(f"{what}: {error}")
+    except NoAnswer as error:  # a search would wait as long at every step
+        raise VerificationError(f"{what}: {_inside(error, artifact)}, or --no-verify") from error
+    except (InputError, RunFailed) as error:  # the original took these inputs
+        return VerificationError(f"{what}: {_inside(error, artifact)}")
     except VerificationError as error:
         return error
     return verdict
+
+
+def _inside(error: GraphwrightError, artifact: Artifact) -> str:
+    """What an error says, with the files of the artifact named as they are inside it."""
+    return str(error).replace(f"{artifact.root}{os.sep}", "")
 
 
 def find_wrong(
@@ -52,10 +62,10 @@ def find_wrong(
     progress: Callable[[str], None] = lambda message: None,
     budget: float = BUDGET,
 ) -> ir.Node | None:
-    """The node of a wrongly compiled model that makes the difference between right and wrong.
+    """The node of a model that makes the difference between what onnxruntime gives and what the compiled code does.
 
-    The first k nodes are compiled and the others left to onnxruntime; of all k between none, which is right, and all,
-    which is wrong, the halves lead to one where a single node more turns the result wrong. That takes as many
+    The first k nodes are compiled and the others left to onnxruntime; of all k between none, where nothing differs, and
+    all, where something does, the halves lead to one where a single node more makes the difference. That takes as many
     compilations as the number of nodes has binary digits. known: sites of nodes that stay with onnxruntime throughout.
     None when a trial cannot be built, or when `budget` seconds have not been enough.
     """
@@ -64,10 +74,10 @@ def find_wrong(
     right, wrong = 0, len(nodes)
     while wrong - right > 1:
         if time.monotonic() > end:
-            log.info("the search for the node that is compiled wrongly takes too long")
+            log.info("the search for the node that makes the difference takes too long")
             return None
         middle = (right + wrong) // 2
-        progress(f"look for the wrong node: {wrong - right} left")
+        progress(f"look for the node that makes the difference: {wrong - right} left")
         trusted = {site(node) for node in nodes[:middle]}
         try:
             if _is_wrong(model, target, tried, trusted, threads):
@@ -75,7 +85,7 @@ def find_wrong(
             else:
                 right = middle
         except GraphwrightError as error:
-            log.info("no search for the node that is compiled wrongly: %s", error)
+            log.info("no search for the node that makes the difference: %s", error)
             return None
     return nodes[right] if nodes else None
 

@@ -4,7 +4,7 @@
     Device.open("qemu:aarch64")    64-bit ARM under qemu's user mode: right numbers, meaningless times
 
 A device runs each compiled library in a process of its own, by the native runner (runner.py), so a crash
-there is an error here. `Session` runs artifacts inside this process; a `DeviceSession` has the same
+there is a RunFailed here. `Session` runs artifacts inside this process; a `DeviceSession` has the same
 interface.
 """
 
@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from ..passes.errors import GraphwrightError, TargetError, UsageError, did_you_mean
+from ..passes.errors import GraphwrightError, InputError, TargetError, UsageError, did_you_mean
 from .artifact import Artifact, RegionSpec
 from .partition import TVM
 from .runner import RuntimeLibraries, build_runner, read_results, runtime_libraries, write_plan
@@ -35,10 +35,19 @@ from .session import Session, Step
 log = logging.getLogger("graphwright")
 
 TIMEOUT = 3600.0  # seconds for one run of one library
+RAISED = 2  # the runner's exit status when the compiled function itself raised an error
 QEMU_SETUP = "run tools/setup_qemu.sh as root"
 
 # Processors that PyPI has TVM's runtime for, and Debian's folder of their C library.
 SYSROOTS = {"aarch64": Path("/usr/aarch64-linux-gnu")}
+
+
+class RunFailed(TargetError):
+    """A compiled library was started on a device and did not come to an end."""
+
+
+class NoAnswer(RunFailed):
+    """It was still running when its time was over."""
 
 
 class Device(ABC):
@@ -187,7 +196,8 @@ class RunnerStep:
     def timed(self, values: Mapping[str, Any], *, warmup: int, repeat: int) -> tuple[dict[str, Any], list[float]]:
         """The region's outputs, and the seconds of each of `repeat` calls after `warmup` others.
 
-        Raises TargetError when the device cannot run it.
+        Raises InputError when the code refuses the inputs; RunFailed when it crashes, cannot be loaded or does not
+        answer; TargetError when the processor lacks an instruction that it uses.
         """
         with tempfile.TemporaryDirectory(prefix="graphwright-run-") as name:
             folder = Path(name)
@@ -208,18 +218,19 @@ class RunnerStep:
                 stdin=subprocess.DEVNULL, timeout=self.timeout, check=False,
             )  # fmt: skip
         except subprocess.TimeoutExpired as error:
-            raise TargetError(f"{what}: no answer in {self.timeout:g} s; give it a longer timeout") from error
-        if done.returncode != 0:
-            raise TargetError(f"{what}: {_failure(done)}")
-
-
-def _failure(done: subprocess.CompletedProcess[str]) -> str:
-    if done.returncode in (-signal.SIGILL, 128 + signal.SIGILL):
-        return "stopped at an instruction the processor does not have; compile for a simpler target"
-    if done.returncode < 0:
-        return f"crashed ({signal.Signals(-done.returncode).name})"
-    lines = [line for line in done.stderr.splitlines() if line.strip()]
-    return lines[-1] if lines else f"failed with status {done.returncode}"
+            raise NoAnswer(f"{what}: no answer in {self.timeout:g} s; give it a longer timeout") from error
+        if done.returncode == 0:
+            return
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        if done.returncode == RAISED and lines:  # a run-time check of the compiled code
+            raise InputError(f"the compiled model refused these inputs: {lines[-1]}")
+        if done.returncode in (-signal.SIGILL, 128 + signal.SIGILL):
+            raise TargetError(
+                f"{what}: stopped at an instruction the processor does not have; compile for a simpler target"
+            )
+        if done.returncode < 0:
+            raise RunFailed(f"{what}: crashed ({signal.Signals(-done.returncode).name})")
+        raise RunFailed(f"{what}: {lines[-1] if lines else f'failed with status {done.returncode}'}")
 
 
 class DeviceSession(Session):

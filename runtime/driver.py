@@ -22,12 +22,13 @@ from ..passes.pipeline import Observer, Pipeline
 from . import verify as checks
 from .compare import Verdict
 from .feeds import Unfed
+from .reference import NoKernel
 from .target import Target
 
 if TYPE_CHECKING:
     from .artifact import Artifact
 
-MOST_BLAMED = 3  # nodes that are compiled wrongly, before the whole model is left to onnxruntime
+MOST_BLAMED = 3  # nodes that TVM and onnxruntime differ in, before the whole model is left to onnxruntime
 
 log = logging.getLogger("graphwright")
 
@@ -132,10 +133,13 @@ def optimize(
         try:
             tried = checks.trial(original, ctx, threads or 0)
         except Unfed as error:
-            if pins:  # the model may take other shapes, so the pins are to blame
+            if pins and error.only_sizes:  # the model may take other shapes, so the pins are to blame
                 raise
             unverified = str(error)
-            log.warning("not verified: %s", error)
+        except NoKernel as error:
+            unverified = str(error)
+        if unverified:
+            log.warning("not verified: %s", unverified)
     # A model that was loaded here has no other use: rewriting it in place saves a copy of the graph.
     rewritten, reports = pipeline.run(original, ctx, observers, in_place=where is not None)
     if dry_run:
@@ -152,6 +156,7 @@ def optimize(
 
     from .build import build
     from .culprit import find_wrong, judged
+    from .device import NoAnswer
 
     defaults = [value.name for value in rewritten.graph.inputs if value.is_initializer()]
     if defaults:
@@ -168,7 +173,7 @@ def optimize(
         try:
             found = judged(artifact, tried, threads)
         except TargetError as error:
-            unverified = f"the artifact cannot run here: {str(error).removeprefix(f'{artifact.root}: ')}"
+            unverified = f"the artifact cannot run here: {str(error).removeprefix(str(artifact.root)).lstrip(':/ ')}"
             return None
         if isinstance(found, VerificationError):
             raise found
@@ -182,28 +187,28 @@ def optimize(
         )  # fmt: skip
 
     def built_around(error: VerificationError) -> Artifact:
-        """The rewritten model is right, it passed its own check. What the compiler makes of it is not."""
+        """The rewritten model passed its own check. What the compiler makes of it is another function."""
         assert tried is not None  # nothing else can have failed
         blamed: dict[str, str] = {}
         while len(blamed) < MOST_BLAMED:
-            log.warning("%s; looking for the node that is compiled wrongly", error)
+            log.warning("%s; looking for the node that makes the difference", error)
             node = find_wrong(rewritten, goal, tried, known=blamed, threads=threads, progress=progress)
             if node is None:
                 break
-            blamed[site(node)] = f"compiled by TVM, the result is wrong: {error}"
-            log.warning("%s (%s) is compiled wrongly; onnxruntime runs it instead", site(node), node.op_type)
+            blamed[site(node)] = f"TVM and onnxruntime differ: {error}"
+            log.warning("%s (%s) makes the difference; onnxruntime runs it", site(node), node.op_type)
             try:
                 return built(lambda node: blamed.get(site(node), ""))
             except VerificationError as again:
                 error = again
         log.warning("%s; onnxruntime runs the whole model instead", error)
-        reason = f"compiled by TVM, the result is wrong: {error}"
+        reason = f"TVM and onnxruntime differ: {error}"
         return built(lambda node: reason)
 
     try:
         artifact = built(lambda node: "")
     except VerificationError as error:
-        if not goal.runs_here:
+        if not goal.is_cpu or isinstance(error.__cause__, NoAnswer):
             raise
         artifact = built_around(error)
     return Result(rewritten, tuple(reports), pipeline, artifact, path, verdict, unverified)

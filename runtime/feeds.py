@@ -14,8 +14,9 @@ from typing import TypeVar
 import numpy as np
 import onnx_ir as ir
 
-from ..passes.errors import GraphwrightError, InputError, did_you_mean
+from ..passes.errors import GraphwrightError, InputError, ModelError, did_you_mean
 from ..passes.prepare.pin_shapes import bound_symbols
+from .indices import Extent, distinct_places, index_range
 
 Feeds = dict[str, np.ndarray]
 Result = TypeVar("Result")
@@ -27,11 +28,15 @@ SEQUENCE_SIZES = (8, 16, 32, 64, 96, 128, 224, 320, 640, 1, 2, 512)
 IMAGE_SIZES = (64, 96, 128, 224, 320, 640, 32, 16, 8, 1, 2)
 RANKS = (2, 3, 4, 1, 0)  # tried for an input that declares none
 LARGEST_FEED = 1 << 28  # elements
-FIRST_TOKENS = 100  # an index bound where the model does not tell one
+FIRST_TOKENS, FEWEST_TOKENS = 100, 2  # index bounds that are tried where the model does not tell one
 
 
 class Unfed(InputError):
-    """No inputs could be made up for a model."""
+    """No inputs could be made up for a model. only_sizes: what it refused can only have been their shapes."""
+
+    def __init__(self, message: str, *, only_sizes: bool = False) -> None:
+        super().__init__(message)
+        self.only_sizes = only_sizes
 
 
 def load_feeds(path: str | os.PathLike[str], model: ir.Model | None = None, *, samples: bool = False) -> Feeds:
@@ -131,12 +136,33 @@ def made_up(
 ) -> list[tuple[Feeds, Result]]:  # fmt: skip
     """Up to `sets` feeds that the model accepts, each with another size of every symbolic dimension, and their results.
 
-    run: the model; raises GraphwrightError on feeds it does not accept. pins: input name -> shape, where one is
-    given. Raises Unfed, with the last error of `run`, when no feeds were found; InputError when the pins do not fit.
+    run: the model; raises a GraphwrightError on feeds it does not accept, a ModelError when it accepts none.
+    pins: input name -> shape, where one is given. Raises Unfed, with the last error of `run`, when no feeds were found;
+    InputError when the pins do not fit.
     """
-    rng = np.random.default_rng(seed)
     pins = pins or {}
     bound = bound_symbols(model, pins)
+    inputs = required_inputs(model)
+    for value in inputs:
+        if value.dtype is None or isinstance(value.type, ir.SequenceType | ir.OptionalType):
+            raise Unfed(f"input {value.name!r} is no tensor; only tensors are made up, run it from Python")
+    whole = [value for value in inputs if value.dtype is not None and value.dtype.is_integer()]
+    last: GraphwrightError | None = None
+    for guess in (FIRST_TOKENS, FEWEST_TOKENS) if whole else (FIRST_TOKENS,):
+        found, error = _accepted(model, run, pins, bound, guess, seed, sets)
+        if found:
+            return found
+        last = last or error
+    message = f"no inputs were found that the model accepts; give real ones ({last or 'all would be too large'})"
+    raise Unfed(message, only_sizes=not whole)
+
+
+def _accepted(
+    model: ir.Model, run: Callable[[Feeds], Result], pins: Mapping[str, Sequence[int]], bound: Mapping[str, int],
+    guess: int, seed: int, sets: int,
+) -> tuple[list[tuple[Feeds, Result]], GraphwrightError | None]:  # fmt: skip
+    """What `made_up` returns, and the last error. bound: symbols that the pins fix. guess: an unknown index bound."""
+    rng = np.random.default_rng(seed)
     found: list[tuple[Feeds, Result]] = []
     used: dict[str, set[int]] = {}
     last: GraphwrightError | None = None
@@ -149,9 +175,12 @@ def made_up(
         shapes = {value: tuple(pins.get(value.name or "", ())) or _shape(value, sizes, rank) for value in inputs}
         if sum(math.prod(shape) for shape in shapes.values()) > LARGEST_FEED:
             continue
-        feeds = {value.name or "": _random(value, shape, rng) for value, shape in shapes.items()}
+        extent = _extent(shapes, sizes)
+        feeds = {value.name or "": _random(value, shape, extent, guess, rng) for value, shape in shapes.items()}
         try:
             found.append((feeds, run(feeds)))
+        except ModelError:  # no inputs would help
+            raise
         except GraphwrightError as error:
             last = error
             continue
@@ -159,9 +188,20 @@ def made_up(
             used.setdefault(name, set()).add(size)
         if len(found) == sets or not chosen:
             break
-    if not found:
-        raise Unfed(f"no inputs were found that the model accepts; give real ones ({last or 'all would be too large'})")
-    return found
+    return found, last
+
+
+def _extent(shapes: Mapping[ir.Value, tuple[int, ...]], sizes: Mapping[str, int]) -> Extent:
+    """The size of an axis of a tensor, in a model whose inputs have these shapes and whose symbols these sizes."""
+
+    def extent(value: ir.Value, axis: int) -> int | None:
+        dims = shapes.get(value, value.shape)
+        if dims is None or not -len(dims) <= axis < len(dims):
+            return None
+        dim = dims[axis]
+        return dim if isinstance(dim, int) else sizes.get(dim.value or "")
+
+    return extent
 
 
 def _symbols(model: ir.Model, pins: Mapping[str, Sequence[int]]) -> dict[str, list[tuple[int, int]]]:
@@ -215,9 +255,11 @@ def _shape(value: ir.Value, sizes: Mapping[str, int], rank: int) -> tuple[int, .
     return tuple(d if isinstance(d, int) else sizes[d.value or f"{value.name}@{axis}"] for axis, d in dims)
 
 
-def _random(value: ir.Value, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
-    if value.dtype is None or isinstance(value.type, ir.SequenceType | ir.OptionalType):
-        raise InputError(f"input {value.name!r} is no tensor; give real inputs with --input")
+def _random(
+    value: ir.Value, shape: tuple[int, ...], extent: Extent, guess: int, rng: np.random.Generator
+) -> np.ndarray:
+    """guess: an index bound where the model does not tell one."""
+    assert value.dtype is not None
     if value.dtype == ir.DataType.STRING:
         return np.full(shape, "text", object)
     dtype = value.dtype.numpy()
@@ -230,34 +272,11 @@ def _random(value: ir.Value, shape: tuple[int, ...], rng: np.random.Generator) -
         return np.ones(shape, dtype)
     if "token_type" in name or "segment" in name:
         return np.zeros(shape, dtype)
-    bound = index_bound(value)
-    top = min(bound or FIRST_TOKENS, int(np.iinfo(dtype).max) if dtype.kind in "iu" else FIRST_TOKENS)
-    return np.asarray(rng.integers(0, max(1, top), shape)).astype(dtype)
-
-
-THROUGH = frozenset({"Cast", "Reshape", "Unsqueeze", "Squeeze", "Transpose", "Identity", "Flatten", "Expand"})
-
-
-def index_bound(value: ir.Value) -> int | None:
-    """The size of the smallest table that an integer input looks up with Gather; None when it looks up none."""
-    bounds: list[int] = []
-    seen: set[ir.Value] = set()
-    stack = [value]
-    while stack:
-        current = stack.pop()
-        if current in seen:
-            continue
-        seen.add(current)
-        for node, index in current.uses():
-            if node.op_type == "Gather" and index == 1:
-                table = node.inputs[0]
-                axis = node.attributes.get_int("axis", 0)
-                size = table.shape[axis] if table is not None and table.shape is not None else None
-                if isinstance(size, int):
-                    bounds.append(size)
-            elif node.op_type in THROUGH and index == 0:
-                stack.extend(node.outputs)
-    return min(bounds, default=None)
+    if (places := distinct_places(value, shape, rng, extent)) is not None:
+        return places.astype(dtype)
+    low, high = index_range(value, extent) or (0, guess)
+    high = min(high, int(np.iinfo(dtype).max) if dtype.kind in "iu" else FIRST_TOKENS)
+    return np.asarray(rng.integers(low, max(low + 1, high), shape)).astype(dtype)
 
 
 def samples(feeds: Sequence[Feeds]) -> dict[str, list[np.ndarray]]:

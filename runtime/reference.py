@@ -17,6 +17,7 @@ import onnx_ir as ir
 
 from ..passes import io
 from ..passes.errors import InputError, ModelError
+from ..passes.graph import Names
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -25,6 +26,7 @@ WHOLE_LIMIT = 128 << 20  # bytes of weights up to which one session holds the mo
 SEGMENT_LIMIT = 64 << 20
 # Without it onnxruntime adds products of unsigned and signed bytes in 16 bits on x86-64 without VNNI, and saturates.
 EXACT_BYTES = "session.x64quantprecision"
+WITHOUT_QDQ = "session.disable_quant_qdq"  # no fusion of floating-point nodes with the quantizing ones around them
 BYTE_PRODUCTS = frozenset({"ConvInteger", "MatMulInteger", "QLinearConv", "QLinearMatMul"})
 
 ORT_TYPES = {
@@ -35,10 +37,15 @@ ORT_TYPES = {
 }  # fmt: skip
 
 
+class NoKernel(ModelError):
+    """onnxruntime has no implementation of an operator for the types that a model, perhaps a valid one, gives it."""
+
+
 def ort_session(
     model: ir.Model, *, threads: int = 0, optimized: bool = False
 ) -> onnxruntime.InferenceSession:
-    """An onnxruntime CPU session over `model`. Raises ModelError when onnxruntime refuses it.
+    """An onnxruntime CPU session over `model`. Raises ModelError when onnxruntime refuses it, NoKernel when it
+    is not able to run it.
 
     threads: intra-op threads, 0 for all. optimized: with onnxruntime's own graph optimizations; off for checks.
     """
@@ -55,7 +62,8 @@ def ort_session(
     options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimized else levels.ORT_DISABLE_ALL
     if not optimized and any(node.op_type in BYTE_PRODUCTS for node in model.graph.all_nodes()):
         options.graph_optimization_level = levels.ORT_ENABLE_EXTENDED  # the first at which it can be exact
-        options.add_session_config_entry("session.disable_quant_qdq", "1")  # floats between QDQ nodes stay floats
+        options.add_session_config_entry(WITHOUT_QDQ, "1")  # floats between QDQ nodes stay floats
+        model = with_own_bytes(model)
     on_disk = {
         name: value.const_value
         for name, value in model.graph.initializers.items()
@@ -67,8 +75,44 @@ def ort_session(
         options.add_external_initializers(list(on_disk), values)
     try:
         return ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    except ort.capi.onnxruntime_pybind11_state.NotImplemented as error:
+        raise NoKernel(f"onnxruntime cannot run the model: {_without_code(error)}") from error
     except Exception as error:  # onnxruntime raises a family of its own for every kind of refusal
         raise ModelError(f"onnxruntime cannot load the model: {io.first_line(error)}") from error
+
+
+def _without_code(error: Exception) -> str:
+    """The reason in an error of onnxruntime, without the code in front that its class says."""
+    return io.first_line(error).rpartition("NOT_IMPLEMENTED : ")[2]
+
+
+def with_own_bytes(model: ir.Model) -> ir.Model:
+    """The model; where several nodes read one weight of signed bytes, a copy in which each reads a weight of its own.
+
+    To multiply bytes exactly onnxruntime replaces a node's weight by one of unsigned bytes, which it can do once.
+    """
+    if not any(_readers(value) for value in model.graph.initializers.values()):
+        return model
+    copy = model.clone()
+    names = Names(copy)
+    for value in list(copy.graph.initializers.values()):
+        for node in _readers(value):
+            own = ir.Value(
+                name=names.fresh(f"{value.name}_of_its_own"), type=value.type, shape=value.shape,
+                const_value=value.const_value,
+            )  # fmt: skip
+            copy.graph.register_initializer(own)
+            for index, read in enumerate(node.inputs):
+                if read is value:
+                    node.replace_input_with(index, own)
+    return copy
+
+
+def _readers(value: ir.Value) -> list[ir.Node]:
+    """The nodes beside the first that read a constant of signed bytes in the graph that it belongs to."""
+    if value.dtype != ir.DataType.INT8 or value.is_graph_input() or value.const_value is None:
+        return []
+    return list(dict.fromkeys(node for node, _ in value.uses() if node.graph is value.graph))[1:]
 
 
 def _numpy_has(tensor: ir.TensorProtocol | None) -> bool:

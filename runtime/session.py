@@ -19,7 +19,7 @@ from ..passes.errors import ArtifactError, InputError, TargetError, did_you_mean
 from ..passes.io import first_line
 from .artifact import MODEL, WEIGHTS, Artifact, Parameter, RegionSpec, TensorSpec
 from .partition import TVM
-from .reference import EXACT_BYTES, default_threads, run_session
+from .reference import EXACT_BYTES, WITHOUT_QDQ, default_threads, run_session
 from .target import host_flags
 from .tvm_import import import_tvm
 
@@ -455,7 +455,11 @@ class _OrtStep:
         options.add_session_config_entry("session.force_spinning_stop", "1")
         path = artifact.root / region.file
         try:
-            self.session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            try:
+                self.session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            except ort.capi.onnxruntime_pybind11_state.Fail:  # two fused products of bytes share a weight
+                options.add_session_config_entry(WITHOUT_QDQ, "1")
+                self.session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime raises a family of its own
             raise ArtifactError(f"{path}: onnxruntime cannot load it ({first_line(error)})") from error
         self.inputs = [i.name for i in self.session.get_inputs()]

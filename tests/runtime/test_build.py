@@ -19,9 +19,11 @@ import onnx_ir as ir
 import pytest
 from graphwright.passes.errors import CompileError, VerificationError
 from graphwright.runtime.artifact import Artifact
-from graphwright.runtime.build import ask_types, fix_outputs
+from graphwright.runtime.build import ask_types, build, fix_outputs
 from graphwright.runtime.driver import optimize
+from graphwright.runtime.reference import Reference
 from graphwright.runtime.session import Session
+from graphwright.runtime.target import Target
 from onnx import numpy_helper, parser
 
 pytestmark = pytest.mark.tvm
@@ -241,3 +243,42 @@ def test_nothing_is_left_in_the_temporary_folder(model: Path, tmp_path: Path) ->
         time.sleep(0.1)
     assert visible(scratch) == []
     assert json.loads((tmp_path / "o" / "manifest.json").read_text())["source"] == "m.onnx"
+
+
+def test_what_onnxruntime_would_be_faster_at_and_has_no_kernel_for(tmp_path: Path) -> None:
+    w = np.ones((4, 3, 3, 3))
+    model = read("g (double[1,3,h,8] x) => (double[1,4,p,6] y) { y = Conv(x, w) }", w=w)
+    artifact = build(model, Target.named("cpu"), tmp_path / "a")
+    assert artifact.native_nodes == (1, 1)
+    (y,) = Session(artifact).run(None, {"x": np.ones((1, 3, 4, 8))})
+    np.testing.assert_allclose(y, np.full((1, 4, 2, 6), 27.0))
+    with pytest.raises(
+        CompileError, match=r"Could not find .* Conv.* and TVM cannot take all of it: y \(Conv\): a test"
+    ):
+        build(model, Target.named("cpu"), tmp_path / "b", distrust=lambda node: "a test")
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        """g (uint8[2,8] x, uint8 a, uint8 b) => (int32[2,8] y, int32[2,8] z)
+        { y = MatMulInteger (x, w, a, zero)  z = MatMulInteger (x, w, b, zero) }""",
+        """g (float[2,8] x) => (float[2,8] y) {
+        q = QuantizeLinear (x, s, u)  d = DequantizeLinear (q, s, u)  v = DequantizeLinear (w, s, zero)
+        m = MatMul (d, v)  n = QuantizeLinear (m, s, u)  e = DequantizeLinear (n, s, u)
+        o = MatMul (e, v)  p = QuantizeLinear (o, s, u)  y = DequantizeLinear (p, s, u) }""",
+    ],
+)  # fmt: skip
+def test_a_region_of_onnxruntime_whose_products_of_bytes_share_a_weight(text: str, tmp_path: Path) -> None:
+    weights = {"w": np.eye(8, dtype=np.int8) * 127, "zero": np.array(0, np.int8), "s": np.float32(0.01),
+               "u": np.array(0, np.uint8)}  # fmt: skip
+    model = read(text, **{name: array for name, array in weights.items() if name in text})
+    build(model, Target.named("cpu"), tmp_path / "a", distrust=lambda node: "a test")
+    session = Session(tmp_path / "a")
+    rng = np.random.default_rng(0)
+    feeds = {i.name: rng.integers(0, 9, i.shape).astype(i.type[7:-1].replace("float", "float32"))
+             for i in session.get_inputs()}  # fmt: skip
+    expected = Reference(model).run(feeds)
+    for name, array in zip(expected, session.run(None, feeds), strict=True):
+        np.testing.assert_allclose(array, expected[name], rtol=0, atol=0.011, err_msg=name)  # one step of s

@@ -107,6 +107,26 @@ def test_weights_that_are_too_short_are_found(dense: Dense, make_artifact: Make,
         session.run(None, dense.feeds)
 
 
+def test_inputs_that_the_code_refuses(make_artifact: Make, tmp_path: Path) -> None:
+    from tvm.script import ir as I
+    from tvm.script import relax as R
+
+    @I.ir_module
+    class Module:
+        @R.function
+        def main(x: R.Tensor(("n", 2), "float32"), p: R.Tuple()):
+            with R.dataflow():
+                y = R.match_cast(x, R.Tensor((1, 2), "float32"))
+                z = R.add(y, y)
+                R.output(z)
+            return z
+
+    wide = np.zeros((3, 2), np.float32)
+    made = make_artifact(Dense(Module, {}, {"x": wide}, [wide], ("z",)), "cpu", tmp_path / "a")
+    with pytest.raises(InputError, match=r"the compiled model refused these inputs: main: .*3"):
+        Device.open("local").push(made).run(None, {"x": wide})
+
+
 def test_a_device_that_does_not_answer_is_given_up(artifact: Any, dense: Dense) -> None:
     session = Device.open("local").push(artifact, timeout=0.3)
     step = session._steps[0]

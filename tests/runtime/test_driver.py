@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,8 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from graphwright.passes.errors import InputError, ModelError
-from graphwright.runtime import session, worker
+from graphwright.passes.errors import InputError, ModelError, VerificationError
+from graphwright.runtime import device, session, worker
 from onnx import TensorProto, helper, numpy_helper, parser
 
 import graphwright
@@ -37,7 +38,7 @@ def test_what_the_compiler_gets_wrong_runs_on_onnxruntime(tmp_path: Path, monkey
     result = graphwright.optimize(path, target="cpu", out=tmp_path / "out")
     assert result.verdict is not None and result.verdict.ok
     (region,) = result.artifact.manifest.regions
-    assert region.runtime == "onnxruntime" and "the result is wrong" in region.reasons["y"]
+    assert region.runtime == "onnxruntime" and "TVM and onnxruntime differ: artifact" in region.reasons["y"]
 
 
 class InProcess(worker.Compiler):
@@ -85,9 +86,9 @@ def test_only_the_node_that_is_compiled_wrongly_runs_on_onnxruntime(
     result = graphwright.optimize(write(tmp_path / "m.onnx", CHAIN), target="cpu", out=tmp_path / "out")
     assert result.verdict is not None and result.verdict.ok
     reasons = {at: reason for region in result.artifact.manifest.regions for at, reason in region.reasons.items()}
-    assert list(reasons) == ["d"] and "compiled by TVM, the result is wrong" in reasons["d"]
+    assert list(reasons) == ["d"] and "TVM and onnxruntime differ: " in reasons["d"]
     assert result.artifact.native_nodes == (6, 7)
-    assert "d (Tanh) is compiled wrongly" in caplog.text
+    assert "d (Tanh) makes the difference; onnxruntime runs it" in caplog.text
 
 
 @pytest.mark.tvm
@@ -105,6 +106,58 @@ def test_when_too_many_are_wrong_onnxruntime_runs_all(tmp_path: Path, monkeypatc
     result = graphwright.optimize(write(tmp_path / "m.onnx", CHAIN), target="cpu", out=tmp_path / "out")
     assert result.verdict is not None and result.verdict.ok
     assert result.artifact.native_nodes == (0, 7)
+
+
+def emulated_by(script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a shell script be the runner of artifacts for other processors."""
+    program = tmp_path / "runner"
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+
+    class Emulator(device.LocalDevice):
+        runner = program  # type: ignore[assignment]
+
+    monkeypatch.setattr(device, "_emulated", lambda machine: Emulator())
+
+
+@pytest.mark.tvm
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [
+        ("echo 'main: Check failed' >&2; exit 2", "the compiled model refused these inputs: main: Check failed"),
+        ("kill -SEGV $$", "crashed (SIGSEGV)"),
+        ("echo 'no such symbol' >&2; exit 1", "no such symbol"),
+    ],
+)
+def test_code_for_another_processor_that_fails_runs_on_onnxruntime(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, reason: str
+) -> None:
+    emulated_by(script, tmp_path, monkeypatch)
+    path = write(tmp_path / "m.onnx", "(float[N,4] x) => (float[N,4] y) { y = Tanh(x) }")
+    result = graphwright.optimize(path, target="riscv64", out=tmp_path / "out")
+    assert result.verdict is not None and result.verdict.ok
+    (region,) = result.artifact.manifest.regions
+    assert region.runtime == "onnxruntime" and reason in region.reasons["y"]
+    assert ".part" not in region.reasons["y"]
+
+
+@pytest.mark.tvm
+def test_code_for_another_processor_that_hangs_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    emulated_by("exec sleep 100", tmp_path, monkeypatch)
+    monkeypatch.setattr(device, "TIMEOUT", 0.2)
+    path = write(tmp_path / "m.onnx", "(float[N,4] x) => (float[N,4] y) { y = Tanh(x) }")
+    with pytest.raises(VerificationError, match=r"artifact for riscv64: region0-\S+ on local: no answer in 0.2 s"):
+        graphwright.optimize(path, target="riscv64", out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.tvm
+def test_an_instruction_that_this_place_lacks_is_not_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    emulated_by("kill -ILL $$", tmp_path, monkeypatch)
+    path = write(tmp_path / "m.onnx", "(float[N,4] x) => (float[N,4] y) { y = Tanh(x) }")
+    result = graphwright.optimize(path, target="riscv64", out=tmp_path / "out")
+    assert result.artifact.manifest.verdict is None
+    assert result.unverified.startswith("the artifact cannot run here: region0-")
 
 
 @pytest.mark.tvm
@@ -127,6 +180,39 @@ def test_sizes_that_cannot_be_guessed(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no inputs were found"):
         graphwright.optimize(path, out=tmp_path / "q.onnx", pins={"x": (7, 12)})
     assert not (tmp_path / "q.onnx").exists()
+
+
+@pytest.mark.tvm
+def test_inputs_that_are_no_tensors(tmp_path: Path) -> None:
+    path = write(tmp_path / "m.onnx", "(seq(float[4]) q, float[N] x) => (float[4] y) {"
+                 " i = Constant<value_int = 0>()  a = SequenceAt(q, i)  y = Neg(a)  z = Relu(x) }")  # fmt: skip
+    result = graphwright.optimize(path, target="cpu", out=tmp_path / "out", pins={"x": (4,)})
+    assert result.verdict is None and "input 'q' is no tensor" in result.unverified
+    x = np.arange(4, dtype=np.float32)
+    (y,) = graphwright.load(tmp_path / "out").run(None, {"q": [x], "x": x})
+    np.testing.assert_array_equal(y, -x)
+
+
+def test_numbers_that_cannot_be_guessed(tmp_path: Path) -> None:
+    """Pins are not to blame where an integer input may be."""
+    text = "(float[4] x, int64[1] k) => (float[A] y) { j = Add(k, m)  y = Gather(x, j) }"
+    path = write(tmp_path / "m.onnx", text, m=np.array([-1000]))
+    result = graphwright.optimize(path, out=tmp_path / "o.onnx", pins={"x": (4,)})
+    assert result.verdict is None and "no inputs were found" in result.unverified
+
+
+@pytest.mark.tvm
+def test_a_model_that_onnxruntime_has_no_kernel_for(tmp_path: Path) -> None:
+    path = write(tmp_path / "m.onnx", "(bool[4] c, uint64[4] a, uint64[4] b) => (uint64[4] y) { y = Where(c, a, b) }")
+    reason = r"^onnxruntime cannot run the model: Could not find an implementation for Where\(16\)"
+    result = graphwright.optimize(path, out=tmp_path / "o.onnx")
+    assert result.verdict is None and re.match(reason, result.unverified)
+    result = graphwright.optimize(path, target="cpu", out=tmp_path / "out", pins={"a": (4,)})
+    assert result.verdict is None and re.match(reason, result.unverified) and result.artifact.native_nodes == (1, 1)
+    c, a, b = np.array([True, False] * 2), np.arange(4, dtype=np.uint64), np.arange(10, 14, dtype=np.uint64)
+    np.testing.assert_array_equal(
+        graphwright.load(tmp_path / "out").run(None, {"c": c, "a": a, "b": b})[0], [0, 11, 2, 13]
+    )
 
 
 @pytest.mark.tvm

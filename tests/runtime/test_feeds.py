@@ -14,12 +14,12 @@ from graphwright.passes.errors import GraphwrightError, InputError
 from graphwright.runtime.feeds import (
     Feeds,
     check_names,
-    index_bound,
     load_feeds,
     made_up,
     required_inputs,
     samples,
 )
+from graphwright.runtime.indices import index_range
 from graphwright.runtime.reference import Reference
 from onnx import numpy_helper, parser
 
@@ -66,9 +66,56 @@ def test_the_same_seed_gives_the_same_numbers() -> None:
 def test_indices_stay_inside_their_table() -> None:
     table = np.zeros((5, 4), np.float32)
     whole = model("(int64[N,S] ids) => (float[N,S,4] y) { i = Cast<to=6>(ids)  y = Gather(w, i) }", w=table)
-    assert index_bound(whole.graph.inputs[0]) == 5
+    assert index_range(whole.graph.inputs[0]) == (0, 5)
     for made in feeds(whole):
         assert made["ids"].min() >= 0 and made["ids"].max() < 5
+
+
+@pytest.mark.parametrize(
+    ("text", "top"),
+    [
+        ("(float[N,4] x, int64[N,2] i) => (float[N,2] y) { y = GatherElements(x, i) }", None),
+        ("(float[N,4] x, int64[K,2] i) => (float[K] y) { y = GatherND(x, i) }", None),
+        ("(float[N,4] x, int64[N,1] i) => (float[N] y) { y = GatherND<batch_dims=1>(x, i) }", 4),
+        ("(float[N,M] x, int64[2] i) => (float[2,M] y) { r = Relu(x)  y = Gather(x, i)  z = Gather(r, i) }", None),
+        ("(float[4,N] x, int64[3] i) => (float[4,3] y) { k = Cast<to=6>(i)  y = Gather<axis=-1>(x, k) }", None),
+    ],
+)
+def test_places_stay_inside_tensors_whose_sizes_are_made_up(text: str, top: int | None) -> None:
+    whole = model(text)
+    assert len(feeds(whole)) >= 1
+    if top is not None:
+        assert index_range(whole.graph.inputs[1]) == (0, top)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "(float[6,4] x, int64[3,4] i, float[3,4] u) => (float[6,4] y) { y = ScatterElements(x, i, u) }",
+        "(float[4,6] x, int64[4,3] i, float[4,3] u) => (float[4,6] y) { y = ScatterElements<axis=-1>(x, i, u) }",
+        "(float[3,4] x, int64[2,5,2] i, float[2,5] u) => (float[3,4] y) { y = ScatterND(x, i, u) }",
+    ],
+)
+def test_writes_go_to_places_that_differ(text: str) -> None:
+    whole = model(text)
+    for seed in range(5):
+        (made,) = feeds(whole, seed=seed)
+        made["u"] = np.arange(1, made["u"].size + 1, dtype=np.float32).reshape(made["u"].shape)
+        (y,) = Reference(whole).run(made).values()
+        assert np.isin(made["u"], y).all()
+
+
+def test_lengths_of_sequences() -> None:
+    text = "(float[L,B,3] x, int32[B] n) => (float[L,1,B,2] y) { y = RNN<hidden_size=2>(x, w, r, , n) }"
+    whole = model(text, w=np.ones((1, 2, 3), np.float32), r=np.ones((1, 2, 2), np.float32))
+    for made in [*feeds(whole), *feeds(whole, pins={"x": (2, 5, 3)})]:
+        assert made["n"].min() >= 1 and made["n"].max() <= made["x"].shape[0]
+    assert index_range(whole.graph.inputs[1]) is None
+
+
+def test_numbers_that_must_be_small() -> None:
+    whole = model("(float[5,4] x, int64[1] k) => (float[L,4] v, int64[L,4] i) { v, i = TopK<axis=0>(x, k) }")
+    assert 0 <= feeds(whole)[0]["k"] < 2
 
 
 def test_names_that_tell_what_they_are() -> None:

@@ -130,3 +130,15 @@ def test_products_of_bytes_do_not_saturate() -> None:
     weights = {"one": np.float32(1), "zero": np.uint8(0), "signed": np.int8(0), "scale": np.float32(2000)}
     found = Reference(model(text, w=w, **weights), threads=1).run({"x": x})
     assert np.unique(found["y"]).tolist() == [round(8 * 255 * 127 / 2000)]
+
+
+def test_products_of_bytes_that_share_a_weight() -> None:
+    """onnxruntime's exact products replace a weight, and refuse to do it twice; the model stays as it is."""
+    w = np.full((8, 4), 127, np.int8)
+    text = """(uint8[2,8] x, uint8 a, uint8 b) => (int32[2,4] y, int32[2,4] z)
+    { y = MatMulInteger (x, w, a, zero)  z = MatMulInteger (x, w, b, zero) }"""
+    a, b = np.array(0, np.uint8), np.array(1, np.uint8)
+    whole = model(text, w=w, zero=np.array(0, np.int8))
+    found = Reference(whole, threads=1).run({"x": np.full((2, 8), 255, np.uint8), "a": a, "b": b})
+    assert np.unique(found["y"]).tolist() == [8 * 255 * 127] and np.unique(found["z"]).tolist() == [8 * 254 * 127]
+    assert list(whole.graph.initializers) == ["w", "zero"]
