@@ -69,11 +69,11 @@ def opened(
                 yield Opened(path, where, "tvm", _session(artifact, threads), graph)
             else:
                 file = where / MODEL
-                yield Opened(path, file, "onnxruntime", ort_session(file, threads, optimized), graph)
+                yield Opened(path, file, "onnxruntime", _onnxruntime(file, graph, threads, optimized), graph)
             return
         graph = io.load(where)
         if (backend or "onnxruntime") == "onnxruntime":
-            yield Opened(path, where, "onnxruntime", ort_session(where, threads, optimized), graph)
+            yield Opened(path, where, "onnxruntime", _onnxruntime(where, graph, threads, optimized), graph)
             return
         from graphwright.runtime.driver import optimize
 
@@ -94,7 +94,19 @@ def _session(artifact: Any, threads: int | None) -> Any:
     return Session(artifact, threads=threads)
 
 
-def ort_session(path: Path, threads: int | None, optimized: bool = True) -> Any:
+def _onnxruntime(path: Path, graph: ir.Model, threads: int | None, optimized: bool) -> Any:
+    """A user's session, or one for checks: without graph optimizations, and exact where it multiplies bytes."""
+    if optimized:
+        return ort_session(path, threads)
+    from graphwright.runtime import reference
+
+    try:
+        return reference.ort_session(graph, threads=threads or reference.default_threads())
+    except ModelError as error:
+        raise type(error)(f"{path}: {error}") from error
+
+
+def ort_session(path: Path, threads: int | None) -> Any:
     """An onnxruntime session on the file, as any user would make one. Raises ModelError when it is refused."""
     import onnxruntime as ort
     from graphwright.passes.io import first_line
@@ -106,8 +118,6 @@ def ort_session(path: Path, threads: int | None, optimized: bool = True) -> Any:
     options.log_severity_level = 4
     # Without it the threads go on spinning after a run and take the processors from what is timed next.
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    levels = ort.GraphOptimizationLevel
-    options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimized else levels.ORT_DISABLE_ALL
     try:
         return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime raises a family of its own
