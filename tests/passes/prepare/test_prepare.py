@@ -89,6 +89,25 @@ def test_folding_limits_say_how_to_lift_them() -> None:
     assert [node.op_type for node in after.graph] == ["Add"]
 
 
+@pytest.mark.parametrize(
+    ("nodes", "expected"),
+    [
+        ("v = Mul (wide, wide)", np.int64(3 << 40) + 4),
+        ("v = Cast <to = 6> (wide)", np.int32(2)),
+        ("n = Cast <to = 6> (most) v = Add (n, n)", np.int32(-2)),
+        ("n = Cast <to = 6> (wide) s = Sub (least, n) v = Cast <to = 7> (s)", np.int64(2**31 - 2)),
+    ],
+)
+def test_folded_shapes_wrap_as_integers_do(nodes: str, expected: np.generic) -> None:
+    """What does not fit its type is still a number: the one that a runtime gives."""
+    text = f"""g (float x) => (float x2, {expected.dtype}[1] y)
+    <int64[1] wide = {{{(3 << 38) + 2}}}, int64[1] most = {{{2**31 - 1}}}, int32[1] least = {{{-(2**31)}}}>
+    {{ x2 = Relu (x) {nodes} y = Identity (v) }}"""
+    after, _ = Pipeline.parse("infer-shapes,fold-constants").run(parse(text))
+    (folded,) = (node for node in after.graph if node.outputs[0].name == "y")
+    np.testing.assert_array_equal(folded.attributes["value"].as_tensor().numpy(), [expected])
+
+
 def test_reports_name_every_site_and_running_again_changes_nothing() -> None:
     text = """g (float[N,6] x) => (float[N,6] y) <int64[1] zero = {0}, int64[1] six = {6}> {
       s = Shape (x) n = Gather (s, zero) t = Concat <axis = 0> (n, six)
