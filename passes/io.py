@@ -155,6 +155,16 @@ def check_output(path: Path, overwrite: bool) -> None:
         raise OutputError(f"{path}: already exists; give --overwrite to replace it or -o to write elsewhere")
 
 
+def check_folder(folder: Path) -> None:
+    """Raises OutputError when no file can be made in `folder`, which need not exist yet. Leaves nothing behind."""
+    try:
+        nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists() or path.is_symlink())
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot be written ({error.strerror}); choose another output") from error
+
+
 def save(model: ir.Model, path: str | os.PathLike[str], *, overwrite: bool = False) -> int:
     """Write `model` to `path`, large weights streamed, and return the bytes written.
 

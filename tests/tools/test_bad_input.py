@@ -237,6 +237,15 @@ def test_a_report_that_exists(cli: Cli, model: Path) -> None:
     refused(cli, "r.json: already exists", "optimize", model, "--report", report, folder=model.parent)
 
 
+@pytest.mark.parametrize("option", ["--dump", "--report"])
+@pytest.mark.parametrize("place", ["model.onnx", "model.onnx/sub", "/proc/sub"])
+def test_a_by_product_that_cannot_be_written(cli: Cli, model: Path, option: str, place: str) -> None:
+    """Found before any work is done: the model is not written either."""
+    path = model.parent / place / ("r.html" if option == "--report" else "")
+    message = rf"{place}: cannot be written \(.*\); choose another output"
+    refused(cli, message, "optimize", model, "--preset", "none", option, path, folder=model.parent)
+
+
 def test_no_model_at_all(cli: Cli, tmp_path: Path) -> None:
     refused(cli, "no model; write optimize MODEL.onnx", "optimize", folder=tmp_path, code=2)
 
