@@ -6,6 +6,7 @@ import base64
 import contextlib
 import logging
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,9 @@ log = logging.getLogger("graphwright")
 EMBED_LIMIT = 1 << 30
 ALIGNMENT = 4096
 SET_ASIDE = "graphwright.type"
+# `/onnxruntime_src/core/graph/model.cc:256 Status onnxruntime::Model::Load(const Path&, int) `
+CPP_PLACE = r"/\S+\.(?:cc|cpp|h):\d+ [^()]*(?:\((?:[^()]|\([^()]*\))*\)[^()\s]*)+ (?:const )?(?:\[with [^]]*\] )?"
+ORT_PREFIX = r"\[ONNXRuntimeError\] : \d+ : (?:FAIL : )?"
 
 
 def load(path: str | os.PathLike[str]) -> ir.Model:
@@ -83,8 +87,8 @@ def set_aside_type(value: ir.Value) -> onnx.TypeProto | None:
 
 
 def first_line(error: BaseException) -> str:
-    """The message of an error as one line."""
-    text = " ".join(str(error).split())
+    """The message of an error as one line, without the places in onnxruntime's sources that it names."""
+    text = re.sub(ORT_PREFIX, "", re.sub(CPP_PLACE, "", " ".join(str(error).split())))
     return text[:300] or type(error).__name__
 
 

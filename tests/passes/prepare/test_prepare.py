@@ -29,6 +29,9 @@ PINNED = "g (float[N,3] pixels, float[N,L] mask) => (float[N,3] y) { y = Relu (p
         ({"pixel": (1, 3)}, "no input is called 'pixel'; did you mean pixels?"),
         ({"pixels": (1, 3, 3)}, "pin pixels=1x3x3 has 3 dimensions, the input has 2: [N,3]; give all of them"),
         ({"pixels": (1, 4)}, "pin pixels=1x4: dimension 1 is 3 in the model, not 4; only dynamic dimensions"),
+        ({"pixels": (None, 3)}, "pin pixels=(None, 3) is no shape; expected whole numbers, as in (1, 3, 224, 224)"),
+        ({"pixels": [2.5, 3]}, "pin pixels=[2.5, 3] is no shape; expected whole numbers"),
+        ({"pixels": "2x3"}, "pin pixels='2x3' is no shape; expected whole numbers"),
         ({"pixels": (-1, 3)}, "pin pixels=-1x3: a dimension cannot be negative; write its size"),
         (
             {"pixels": (1, 3), "mask": (2, 5)},
