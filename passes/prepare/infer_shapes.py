@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
@@ -11,6 +12,7 @@ import onnx_ir as ir
 
 from .. import graph
 from ..base import Contract, Pass, PassContext, PassReport
+from ..errors import ModelError
 from ..io import has_map
 from .protobuf import light_proto
 
@@ -32,8 +34,9 @@ class InferShapes(Pass):
     Nothing but annotations changes. Bodies of If, Loop and Scan are annotated too; function bodies are not, since
     their shapes differ from call to call. What follows from the inputs, numbers and their symbols, replaces what the
     model declares for a value, outputs included; where nothing follows, the declaration counts, for the nodes that
-    read the value too. Weights are not read. Computed shapes are not followed in models that compute with vectors of
-    millions of numbers, which would be taken for shapes.
+    read the value too. A Reshape to another number of elements, which can never run, is an error. Weights are not
+    read. Computed shapes are not followed in models that compute with vectors of millions of numbers, which would be
+    taken for shapes.
     """
 
     name: ClassVar[str] = "infer-shapes"
@@ -56,6 +59,7 @@ class InferShapes(Pass):
             else:
                 reason = f"computed shapes are not followed: vectors of {entries} numbers would count as shapes"
                 report.skipped("infer", model.graph.name, reason)
+            _check_reshapes(model, inferred.graph)
             if _Merge(model, inferred, names=False).kept:
                 inferred = onnx.shape_inference.infer_shapes(light_proto(model), strict_mode=False, data_prop=follows)
             _Merge(model, inferred, names=True)
@@ -65,6 +69,31 @@ class InferShapes(Pass):
             if value.type is not kind or value.shape is not shape:
                 report.changed("infer", value.name, f"{shape} -> {value.shape}")
         return report
+
+
+def _check_reshapes(model: ir.Model, inferred: onnx.GraphProto) -> None:
+    """Raises ModelError for a Reshape, outside of bodies, from one fixed number of elements to another."""
+    found = {
+        info.name: info.type.tensor_type.shape
+        for info in (*inferred.value_info, *inferred.input)
+        if info.type.tensor_type.HasField("shape")
+    }
+    for node in model.graph:
+        if not graph.is_op(node, "Reshape") or node.inputs[0] is None:
+            continue
+        target = graph.constant_ints(graph.input_of(node, 1))
+        shape = found.get(node.inputs[0].name or "")
+        if target is None or shape is None or not all(dim.HasField("dim_value") for dim in shape.dim):
+            continue
+        before = [dim.dim_value for dim in shape.dim]
+        copies = not graph.attribute(node, "allowzero", 0)
+        after = [before[i] if size == 0 and copies and i < len(before) else size for i, size in enumerate(target)]
+        elements, fixed = math.prod(before), math.prod(size for size in after if size != -1)
+        if elements != fixed if -1 not in after else fixed and elements % fixed:
+            raise ModelError(
+                f"node {graph.site(node)!r} reshapes {before} to {list(target)}, which has another number of elements; "
+                "the model can never run, export it again"
+            )
 
 
 def _forget_shapes(body: onnx.GraphProto) -> None:

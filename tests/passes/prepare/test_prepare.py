@@ -140,6 +140,24 @@ def test_a_cast_called_exact_is_undone_by_the_cast_back(wide: ir.DataType, narro
             np.testing.assert_array_equal(values.astype(wide.numpy()).astype(narrow.numpy()), values)
 
 
+@pytest.mark.parametrize(
+    ("dims", "target", "fits"),
+    [
+        ("2,4", [3, 3], False), ("2,4", [-1, 3], False), ("2,4", [0, 5], False), ("2,4", [0, -1, 2], True),
+        ("2,4", [8], True), ("", [3], True), ("N,4", [3, 3], True), ("0,4", [0, 0], True), ("0,4", [3, -1], True),
+    ],
+)  # fmt: skip
+def test_a_reshape_that_can_never_run_is_refused(dims: str, target: list[int], fits: bool) -> None:
+    values = ",".join(map(str, target))
+    text = f"""g (float[{dims}] x) => (float[A,B,C] y) <int64[{len(target)}] s = {{{values}}}>
+    {{ a = Relu (x) r = Reshape (a, s) y = Identity (r) }}"""
+    if fits:
+        Pipeline.parse("infer-shapes").run(parse(text))
+        return
+    with pytest.raises(ModelError, match=r"node 'r' reshapes \[.*\] to .* the model can never run"):
+        Pipeline.parse("infer-shapes").run(parse(text))
+
+
 def test_minus_one_is_a_free_dimension() -> None:
     model = parse(PINNED)
     model.graph.inputs[0].shape = ir.Shape([-1, 3])
