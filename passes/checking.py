@@ -45,6 +45,7 @@ def check_proto(proto: onnx.ModelProto, path: Path) -> None:
     _check_weights(proto, path)
     _fill_sparse(proto, path)
     _check_structure(proto, path)
+    _check_interface(proto, path)
     _forget_unknown_dims(proto)
 
 
@@ -252,6 +253,28 @@ def _check_structure(proto: onnx.ModelProto, path: Path) -> None:
         del function.node[:]
         function.node.extend(scope.node)
     _check_recursion(proto, path)
+
+
+def _check_interface(proto: onnx.ModelProto, path: Path) -> None:
+    """The version is known, inputs have types, and there is something to compute."""
+    if proto.ir_version > onnx.IR_VERSION:
+        raise ModelError(
+            f"{path}: IR version {proto.ir_version} is not known; expected at most {onnx.IR_VERSION}, export with it"
+        )
+    if not proto.graph.output:
+        raise ModelError(f"{path}: the graph has no outputs; expected at least one, name one when exporting")
+    weights = {tensor.name for tensor in proto.graph.initializer}
+    for value in proto.graph.input:
+        kind = value.type.WhichOneof("value")
+        known = value.type.tensor_type.elem_type if kind == "tensor_type" else kind
+        if not known and value.name not in weights:
+            raise ModelError(
+                f"{path}: input {value.name!r} has no element type; expected one, such as float, export with it"
+            )
+    for value in (*proto.graph.input, *proto.graph.output):
+        dims = [d.dim_value if d.HasField("dim_value") else d.dim_param for d in value.type.tensor_type.shape.dim]
+        if math.prod(dim for dim in dims if isinstance(dim, int) and dim >= 0) > LARGEST_TENSOR:
+            raise ModelError(f"{path}: {value.name!r} has an impossible shape {dims}; expected at most 2^48 elements")
 
 
 def _check_recursion(proto: onnx.ModelProto, path: Path) -> None:

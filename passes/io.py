@@ -6,6 +6,7 @@ import base64
 import contextlib
 import logging
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,9 @@ log = logging.getLogger("graphwright")
 EMBED_LIMIT = 1 << 30
 ALIGNMENT = 4096
 SET_ASIDE = "graphwright.type"
+# `/onnxruntime_src/core/graph/model.cc:256 Status onnxruntime::Model::Load(const Path&, int) `
+CPP_PLACE = r"/\S+\.(?:cc|cpp|h):\d+ [^()]*(?:\((?:[^()]|\([^()]*\))*\)[^()\s]*)+ (?:const )?(?:\[with [^]]*\] )?"
+ORT_PREFIX = r"\[ONNXRuntimeError\] : \d+ : (?:FAIL : )?"
 
 
 def load(path: str | os.PathLike[str]) -> ir.Model:
@@ -83,8 +87,8 @@ def set_aside_type(value: ir.Value) -> onnx.TypeProto | None:
 
 
 def first_line(error: BaseException) -> str:
-    """The message of an error as one line."""
-    text = " ".join(str(error).split())
+    """The message of an error as one line, without the places in onnxruntime's sources that it names."""
+    text = re.sub(ORT_PREFIX, "", re.sub(CPP_PLACE, "", " ".join(str(error).split())))
     return text[:300] or type(error).__name__
 
 
@@ -153,6 +157,16 @@ def check_output(path: Path, overwrite: bool) -> None:
     """Raises OutputError when `path` exists and may not be replaced."""
     if (path.exists() or path.is_symlink()) and not overwrite:
         raise OutputError(f"{path}: already exists; give --overwrite to replace it or -o to write elsewhere")
+
+
+def check_folder(folder: Path) -> None:
+    """Raises OutputError when no file can be made in `folder`, which need not exist yet. Leaves nothing behind."""
+    try:
+        nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists() or path.is_symlink())
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot be written ({error.strerror}); choose another output") from error
 
 
 def save(model: ir.Model, path: str | os.PathLike[str], *, overwrite: bool = False) -> int:

@@ -113,7 +113,10 @@ class Timer:
 
 @dataclass
 class Dumper:
-    """Observer: saves the model after every pass that changed something, as FOLDER/03-simplify.onnx."""
+    """Observer: saves the model after every pass that changed something, as FOLDER/03-simplify.onnx.
+
+    Raises OutputError when the folder cannot be written.
+    """
 
     folder: Path
     count: int = 0
@@ -125,5 +128,4 @@ class Dumper:
         from .io import save
 
         if report.changes:
-            self.folder.mkdir(parents=True, exist_ok=True)
             save(model, self.folder / f"{self.count:02d}-{step.name}.onnx", overwrite=True)

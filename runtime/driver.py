@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import onnx_ir as ir
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 MOST_BLAMED = 3  # nodes that TVM and onnxruntime differ in, before the whole model is left to onnxruntime
 
 log = logging.getLogger("graphwright")
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,22 @@ def _collector_paused() -> Iterator[None]:
             gc.enable()
 
 
+def _naming_the_file(function: F) -> F:
+    """Errors of a model that was read from a file begin with the file's name."""
+
+    @functools.wraps(function)
+    def named(model: str | os.PathLike[str] | ir.Model, *args: Any, **options: Any) -> Any:
+        try:
+            return function(model, *args, **options)
+        except ModelError as error:
+            if isinstance(model, ir.Model) or str(error).startswith(f"{Path(model)}: "):
+                raise
+            raise ModelError(f"{Path(model)}: {error}") from error
+
+    return named  # type: ignore[return-value]  # takes and gives the same
+
+
+@_naming_the_file
 @_collector_paused()
 def optimize(
     model: str | os.PathLike[str] | ir.Model,

@@ -24,6 +24,7 @@ from .target import host_flags
 from .tvm_import import import_tvm
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
     import tvm
 
 ALIGNMENT = 64  # bytes; what TVM's vector code expects of a tensor's address
@@ -39,6 +40,27 @@ class NodeArg:
     name: str
     type: str
     shape: list[int | str | None]
+
+
+@dataclass(frozen=True)
+class ModelMeta:
+    """What a model says of itself, as onnxruntime's `ModelMetadata` does."""
+
+    producer_name: str
+    graph_name: str
+    domain: str
+    description: str
+    graph_description: str
+    version: int
+    custom_metadata_map: dict[str, str]
+
+
+@dataclass(frozen=True)
+class SessionOptions:
+    """The settings of onnxruntime's `SessionOptions` that a session has: a run uses so many threads."""
+
+    intra_op_num_threads: int
+    inter_op_num_threads: int = 1
 
 
 def node_arg(spec: TensorSpec) -> NodeArg:
@@ -70,7 +92,10 @@ class Refused(InputError):
 
 
 class Session:
-    """An artifact, loaded. `run`, `get_inputs` and `get_outputs` are those of onnxruntime.
+    """An artifact, loaded. `run` and what begins with `get_` are those of onnxruntime; there is no `io_binding`.
+
+    A symbol in the shapes of inputs is one size in a run: where two inputs share it, arrays of different sizes are an
+    InputError.
 
     Inputs with a default value are compiled in and may be left out. A run that gives one is done by onnxruntime on the
     artifact's model: right, but not by the compiled code. So is a run with sizes that the model takes and the compiled
@@ -112,13 +137,33 @@ class Session:
         """Inputs that have a default value."""
         return [node_arg(spec) for spec in self._optional.values()]
 
+    def get_modelmeta(self) -> ModelMeta:
+        """What the model that was compiled says of itself."""
+        model = self._model
+        return ModelMeta(
+            producer_name=model.producer_name or "",
+            graph_name=model.graph.name or "",
+            domain=model.domain or "",
+            description=model.doc_string or "",
+            graph_description=model.graph.doc_string or "",
+            version=model.model_version or 0,
+            custom_metadata_map=dict(model.metadata_props),
+        )
+
+    def get_session_options(self) -> SessionOptions:
+        return SessionOptions(intra_op_num_threads=self.threads)
+
+    @functools.cached_property
+    def _model(self) -> ir.Model:
+        from ..passes import io
+
+        return io.load(self.artifact.root / MODEL)
+
     @functools.cached_property
     def _optional(self) -> dict[str, TensorSpec]:
-        from ..passes import io
         from .build import tensor_spec
 
-        graph = io.load(self.artifact.root / MODEL).graph
-        return {value.name or "": tensor_spec(value) for value in graph.inputs if value.is_initializer()}
+        return {value.name or "": tensor_spec(value) for value in self._model.graph.inputs if value.is_initializer()}
 
     @functools.cached_property
     def _whole(self) -> _OrtStep:
@@ -132,6 +177,11 @@ class Session:
         used = {region.runtime for region in self.artifact.manifest.regions}
         return [name for key, name in (("tvm", "TVMExecutionProvider"), ("onnxruntime", "CPUExecutionProvider"))
                 if key in used]  # fmt: skip
+
+    def get_provider_options(self) -> dict[str, dict[str, str]]:
+        """Of each of `get_providers`: TVM compiled for a target, onnxruntime has no options."""
+        target = {"target": self.artifact.target.name}
+        return {name: target if name.startswith("TVM") else {} for name in self.get_providers()}
 
     def run(
         self, output_names: Sequence[str] | None, input_feed: Mapping[str, Any], run_options: Any = None

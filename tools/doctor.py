@@ -162,10 +162,11 @@ def _graph_findings(model: ir.Model) -> Iterator[Finding]:
     for value in required_inputs(model):
         dims = [dim if isinstance(dim, int) else dim.value or "?" for dim in value.shape or ()]
         if value.shape is None or not all(isinstance(dim, int) for dim in dims):
-            written = "x".join(map(str, dims)) or "SHAPE"
+            written = "x".join(str(dim) if isinstance(dim, int) else "N" for dim in dims) or "SHAPE"
+            numbers = ", a number for each N," if dims else ""
             yield Finding(
                 "dynamic axes", f"input {value.name}", f"shape {dims if value.shape is not None else 'unknown'}",
-                cure=f"stays dynamic; --pin {value.name}={written} with numbers fixes it",
+                cure=f"stays dynamic; --pin {value.name}={written}{numbers} fixes it",
             )  # fmt: skip
         if value.dtype is None or not value.dtype.is_floating_point():
             kind = value.dtype.name.lower() if value.dtype is not None else "of unknown type"

@@ -52,11 +52,13 @@ def optimize_file(settings: Settings) -> dict[str, Any]:
         if report.suffix not in REPORTS:
             raise UsageError(f"--report {report}: unknown kind {report.suffix!r}; expected .html or .json")
         io.check_output(report, settings.overwrite)
+        io.check_folder(report.parent)
     if not settings.dry_run:
         keep_input(model, out, settings.overwrite)
     census = Census()
     observers: list[Observer] = [census]
     if settings.dump:
+        io.check_folder(Path(settings.dump))
         observers.append(Dumper(Path(settings.dump)))
     start = time.perf_counter()
     with progress() as say, spread(settings.jobs, settings.backend):

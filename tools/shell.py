@@ -68,6 +68,9 @@ def _ended(run: Callable[[], Any]) -> int:
         return _drop_stdout()
     except GraphwrightError as error:
         return fail(str(error), error.exit_code)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        return error.exit_code
     except click.UsageError as error:
         return fail(_usage(error), error.exit_code)
     except click.Abort:

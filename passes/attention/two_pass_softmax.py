@@ -21,6 +21,7 @@ from ..graph import (
     site,
 )
 from ..ops.two_pass_softmax import NEGATIVE_AXES, TWO_PASS_SOFTMAX, Form, choose_form, longest_in_cache
+from ..recognise.softmax import WITHOUT_MAXIMUM
 
 ALL_AXES = 13  # from this opset on Softmax is over one axis; before, over all axes from `axis` to the last
 COMPUTED = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
@@ -48,8 +49,9 @@ class TwoPassSoftmax(Pass):
         y = Div (e, s)                                             (also without Sub, and as Mul by Reciprocal)
 
     The operator's body is Softmax itself: the file stays plain ONNX and runs at full speed everywhere.
-    Left alone: other axes, float64, and chains whose exponentials or sum are used elsewhere. A chain without
-    the maximum overflows for x > 88; the operator does not.
+    Left alone: other axes, float64, and chains whose exponentials or sum are used elsewhere. A chain without the
+    maximum is equal to the operator where the sum of its exponentials neither overflows nor is lost, which the
+    report says; beyond, as for rows above 88 or below -103, the chain gives NaN and the operator the softmax.
 
     Source: Dukhan and Ablavatski, "The Two-Pass Softmax Algorithm", arXiv 2001.04438.
 
@@ -99,10 +101,12 @@ class TwoPassSoftmax(Pass):
         except _Refused as refusal:
             report.skipped(rule, site(node), str(refusal))
             return
+        unshifted = chain is not None and x is input_of(chain.exp, 0)
         self._rewrite(node, x, opset)
         if scope.function is not None:
             scope.function.opset_imports[TWO_PASS_SOFTMAX.domain] = TWO_PASS_SOFTMAX.version
-        report.changed(rule, site(node), self._detail(node.outputs[0], ctx))
+        condition = f"; {WITHOUT_MAXIMUM}" if unshifted else ""
+        report.changed(rule, site(node), self._detail(node.outputs[0], ctx) + condition)
 
     def _check_rows(self, x: ir.Value, y: ir.Value) -> None:
         dtype = x.dtype or y.dtype

@@ -16,6 +16,7 @@ from .evaluate import Limits, Refusal, check_work, evaluate, predict_bytes
 from .shape_values import LENGTH, Entries, ShapeValues
 
 QUANTIZERS = ("DequantizeLinear", "QuantizeLinear", "DynamicQuantizeLinear")
+WHOLE = (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL)  # types of shape computations
 SEQUENCES = ("SequenceConstruct", "SequenceEmpty", "SplitToSequence", "Optional")
 
 
@@ -89,10 +90,9 @@ class _Run:
 
     def _fold_shape(self, node: ir.Node, entries: Entries, scope: graph.Scope) -> bool:
         """A shape computation whose entries are all numbers."""
-        dtype = _whole_type(node)
-        if dtype is None:
+        if entries.dtype not in WHOLE:
             return False
-        array = np.array(entries.items, dtype.numpy())
+        array = np.array(entries.items, entries.dtype.numpy())
         self._replace(node, [array.reshape(()) if entries.scalar else array], scope, "shape")
         return True
 
@@ -242,23 +242,6 @@ class _Run:
         for value in [*branch.initializers.values(), *(v for node in branch for v in node.outputs)]:
             if value.name and self._uses_of_names[value.name] > 1:
                 value.name = self._fresh(value.name)
-
-
-def _whole_type(node: ir.Node) -> ir.DataType | None:
-    """The integer type of a shape computation's output."""
-    output = node.outputs[0]
-    dtype = output.dtype
-    if dtype is None:
-        if node.op_type in ("Shape", "Size"):
-            return ir.DataType.INT64
-        if node.op_type == "Cast":
-            return ir.DataType(graph.attribute(node, "to"))
-        if node.op_type == "Equal":
-            return ir.DataType.BOOL
-        source = node.inputs[1 if node.op_type == "Where" else 0]
-        dtype = source.dtype if source is not None else None
-    whole = (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL)
-    return dtype if dtype in whole else None
 
 
 def _megabytes(size: int) -> str:

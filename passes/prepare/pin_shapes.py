@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import ClassVar
 
 import onnx_ir as ir
@@ -59,6 +60,8 @@ def bound_symbols(model: ir.Model, pins: Mapping[str, Sequence[int]]) -> dict[st
     bindings: dict[str, int] = {}
     origin: dict[str, str] = {}
     for name, pinned in pins.items():
+        if isinstance(pinned, str | int) or not all(isinstance(dim, Integral) for dim in pinned):
+            raise InputError(f"pin {name}={pinned!r} is no shape; expected whole numbers, as in (1, 3, 224, 224)")
         if name not in inputs:
             raise InputError(f"no input is called {name!r}; {did_you_mean(name, inputs)}")
         _bind(inputs[name], tuple(pinned), bindings, origin)

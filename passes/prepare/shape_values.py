@@ -6,8 +6,9 @@ An entry is a whole number, or one of: LENGTH, a number from 0 that depends on t
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import onnx_ir as ir
 
 from .. import graph
@@ -20,10 +21,11 @@ MOST = 64  # entries: longer vectors are data, not shapes
 
 @dataclass(frozen=True)
 class Entries:
-    """The entries of a vector, or of a scalar when `scalar`."""
+    """The entries of a vector, or of a scalar when `scalar`. dtype: an integer type or bool; None: not known."""
 
     items: tuple[Entry, ...]
     scalar: bool = False
+    dtype: ir.DataType | None = None
 
     @property
     def known(self) -> bool:
@@ -47,7 +49,7 @@ class ShapeValues:
             array = graph.constant_value(value)
             if array is None or array.dtype.kind not in "iub":
                 return None
-            found = Entries(tuple(int(x) for x in array.reshape(-1)), array.ndim == 0)
+            found = Entries(tuple(int(x) for x in array.reshape(-1)), array.ndim == 0, tensor.dtype)
             self._entries[value] = found
         return found
 
@@ -59,8 +61,34 @@ class ShapeValues:
         result = rule(self, node, opset)
         if result is None or len(result.items) > MOST:
             return None
+        dtype = self._type(node)
+        result = replace(result, items=tuple(_wrapped(item, dtype) for item in result.items), dtype=dtype)
         self._entries[node.outputs[0]] = result
         return result
+
+    def _type(self, node: ir.Node) -> ir.DataType | None:
+        """The type of the node's output. Values in functions have none of their own."""
+        if node.op_type in ("Shape", "Size"):
+            return ir.DataType.INT64
+        if node.op_type == "Cast":
+            return ir.DataType(graph.attribute(node, "to"))
+        if node.op_type == "Equal":
+            return ir.DataType.BOOL
+        source = node.inputs[1 if node.op_type == "Where" else 0]
+        entries = self.of(source)
+        if entries is not None and entries.dtype is not None:
+            return entries.dtype
+        return node.outputs[0].dtype or (source.dtype if source is not None else None)
+
+
+def _wrapped(item: Entry, dtype: ir.DataType | None) -> Entry:
+    """The number as the type holds it: arithmetic of integers wraps."""
+    if isinstance(item, str) or dtype == ir.DataType.BOOL:
+        return item
+    if dtype is None or not dtype.is_integer():
+        return UNKNOWN
+    info = np.iinfo(dtype.numpy())
+    return (item - info.min) % (1 << info.bits) + info.min
 
 
 Rule = Callable[[ShapeValues, ir.Node, int], Entries | None]

@@ -29,12 +29,16 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class Found:
-    """A site: `last` is its last node, `inputs` what goes in; `write` makes the value that stands for its output."""
+    """A site: `last` is its last node, `inputs` what goes in; `write` makes the value that stands for its output.
+
+    condition: where the two are equal, for the report, when that is not everywhere.
+    """
 
     rule: str
     last: ir.Node
     inputs: tuple[ir.Value, ...]
     write: Callable[[Writer], ir.Value]
+    condition: str = ""
 
 
 class Recogniser(Pass):
@@ -73,7 +77,8 @@ class Recogniser(Pass):
                         producer.metadata_props.setdefault(key, value)
                 graph.replace_value(output, new, keep_name=new.producer() in writer.nodes)
                 remove(found, inner)
-                report.changed(found.rule, site, f"{len(inner)} nodes -> {len(writer.nodes)}")
+                condition = f"; {found.condition}" if found.condition else ""
+                report.changed(found.rule, site, f"{len(inner)} nodes -> {len(writer.nodes)}{condition}")
         return report
 
     def _look(self, node: ir.Node, scope: graph.Scope, report: PassReport) -> Found | None:

@@ -11,6 +11,8 @@ from .. import graph
 from ..base import Contract
 from .matching import Found, Recogniser, Refused, made_by, only_user, operands, reduced_axes, same
 
+WITHOUT_MAXIMUM = "it takes no maximum: equal where the sum of its exponentials is finite and not lost to 0"
+
 
 @dataclass(frozen=True)
 class RecogniseSoftmax(Recogniser):
@@ -22,8 +24,10 @@ class RecogniseSoftmax(Recogniser):
         s = ReduceSum (e, last)
         Y = Div (e, s)
 
-    Also without the maximum (such a chain overflows for x > 88, Softmax does not), along any one axis, and as Mul by
-    the reciprocal. A model of an older opset is brought to 13.
+    Also along any one axis, as Mul by the reciprocal, and without the maximum. Without it the two are equal where the
+    sum of the exponentials neither overflows nor is lost: in float32 while the greatest x of a row is from -87 to 88
+    less the logarithm of the row's length; the report says so. Beyond, the chain gives NaN, or 0 beside an infinite x,
+    and Softmax the right numbers, or NaN beside an infinite x. A model of an older opset is brought to 13.
     Left alone: sums over several axes or that do not keep their axis, and chains whose exponentials or sum are used
     elsewhere or are outputs.
     """
@@ -58,6 +62,7 @@ class RecogniseSoftmax(Recogniser):
             last,
             (x,),
             lambda writer: writer.op("Softmax", x, axis=axes[0], dtype=output.dtype, shape=output.shape),
+            condition=WITHOUT_MAXIMUM if x is exp.inputs[0] else "",
         )
 
 

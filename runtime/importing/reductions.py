@@ -118,7 +118,7 @@ def reduced(site: Site, x: tvm.ir.Expr, axes: Sequence[int], kind: str) -> tvm.i
 
 def _by_kernel(site: Site, x: tvm.ir.Expr, axes: Sequence[int], kind: str) -> tvm.ir.Expr | None:
     """A float32 reduction over neighbouring axes by our kernel; None where it is not for that form."""
-    if not site.target.is_cpu or dtype_of(x) != "float32" or kind not in ("sum", "mean", "max"):
+    if not site.target.is_cpu or dtype_of(x) != "float32" or kind not in ("sum", "mean", "max", "min"):
         return None
     first, last = min(axes), max(axes) + 1
     dims = shape_of(x)

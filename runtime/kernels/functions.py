@@ -34,6 +34,7 @@ LOG_P = (
     7.0376836292e-2, -1.1514610310e-1, 1.1676998740e-1, -1.2420140846e-1, 1.4249322787e-1,
     -1.6668057665e-1, 2.0000714765e-1, -2.4999993993e-1, 3.3333331174e-1,
 )  # fmt: skip
+SMALLEST = 2.0**-126  # normal float32
 # exp beyond these is infinite or zero in float32.
 EXP_MOST, EXP_LEAST = 88.72283935546875, -104.0
 
@@ -90,20 +91,23 @@ def erf(v: Vectors, x: Expr) -> Expr:
 
 
 def log(v: Vectors, x: Expr) -> Expr:
-    """Natural logarithm, 2 ulp; -infinity of 0, NaN of less. Subnormal numbers are taken for the smallest normal."""
+    """Natural logarithm, 2 ulp; -infinity of 0, NaN of less."""
     x = T.Bind(x)
     integer = f"int32x{v.lanes}"
 
     def whole(value: int) -> Expr:
         return T.broadcast(T.int32(value), v.lanes)
 
-    bits = T.Bind(T.reinterpret(T.max(v.splat(1.17549435e-38), x), dtype=integer))
+    # Subnormal numbers have no exponent of their own: as 2^23 times themselves they have.
+    smallest = v.splat(SMALLEST)
+    normal = T.Bind(v.choose("lt", x, smallest, T.Bind(x * v.splat(2.0**23)), x))
+    bits = T.Bind(T.reinterpret(T.max(smallest, normal), dtype=integer))
     # The exponent that leaves a mantissa in [sqrt(1/2), sqrt(2)).
     shifted = T.Bind(bits - whole(0x3F3504F3))
     exponent = T.Bind(T.shift_right(shifted, whole(23)))
     mantissa = T.reinterpret(bits - T.shift_left(exponent, whole(23)), dtype=v.dtype)
     f = T.Bind(mantissa - v.splat(1.0))
-    n = T.Bind(T.Cast(v.dtype, exponent))
+    n = T.Bind(T.Cast(v.dtype, exponent) - v.choose("lt", x, smallest, v.splat(23.0), v.splat(0.0)))
     square = T.Bind(f * f)
     y = T.Bind(_polynomial(v, f, LOG_P) * f * square)
     y = v.fma(n, v.splat(-2.12194440e-4), y)

@@ -1,5 +1,5 @@
-"""Sums, means and greatest elements of float32 tensors over neighbouring axes, places of greatest elements, and rows
-that are picked from a table.
+"""Sums, means, greatest and least elements of float32 tensors over neighbouring axes, places of greatest elements, and
+rows that are picked from a table.
 
 A tensor counts as (outer, length, inner), of which `length` is reduced. Where `inner` is one element, a row is folded
 by several accumulators; else vectors of `inner` are added up, a few at a time. Sums begin anew every LANE_TERMS terms.
@@ -29,6 +29,7 @@ from .rows import (
 from .vectors import NEGATIVE_INFINITY, Buffer, Expr, Vectors
 
 TOGETHER = 4  # vectors of the inner axes that are reduced at a time, and of a row in one turn
+NOTHING = {"max": NEGATIVE_INFINITY, "min": math.inf}  # the extreme element of no elements
 EXACT = 1 << 24  # whole numbers up to here are exact in float32
 
 
@@ -43,8 +44,8 @@ def reduction(
 ) -> tirx.PrimFunc:
     """A kernel (X, Y) -> None: X (*outer, *length, *behind) reduced to Y (*outer, 1 for each of length, *behind).
 
-    kind: sum, mean or max. A NaN gives NaN; the greatest of nothing is -infinity, the mean of nothing NaN. name: of the
-    exported symbol; None for a function that only its own module calls.
+    kind: sum, mean, max or min. A NaN gives NaN, as in NumPy; the greatest of nothing is -infinity, the least infinity,
+    the mean NaN. name: of the exported symbol; None for a function that only its own module calls.
     """
     inner = math.prod(behind)
     tensors: dict[str, tuple[Shape, str]] = {
@@ -82,9 +83,9 @@ def _share(terms: int | Expr) -> Expr:
     return T.Bind(T.float32(1) / number) if not isinstance(terms, int) or terms else T.float32(math.nan)
 
 
-def _most(v: Vectors, most: Expr, x: Expr) -> Expr:
-    """The greater, or NaN: max gives its second operand where one of them is NaN."""
-    return v.choose("ne", x, x, x, T.Bind(T.max(x, most)))
+def _extreme(v: Vectors, kind: str, most: Expr, x: Expr) -> Expr:
+    """The greater or less, or NaN: max and min give their second operand where one of them is NaN."""
+    return v.choose("ne", x, x, x, T.Bind(T.max(x, most) if kind == "max" else T.min(x, most)))
 
 
 def _row(v: Vectors, buffers: dict[str, Buffer], kind: str, terms: int | Expr, row: Expr, index: str) -> None:
@@ -94,13 +95,16 @@ def _row(v: Vectors, buffers: dict[str, Buffer], kind: str, terms: int | Expr, r
     def load(at: Expr, part: int | Expr | None, fill: float) -> Expr:
         return v.load(x, at, count_of(part, index), fill)
 
-    if kind == "max":
+    if kind in NOTHING:
+        nothing, sign = NOTHING[kind], 1.0 if kind == "max" else -1.0
         lanes = T.Bind(folded(
-            v, terms, TOGETHER, start, index, NEGATIVE_INFINITY,
-            lambda most, at, part: _most(v, most, load(at, part, NEGATIVE_INFINITY)), lambda a, b: _most(v, a, b),
+            v, terms, TOGETHER, start, index, nothing,
+            lambda most, at, part: _extreme(v, kind, most, load(at, part, nothing)),
+            lambda a, b: _extreme(v, kind, a, b),
         ))  # fmt: skip
         unordered = v.greatest(v.choose("ne", lanes, lanes, v.splat(1.0), v.splat(0.0)))
-        result = T.Select(unordered > T.float32(0), T.float32(math.nan), v.greatest(lanes))
+        extreme = T.float32(sign) * v.greatest(T.Bind(lanes * v.splat(sign)))
+        result = T.Select(unordered > T.float32(0), T.float32(math.nan), extreme)
     else:
         result = row_total(v, terms, start, index, lambda total, at, part: total + load(at, part, 0.0))
         result = result * _share(terms) if kind == "mean" else result
@@ -134,17 +138,18 @@ def _folded_columns(
 ) -> None:  # fmt: skip
     x, y, lanes = buffers["x"], buffers["y"], v.lanes
     parts = [(j, None if (j + 1) * lanes <= count else count - j * lanes) for j in range(-(-count // lanes))]
-    sums = v.registers(len(parts), NEGATIVE_INFINITY if kind == "max" else 0.0)
+    sums = v.registers(len(parts), NOTHING.get(kind, 0.0))
     start = T.Bind(row * terms * tirx.const(inner, index) + column)
 
     def each(term: Expr, into: Buffer) -> None:
         at = T.Bind(start + term * tirx.const(inner, index))
         for j, part in parts:
             here, value = v.at(j * lanes), v.load(x, at + j * lanes, count_of(part, index))
-            T.buffer_store(into, _most(v, into[here], value) if kind == "max" else into[here] + value, [here])
+            joined = _extreme(v, kind, into[here], value) if kind in NOTHING else into[here] + value
+            T.buffer_store(into, joined, [here])
 
     number = tirx.const(terms, index) if isinstance(terms, int) else terms
-    if kind == "max" or (isinstance(terms, int) and terms <= LANE_TERMS):
+    if kind in NOTHING or (isinstance(terms, int) and terms <= LANE_TERMS):
         with T.serial(number) as term:
             each(term, sums)
     else:

@@ -516,3 +516,24 @@ def test_saving_leaves_the_model_as_it_was(tmp_path: Path) -> None:
     tensor = model.graph.initializers["w"].const_value
     io.save(model, tmp_path / "out.onnx")
     assert model.graph.initializers["w"].const_value is tensor
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        (
+            "[ONNXRuntimeError] : 1 : FAIL : Load failed:/src/core/model.cc:256 a::Model::Model(T&&, const b::P<int>&, "
+            "const c::L&) Unsupported\nversion: 99",
+            "Load failed:Unsupported version: 99",
+        ),
+        (
+            "[ONNXRuntimeError] : 9 : NOT_IMPLEMENTED : x /a/b.h:9 void a::(anonymous namespace)::f(g (*)(int)) const "
+            "[with T = int] n == 1 was false. (n)",
+            "NOT_IMPLEMENTED : x n == 1 was false. (n)",
+        ),
+        ("'/a/b.onnx' is not (yet) there", "'/a/b.onnx' is not (yet) there"),
+        ("", "ValueError"),
+    ],
+)
+def test_the_line_of_an_error_has_no_places_in_sources(text: str, line: str) -> None:
+    assert io.first_line(ValueError(text)) == line

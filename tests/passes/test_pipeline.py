@@ -9,7 +9,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 from graphwright.passes.base import Contract, Pass, PassContext, PassReport
-from graphwright.passes.errors import GraphwrightError, ModelError, PassError, UsageError
+from graphwright.passes.errors import GraphwrightError, ModelError, OutputError, PassError, UsageError
 from graphwright.passes.pipeline import Dumper, Pipeline, Timer
 from onnx import parser
 
@@ -125,6 +125,12 @@ def test_steps_that_change_something_are_dumped(tmp_path: Path) -> None:
     pipeline.run(model(), observers=[Dumper(tmp_path / "steps")])
     assert [path.name for path in sorted((tmp_path / "steps").iterdir())] == ["02-simplify.onnx", "03-step.onnx"]
     assert len(onnx.load(tmp_path / "steps" / "02-simplify.onnx").graph.node) == 1
+
+
+def test_steps_that_cannot_be_dumped(tmp_path: Path) -> None:
+    (tmp_path / "steps").write_text("a file")
+    with pytest.raises(OutputError, match=r"01-step.onnx: cannot be written \(.*\); choose another output"):
+        Pipeline((Step(),)).run(model(), observers=[Dumper(tmp_path / "steps")])
 
 
 def test_errors_name_the_pass_and_keep_their_kind() -> None:

@@ -10,10 +10,11 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 from graphwright.passes.attention.two_pass_softmax import TwoPassSoftmax
-from graphwright.passes.base import Caches, PassContext, PassReport
+from graphwright.passes.base import Caches, Pass, PassContext, PassReport
 from graphwright.passes.errors import UsageError
 from graphwright.passes.ops import OPERATORS, TWO_PASS_SOFTMAX
 from graphwright.passes.ops.two_pass_softmax import Form, choose_form, longest_in_cache
+from graphwright.passes.recognise.softmax import RecogniseSoftmax
 from graphwright.passes.registry import parse_pass
 from onnx.inliner import inline_local_functions
 from onnx.reference import ReferenceEvaluator
@@ -117,6 +118,13 @@ def test_axes_of_one_element_between_do_not_matter_before_opset_13() -> None:
     assert rewrite(model).changes
     x = np.random.default_rng(0).standard_normal((2, 1, 1, 5), np.float32)
     np.testing.assert_allclose(outputs(model, x)[0], TWO_PASS_SOFTMAX.reference(x), rtol=1e-6)
+
+
+@pytest.mark.parametrize("step", [TwoPassSoftmax(), RecogniseSoftmax()])
+def test_the_report_says_where_a_chain_without_a_maximum_is_equal(step: Pass) -> None:
+    for text, said in ((CHAIN, False), (CHAIN.replace("e = Exp(d)", "e = Exp(x)"), True)):
+        (change,) = step.run(parse(text), PassContext()).changes
+        assert change.detail.endswith("equal where the sum of its exponentials is finite and not lost to 0") is said
 
 
 @pytest.mark.parametrize(

@@ -307,7 +307,7 @@ def test_rotary_embedding_between_a_projection_and_attention() -> None:
 # Reductions and rows of tables.
 
 
-@pytest.mark.parametrize("op", ["ReduceSum", "ReduceMean", "ReduceMax"])
+@pytest.mark.parametrize("op", ["ReduceSum", "ReduceMean", "ReduceMax", "ReduceMin"])
 def test_reductions_over_neighbouring_axes(op: str) -> None:
     kernel = f"reduce_{op.removeprefix('Reduce').lower()}"
     for axes, keep, shape in (([-1], 1, "b,s,1"), ([1], 0, "b,20"), ([1, 2], 0, "b"), ([0, 1, 2], 1, "1,1,1")):

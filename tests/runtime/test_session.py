@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import subprocess
 import sys
@@ -200,6 +201,23 @@ def test_who_runs_it(session: Session, optimized: Optimize) -> None:
     assert session.get_providers() == ["TVMExecutionProvider"]
     built = optimized("mix (float[4] x) => (float[4] y, string[4] s) { y = Relu(x)  s = Cast<to=8>(y) }")
     assert Session(built.artifact).get_providers() == ["TVMExecutionProvider", "CPUExecutionProvider"]
+
+
+def test_what_it_says_of_itself(optimized: Optimize) -> None:
+    model = onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["" : 20]> {MLP}')
+    model.producer_name, model.domain, model.doc_string, model.model_version = "me", "a.b", "says", 7
+    model.graph.doc_string = "sums"
+    helper.set_model_props(model, {"stride": "32"})
+    built = optimized(model, w=W)
+    session, original = Session(built.artifact, threads=1), reference(built.model)
+    mine, theirs = session.get_modelmeta(), original.get_modelmeta()
+    names = [field.name for field in dataclasses.fields(mine)]
+    assert {name: getattr(mine, name) for name in names} == {name: getattr(theirs, name) for name in names}
+    assert set(names) == {name for name in dir(theirs) if not name.startswith("_")}
+    mine, theirs = session.get_session_options(), original.get_session_options()
+    assert mine.intra_op_num_threads == theirs.intra_op_num_threads == 1
+    assert session.get_provider_options() == {"TVMExecutionProvider": {"target": "cpu"}}
+    assert session.get_overridable_initializers() == []
 
 
 # --- models at the edge -----------------------------------------------------------------------------------------

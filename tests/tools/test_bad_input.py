@@ -121,6 +121,38 @@ def test_a_value_that_nothing_defines(cli: Cli, tmp_path: Path) -> None:
     refused(cli, "reads 'ghost', which nothing defines", "optimize", path, folder=tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a () => () { c = Constant <value_int = 1> () }", "the graph has no outputs; expected at least one"),
+        (
+            "a (float[1099511627776,N,1099511627776] x) => (float[A,B,C] y) { y = Relu (x) }",
+            r"'x' has an impossible shape \[1099511627776, 'N', 1099511627776\]; expected at most 2\^48 elements",
+        ),
+        (
+            "a (float[2,5] x, float[4,4] w) => (float[2,4] y) { y = MatMul (x, w) }",
+            r"onnxruntime cannot load the model: Node \(\) Op \(MatMul\) .*Incompatible dimensions",
+        ),
+    ],
+)
+def test_a_graph_that_cannot_run(cli: Cli, write: Write, text: str, message: str) -> None:
+    path = write(text)
+    refused(cli, f"^error: {path}: {message}", "optimize", path, folder=path.parent)
+
+
+def test_an_input_without_an_element_type(cli: Cli, model: Path) -> None:
+    proto = onnx.load(model)
+    proto.graph.input[0].type.tensor_type.ClearField("elem_type")
+    onnx.save(proto, model)
+    refused(cli, "input 'x' has no element type; expected one", "optimize", model, folder=model.parent)
+
+
+def test_a_version_of_the_format_that_nobody_knows(cli: Cli, write: Write) -> None:
+    path = write("a (float[2] x) => (float[2] y) { y = Relu (x) }", header='<ir_version: 99, opset_import: ["" : 20]>')
+    message = r"model.onnx: IR version 99 is not known; expected at most \d+"
+    refused(cli, message, "optimize", path, folder=path.parent)
+
+
 # --- external data ----------------------------------------------------------------------------------------------
 
 
@@ -235,6 +267,15 @@ def test_a_report_that_exists(cli: Cli, model: Path) -> None:
     report = model.with_name("r.json")
     report.write_text("{}")
     refused(cli, "r.json: already exists", "optimize", model, "--report", report, folder=model.parent)
+
+
+@pytest.mark.parametrize("option", ["--dump", "--report"])
+@pytest.mark.parametrize("place", ["model.onnx", "model.onnx/sub", "/proc/sub"])
+def test_a_by_product_that_cannot_be_written(cli: Cli, model: Path, option: str, place: str) -> None:
+    """Found before any work is done: the model is not written either."""
+    path = model.parent / place / ("r.html" if option == "--report" else "")
+    message = rf"{place}: cannot be written \(.*\); choose another output"
+    refused(cli, message, "optimize", model, "--preset", "none", option, path, folder=model.parent)
 
 
 def test_no_model_at_all(cli: Cli, tmp_path: Path) -> None:

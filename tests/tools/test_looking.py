@@ -137,7 +137,7 @@ def test_doctor_tells_what_stays(cli: Cli, write: Callable[..., Path]) -> None:
     proto.graph.initializer[0].CopyFrom(numpy_helper.from_array(np.array([1, np.nan, np.inf], np.float32), "w"))
     onnx.save(proto, path)
     found = findings(cli, path)
-    assert found["dynamic axes", "input x"]["cure"] == "stays dynamic; --pin x=N with numbers fixes it"
+    assert found["dynamic axes", "input x"]["cure"] == "stays dynamic; --pin x=N, a number for each N, fixes it"
     assert found["input type", "input s"]["detail"] == "is string, not a float"
     assert found["control flow", "If"]["detail"] == "1 node"
     assert found["random", "RandomNormalLike"]["cure"] == "the result cannot be verified"

@@ -44,6 +44,12 @@ def test_help_answers_in_under_three_tenths_of_a_second(name: str) -> None:
     assert min(seconds) < 0.3, seconds
 
 
+def test_no_command_at_all_shows_the_help() -> None:
+    done = python(START.format(name="main"))
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("Usage: ") and "\nCommands:\n" in done.stderr and "error" not in done.stderr
+
+
 def test_help_imports_nothing_heavy() -> None:
     code = "import sys, atexit; from graphwright.tools.cli import optimize\n"
     code += "atexit.register(lambda: print('LOADED', *sys.modules)); optimize(['--help'])"

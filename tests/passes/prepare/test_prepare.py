@@ -29,6 +29,9 @@ PINNED = "g (float[N,3] pixels, float[N,L] mask) => (float[N,3] y) { y = Relu (p
         ({"pixel": (1, 3)}, "no input is called 'pixel'; did you mean pixels?"),
         ({"pixels": (1, 3, 3)}, "pin pixels=1x3x3 has 3 dimensions, the input has 2: [N,3]; give all of them"),
         ({"pixels": (1, 4)}, "pin pixels=1x4: dimension 1 is 3 in the model, not 4; only dynamic dimensions"),
+        ({"pixels": (None, 3)}, "pin pixels=(None, 3) is no shape; expected whole numbers, as in (1, 3, 224, 224)"),
+        ({"pixels": [2.5, 3]}, "pin pixels=[2.5, 3] is no shape; expected whole numbers"),
+        ({"pixels": "2x3"}, "pin pixels='2x3' is no shape; expected whole numbers"),
         ({"pixels": (-1, 3)}, "pin pixels=-1x3: a dimension cannot be negative; write its size"),
         (
             {"pixels": (1, 3), "mask": (2, 5)},
@@ -89,6 +92,25 @@ def test_folding_limits_say_how_to_lift_them() -> None:
     assert [node.op_type for node in after.graph] == ["Add"]
 
 
+@pytest.mark.parametrize(
+    ("nodes", "expected"),
+    [
+        ("v = Mul (wide, wide)", np.int64(3 << 40) + 4),
+        ("v = Cast <to = 6> (wide)", np.int32(2)),
+        ("n = Cast <to = 6> (most) v = Add (n, n)", np.int32(-2)),
+        ("n = Cast <to = 6> (wide) s = Sub (least, n) v = Cast <to = 7> (s)", np.int64(2**31 - 2)),
+    ],
+)
+def test_folded_shapes_wrap_as_integers_do(nodes: str, expected: np.generic) -> None:
+    """What does not fit its type is still a number: the one that a runtime gives."""
+    text = f"""g (float x) => (float x2, {expected.dtype}[1] y)
+    <int64[1] wide = {{{(3 << 38) + 2}}}, int64[1] most = {{{2**31 - 1}}}, int32[1] least = {{{-(2**31)}}}>
+    {{ x2 = Relu (x) {nodes} y = Identity (v) }}"""
+    after, _ = Pipeline.parse("infer-shapes,fold-constants").run(parse(text))
+    (folded,) = (node for node in after.graph if node.outputs[0].name == "y")
+    np.testing.assert_array_equal(folded.attributes["value"].as_tensor().numpy(), [expected])
+
+
 def test_reports_name_every_site_and_running_again_changes_nothing() -> None:
     text = """g (float[N,6] x) => (float[N,6] y) <int64[1] zero = {0}, int64[1] six = {6}> {
       s = Shape (x) n = Gather (s, zero) t = Concat <axis = 0> (n, six)
@@ -116,6 +138,24 @@ def test_a_cast_called_exact_is_undone_by_the_cast_back(wide: ir.DataType, narro
         with np.errstate(all="ignore"):
             values = values[np.isfinite(values.astype(np.float64))]
             np.testing.assert_array_equal(values.astype(wide.numpy()).astype(narrow.numpy()), values)
+
+
+@pytest.mark.parametrize(
+    ("dims", "target", "fits"),
+    [
+        ("2,4", [3, 3], False), ("2,4", [-1, 3], False), ("2,4", [0, 5], False), ("2,4", [0, -1, 2], True),
+        ("2,4", [8], True), ("", [3], True), ("N,4", [3, 3], True), ("0,4", [0, 0], True), ("0,4", [3, -1], True),
+    ],
+)  # fmt: skip
+def test_a_reshape_that_can_never_run_is_refused(dims: str, target: list[int], fits: bool) -> None:
+    values = ",".join(map(str, target))
+    text = f"""g (float[{dims}] x) => (float[A,B,C] y) <int64[{len(target)}] s = {{{values}}}>
+    {{ a = Relu (x) r = Reshape (a, s) y = Identity (r) }}"""
+    if fits:
+        Pipeline.parse("infer-shapes").run(parse(text))
+        return
+    with pytest.raises(ModelError, match=r"node 'r' reshapes \[.*\] to .* the model can never run"):
+        Pipeline.parse("infer-shapes").run(parse(text))
 
 
 def test_minus_one_is_a_free_dimension() -> None:

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.tvm
 X86 = ["cpu-avx512", "cpu-avx2", "cpu-baseline"]
 # Vectors have 4, 8 or 16 lanes, turns are of 4; sums begin anew every 256 terms of a lane.
 LENGTHS = sorted({1, 2, 100, 5000} | {n + d for n in (4, 16, 32, 64, 256, 1 << 13) for d in (-1, 0, 1)})
-FUNCTIONS: dict[str, Callable[..., Any]] = {"sum": np.sum, "mean": np.mean, "max": np.max}
+FUNCTIONS: dict[str, Callable[..., Any]] = {"sum": np.sum, "mean": np.mean, "max": np.max, "min": np.min}
 INF = np.float32(np.inf)
 
 
@@ -53,7 +53,7 @@ def draw(*shape: int) -> np.ndarray:
 def check(kernel: Callable[..., Any], kind: str, x: np.ndarray) -> None:
     """x: (outer, length, inner). 2e-6 of what the absolute values add up to."""
     expected = FUNCTIONS[kind](x.astype(np.float64), axis=1, keepdims=True)
-    scale = 1.0 if kind == "max" else FUNCTIONS[kind](np.abs(x).astype(np.float64), axis=1).max(initial=1.0)
+    scale = 1.0 if kind in ("max", "min") else FUNCTIONS[kind](np.abs(x).astype(np.float64), axis=1).max(initial=1.0)
     np.testing.assert_allclose(run(kernel, expected.shape, np.float32, x), expected, rtol=0, atol=2e-6 * scale)
 
 
@@ -87,6 +87,8 @@ def test_threads_and_nothing() -> None:
         assert (run(kernel, (3, 1, inner), np.float32, draw(3, 0, inner)) == -INF).all()
         assert (run(built(target, "reduction", "sum", ("n",), ("k",), (inner,)), (3, 1, inner), np.float32,
                     draw(3, 0, inner)) == 0).all()  # fmt: skip
+        least = built(target, "reduction", "min", ("n",), ("k",), (inner,))
+        assert (run(least, (3, 1, inner), np.float32, draw(3, 0, inner)) == INF).all()
         assert run(kernel, (0, 1, inner), np.float32, draw(0, 3, inner)).size == 0
 
 
