@@ -119,8 +119,13 @@ class SoftmaxEmitter:
         self.sweep(count, group, body, start)
         return v.greatest(_tree(T.max, [best[v.at(j * v.lanes)] for j in range(group)]))
 
-    def exponentials(self, start: Expr, count: int | Expr, top: Expr, scratch: Scratch | None = None) -> Expr:
-        """Y, or `scratch`, = exp(X - top) over `count` elements; returns their sum."""
+    def exponentials(
+        self, start: Expr, count: int | Expr, top: Expr, scratch: Scratch | None = None, ahead: int | Expr | None = None
+    ) -> Expr:
+        """Y, or `scratch`, = exp(X - top) over `count` elements; returns their sum.
+
+        ahead: so many elements further the cache lines that the next maximum reads are asked for meanwhile.
+        """
         v = self.vectors
         into, origin = scratch or (self.y, 0)
         group = 4
@@ -128,6 +133,9 @@ class SoftmaxEmitter:
 
         def body(offsets: list[Expr], part: Expr | None) -> None:
             xs = [v.load(self.x, offset, part, NEGATIVE_INFINITY) for offset in offsets]
+            if ahead is not None:
+                for offset in offsets[:: max(1, LINE // v.lanes)]:
+                    v.prefetch(self.x, offset + ahead)
             for j, (offset, x) in enumerate(zip(offsets, xs, strict=True)):
                 here = v.at(j * v.lanes)
                 e = v.exp(x - v.splat(top), low=False)
@@ -155,7 +163,7 @@ class SoftmaxEmitter:
     def reload_row(self, start: Expr, length: int | Expr) -> None:
         """A row in three passes over all of it."""
         top = self.maximum(start, length)
-        total = self.exponentials(start, length, top)
+        total = self.exponentials(start, length, top, ahead=length)
         self.scale(start, length, T.Bind(T.float32(1) / total))
 
     def merge_tops(self, tops: Buffer, sums: Buffer, blocks: int | Expr) -> Expr:

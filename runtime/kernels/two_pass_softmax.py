@@ -153,7 +153,7 @@ class _Driver:
             first, count = start + b * RELOAD_BLOCK, self.count(RELOAD_BLOCK, b)
             top = e.maximum(first, count)
             T.buffer_store(tops, top, [b])
-            T.buffer_store(sums, e.exponentials(first, count, top, scratch), [b])
+            T.buffer_store(sums, e.exponentials(first, count, top, scratch, RELOAD_BLOCK), [b])
         factor = e.merge_tops(tops, sums, blocks)
         self.output(
             kind,
