@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import hashlib
 import json
 import logging
 import os
@@ -22,17 +21,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
+from blake3 import blake3
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..passes.errors import ArtifactError, OutputError
 from ..passes.io import check_output, first_line
 from .target import Target
 
-SCHEMA = 1
+SCHEMA = 2
 MANIFEST, MODEL, WEIGHTS = "manifest.json", "model.onnx", "weights.bin"
 ALIGNMENT = 64
-HASHED = 1 << 18  # bytes read at a time
-LATER = ("kernels", "activation_bytes")  # fields of a region that older manifests lack, and their digests do not cover
 OLD = ".old"  # suffix of an artifact that is being replaced, where that takes two steps
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of renameat2(2)
 
@@ -88,7 +86,7 @@ class RegionSpec(_Strict):
 
 
 class FileSpec(_Strict):
-    sha256: str
+    blake3: str
     nbytes: int
 
 
@@ -108,13 +106,8 @@ class Manifest(_Strict):
 
     def own_digest(self) -> str:
         """The digest that the manifest should carry."""
-        data = self.model_dump(mode="json", exclude={"digest"})
-        for region in data["regions"]:
-            for name in LATER:
-                if not region[name]:
-                    del region[name]
-        text = json.dumps(data, sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
+        text = json.dumps(self.model_dump(mode="json", exclude={"digest"}), sort_keys=True)
+        return blake3(text.encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -184,7 +177,7 @@ class Artifact:
                 raise ArtifactError(f"{self.root}: the manifest names {name!r}, outside the artifact's folder")
             if not path.is_file():
                 raise ArtifactError(f"{path}: is missing; copy the artifact again or compile the model again")
-            if path.stat().st_size != entry.nbytes or sha256(path) != entry.sha256:
+            if path.stat().st_size != entry.nbytes or file_hash(path) != entry.blake3:
                 raise ArtifactError(f"{path}: was altered since it was built (hash differs); compile the model again")
         named = {region.file for region in self.manifest.regions} | {MODEL}
         unknown = named - set(self.manifest.files)
@@ -201,20 +194,15 @@ def write_manifest(manifest: Manifest, root: Path) -> Manifest:
     return complete
 
 
-def sha256(path: Path) -> str:
-    """Of the file's content, at 1.6 GB/s: the buffer stays in the cache, and the processor has instructions for it."""
-    digest = hashlib.sha256()
-    buffer = memoryview(bytearray(HASHED))
-    with open(path, "rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            digest.update(buffer[:count])
-    return digest.hexdigest()
+def file_hash(path: Path) -> str:
+    """BLAKE3 of the file's content, in hex: a fourth of the time of SHA-256."""
+    return blake3().update_mmap(path).hexdigest()
 
 
 def file_specs(root: Path) -> dict[str, FileSpec]:
     """Hash and size of every file of a finished folder."""
     names = sorted(p.name for p in root.iterdir() if p.is_file() and p.name != MANIFEST)
-    return {n: FileSpec(sha256=sha256(root / n), nbytes=(root / n).stat().st_size) for n in names}
+    return {n: FileSpec(blake3=file_hash(root / n), nbytes=(root / n).stat().st_size) for n in names}
 
 
 @dataclass
@@ -242,7 +230,7 @@ class WeightStore:
 
     @staticmethod
     def _append(chunks: Iterable[bytes], file: BinaryIO) -> bytes:
-        digest = hashlib.sha256()
+        digest = blake3()
         for chunk in chunks:
             digest.update(chunk)
             file.write(chunk)

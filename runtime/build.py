@@ -30,8 +30,8 @@ from .artifact import (
     TensorSpec,
     WeightStore,
     Workplace,
+    file_hash,
     file_specs,
-    sha256,
     write_manifest,
 )
 from .partition import ONNXRUNTIME, TVM, Region, cut, partition
@@ -337,7 +337,7 @@ def _place(
         )
     library = Path(result.library)
     # The hash makes the name new whenever the code is: a process keeps one library a path.
-    name = f"region{index}-{sha256(library)[:12]}{library.suffix}"
+    name = f"region{index}-{file_hash(library)[:12]}{library.suffix}"
     shutil.move(library, folder / name)
     sources = []
     for source in map(Path, result.sources):

@@ -320,8 +320,8 @@ def test_a_tampered_artifact(cli: Cli, artifact: Path, inputs: Path, kind: str) 
     ("name", "content", "message"),
     [
         ("manifest.json", "{", "manifest.json: cannot be read .*; compile the model again"),
-        ("manifest.json", '{"schema_version": 99}', "schema version 99; expected 1, compile the model again"),
-        ("manifest.json", '{"schema_version": 1}', "manifest.json: damaged"),
+        ("manifest.json", '{"schema_version": 99}', "schema version 99; expected 2, compile the model again"),
+        ("manifest.json", '{"schema_version": 2}', "manifest.json: damaged"),
         ("manifest.json", None, "no manifest.json in it; expected an artifact folder"),
         ("weights.bin", None, "weights.bin: is missing"),
         ("weights.bin", "short", "weights.bin: was altered since"),
