@@ -29,6 +29,7 @@ from tvm.tirx.script import builder as T
 from ...passes.base import Caches
 from ..target import InstructionSet
 from .conv_spec import Accumulators, ConvSpec, Emission, axis, split_evenly, taps_inside
+from .gemm import loads_cost
 from .vectors import Expr, Vectors
 
 UNROLL = 4  # input channels of one turn of the innermost loop
@@ -98,7 +99,7 @@ def tiling(spec: ConvSpec, isa: InstructionSet) -> Tiling:
         widths = split_evenly(columns, -(-columns // most))
         cost = 0.0
         for v, count in ((vectors, panels - 1), (last, 1)):
-            each = sum(_cycles(width, v, lanes, steps) for width in widths)
+            each = sum(_cycles(width, v, lanes, steps, isa) for width in widths)
             cost += count * each * rows
         # A shorter last panel and a second width are code of their own.
         cost *= 1 + 0.01 * (last != vectors) + 0.01 * (len(set(widths)) - 1)
@@ -114,10 +115,11 @@ def step_cycles(width: int, vectors: int) -> float:
     return max(width * vectors / 2, (width + vectors) / 2, 4.0)
 
 
-def _cycles(width: int, vectors: int, lanes: int, steps: int) -> float:
+def _cycles(width: int, vectors: int, lanes: int, steps: int, isa: InstructionSet) -> float:
     """Of one tile. Weights that do not stay in the first cache come at 32 bytes a cycle."""
     streamed = vectors * lanes * 4 / 32 if steps * vectors * lanes * 4 > 24 << 10 else 0.0
-    return steps * max(step_cycles(width, vectors), streamed) + 2 * width * vectors + 20
+    computed = step_cycles(width, vectors) * (loads_cost(width, vectors) if isa.registers >= 32 else 1.0)
+    return steps * max(computed, streamed) + 2 * width * vectors + 20
 
 
 def _tiles(spec: ConvSpec, widths: list[int]) -> Iterator[Tiles]:
