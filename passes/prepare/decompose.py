@@ -38,11 +38,14 @@ WITH_BODY = frozenset(
 )  # fmt: skip
 
 # Operators that are left whole for targets of that name, or whose name begins with it and a dash: there is a kernel.
-_ON_CPUS = frozenset({"Attention", "RotaryEmbedding", "Swish"})
+_ON_CPUS = frozenset({"Attention", "GRU", "LSTM", "RNN", "RotaryEmbedding", "Swish"})
 KERNELS: dict[str, frozenset[str]] = dict.fromkeys(("cpu", "arm64", "armv7", "riscv64"), _ON_CPUS)
 # Whether a kernel takes the form of a node, for operators of which it does not take every form.
 FORMS: dict[str, Callable[[ir.Node], bool]] = {
     "Attention": transformer.fused_attention,
+    "GRU": recurrent.recurrent_kernel,
+    "LSTM": recurrent.recurrent_kernel,
+    "RNN": recurrent.recurrent_kernel,
     "RotaryEmbedding": transformer.rotary_kernel,
 }
 
