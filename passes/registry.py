@@ -20,6 +20,7 @@ PASSES: dict[str, str] = {
     "dead-code": "graphwright.passes.prepare.dead_code:DeadCode",
     "common-subexpressions": "graphwright.passes.prepare.common_subexpressions:CommonSubexpressions",
     "simplify": "graphwright.passes.prepare.simplify:Simplify",
+    "cancel-transposes": "graphwright.passes.prepare.cancel_transposes:CancelTransposes",
     "lift-constants": "graphwright.passes.prepare.lift_constants:LiftConstants",
     "dedupe-initializers": "graphwright.passes.prepare.dedupe_initializers:DedupeInitializers",
     "inline-functions": "graphwright.passes.prepare.inline_functions:InlineFunctions",
