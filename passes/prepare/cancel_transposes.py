@@ -120,6 +120,17 @@ class Root:
             del self.wants[perm]
 
 
+def _live(body: ir.Graph) -> set[ir.Node]:
+    """The nodes that an output depends on; others are no reason to transpose anything."""
+    live: set[ir.Node] = set()
+    for node in reversed(body):
+        for value in node.outputs:
+            if value.is_graph_output() or any(user in live or user.graph is not body for user, _ in value.uses()):
+                live.add(node)
+                break
+    return live
+
+
 class _Body:
     """One graph: what may be relaid, and what is."""
 
@@ -133,6 +144,7 @@ class _Body:
         self.roots: dict[ir.Value, Root] = {}
         self.label: dict[ir.Node, Perm] = {}
         self.steps = 0
+        self.live = _live(scope.graph)
         self._read()
 
     # --- reading
@@ -154,6 +166,8 @@ class _Body:
                 root, before = self.alias.get(source, (source, identity(len(self.perms[node]))))
                 self.alias[node.outputs[0]] = root, compose(before, self.perms[node])
                 continue
+            if node not in self.live:
+                continue
             try:
                 found = layout_of(node, self.scope.opset, self.ranks)
             except Unknown as reason:
@@ -166,7 +180,7 @@ class _Body:
                 root.aliases.append((value, perm))
                 root.first.setdefault(perm, value)
         for node in self.scope.graph:
-            if node not in self.perms:
+            if node not in self.perms and node in self.live:
                 self._read_node(node)
         for root in list(self.roots.values()):
             self._read_others(root)
@@ -437,6 +451,8 @@ class _Body:
     def _explain(self) -> None:
         """Why Transposes next to order-insensitive operators stay."""
         for node in self.perms:
+            if node not in self.live:
+                continue
             output = node.outputs[0]
             users = [user for user, _ in output.uses()]
             source = self.alias[output][0]
