@@ -45,12 +45,12 @@ RECOGNISE = (
 
 PRESETS: dict[str, str] = {
     # Cleans a model for any runtime.
-    "default": "pin-shapes,infer-shapes,fold-constants,simplify,fold-batch-norm,dedupe-initializers,"
-    "common-subexpressions,dead-code",
+    "default": "pin-shapes,infer-shapes,fold-constants,simplify,fold-batch-norm,cancel-transposes,"
+    "dedupe-initializers,common-subexpressions,dead-code",
     # What a compiler needs: one opset, no functions, no constants as nodes, large operators, only those it has.
     "compile": "inline-functions,pin-shapes,convert-opset,infer-shapes,fold-constants,simplify,infer-shapes,"
-    f"fold-constants,simplify,fold-batch-norm,{RECOGNISE},infer-shapes,fold-constants,decompose,infer-shapes,"
-    "fold-constants,simplify,lift-constants,dedupe-initializers,common-subexpressions,dead-code,infer-shapes",
+    f"fold-constants,simplify,fold-batch-norm,{RECOGNISE},infer-shapes,fold-constants,cancel-transposes,"
+    "decompose,infer-shapes,fold-constants,simplify,lift-constants,dedupe-initializers,common-subexpressions,dead-code,infer-shapes",
     "none": "",
 }
 

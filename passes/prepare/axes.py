@@ -444,9 +444,8 @@ def _resize(at: At) -> Layout | None:
         axes = _from_front(graph.attribute(node, "axes"), rank)
         if axes is None:
             return None
-        sized = frozenset(axes)
-        allows = lambda perm: not sized & set(perm[:2])  # noqa: E731
-        return Layout(rank, whole.inputs, whole.outputs, _move_axes(axes, True), allows)
+        sized, move = frozenset(axes), _move_axes(axes, True)
+        return Layout(rank, whole.inputs, whole.outputs, move, lambda perm: not sized & set(perm[:2]))
     scales = graph.attribute(node, "scales") if at.opset < 9 else None
     indices = [0] if at.opset < 9 else [1] if at.opset < 11 else [1, 2, 3]
     vectors = []

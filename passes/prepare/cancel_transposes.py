@@ -176,14 +176,15 @@ class _Body:
             if found is not None:
                 self.layouts[node] = found
         for value, (_, perm) in self.alias.items():
-            if (root := self.root(value)) is not None:
-                root.aliases.append((value, perm))
-                root.first.setdefault(perm, value)
+            found_root = self.root(value)
+            if found_root is not None:
+                found_root.aliases.append((value, perm))
+                found_root.first.setdefault(perm, value)
         for node in self.scope.graph:
             if node not in self.perms and node in self.live:
                 self._read_node(node)
-        for root in list(self.roots.values()):
-            self._read_others(root)
+        for known_root in list(self.roots.values()):
+            self._read_others(known_root)
 
     def _read_node(self, node: ir.Node) -> None:
         layout = self.layouts.get(node)
@@ -501,7 +502,8 @@ class _Writer:
 
     def _sources(self, node: ir.Node) -> list[Source | None]:
         """What each input is to be."""
-        body, sources = self.body, []
+        body = self.body
+        sources: list[Source | None] = []
         for value, port in zip(node.inputs, body.layouts[node].inputs, strict=False):
             root = body.root(value) if port is not None else None
             if root is None or port is None or value is None:
