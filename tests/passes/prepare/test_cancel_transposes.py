@@ -195,10 +195,177 @@ def test_random_graphs_keep_every_bit(seed: random.Random, opset: int, symbols: 
     assert transposes(again) <= transposes(after)
     random_numbers = np.random.default_rng(seed.randint(0, 1 << 30))
     for scale in (1, 2) if symbols else (1,):
-        feeds = {
-            name: random_numbers.integers(-4, 5, [SIZES[d] * (scale if d != "D" else 1) for d in dims]).astype(np.float32)
-            for name, dims in builder.inputs
-        }
+        feeds = {}
+        for name, dims in builder.inputs:
+            shape = [SIZES[d] * (1 if d == "D" else scale) for d in dims]
+            feeds[name] = random_numbers.integers(-4, 5, shape).astype(np.float32)
         for expected, got in zip(run(model, feeds), run(after, feeds), strict=True):
             assert expected.dtype == got.dtype
             np.testing.assert_array_equal(got, expected)
+
+
+class Images:
+    """Models on NHWC images as tf2onnx writes them: every convolution between two Transposes."""
+
+    def __init__(self, batch: int | str, size: int, channels: int) -> None:
+        self.nodes: list[onnx.NodeProto] = []
+        self.weights: list[onnx.TensorProto] = []
+        self.random = np.random.default_rng(0)
+        self.input = helper.make_tensor_value_info("x", TensorProto.FLOAT, [batch, size, size, channels])
+
+    def weight(self, *dims: int) -> str:
+        name = f"w{len(self.weights)}"
+        array = self.random.standard_normal(dims).astype(np.float32) / np.float32(np.prod(dims[1:]) ** 0.5)
+        self.weights.append(onnx.numpy_helper.from_array(array, name))
+        return name
+
+    def ints(self, *numbers: int) -> str:
+        name = f"w{len(self.weights)}"
+        self.weights.append(onnx.numpy_helper.from_array(np.array(numbers, np.int64), name))
+        return name
+
+    def op(self, op_type: str, *inputs: str, **attributes: object) -> str:
+        name = f"v{len(self.nodes)}"
+        self.nodes.append(helper.make_node(op_type, list(inputs), [name], **attributes))
+        return name
+
+    def conv(self, x: str, cin: int, cout: int, kernel: int = 1, stride: int = 1, group: int = 1) -> str:
+        a = self.op("Transpose", x, perm=NCHW)
+        pads = [kernel // 2] * 4
+        b = self.op("Conv", a, self.weight(cout, cin // group, kernel, kernel), pads=pads, group=group,
+                    strides=[stride, stride])  # fmt: skip
+        c = self.op("Transpose", b, perm=NHWC)
+        return self.op("Add", c, self.weight(cout))
+
+    def relu6(self, x: str) -> str:
+        if not any(weight.name == "six" for weight in self.weights):
+            for name, number in (("zero", 0), ("six", 6)):
+                self.weights.append(onnx.numpy_helper.from_array(np.array(number, np.float32), name))
+        return self.op("Clip", x, "zero", "six")
+
+    def model(self, *outputs: str) -> ir.Model:
+        ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs]
+        body = helper.make_graph(self.nodes, "g", [self.input], ends, self.weights)
+        return ir.from_proto(helper.make_model(body, opset_imports=[helper.make_opsetid("", 17)], ir_version=9))
+
+
+def mobilenet(batch: int | str = 1, size: int = 32, blocks: int = 3, width: int = 16) -> ir.Model:
+    """Inverted residuals with squeeze-and-excite, then the mean over height and width, and a product."""
+    net = Images(batch, size, 3)
+    x = net.relu6(net.conv("x", 3, width, 3, 2))
+    for _ in range(blocks):
+        y = net.relu6(net.conv(x, width, 4 * width))
+        y = net.relu6(net.conv(y, 4 * width, 4 * width, 3, group=4 * width))
+        gate = net.op("ReduceMean", y, axes=[1, 2], keepdims=1)
+        gate = net.op("Relu", net.conv(gate, 4 * width, width))
+        gate = net.op("Sigmoid", net.conv(gate, width, 4 * width))
+        x = net.op("Add", net.conv(net.op("Mul", y, gate), 4 * width, width), x)
+    mean = net.op("ReduceMean", x, axes=[1, 2], keepdims=0)
+    return net.model(net.op("Softmax", net.op("MatMul", mean, net.weight(width, 10)), axis=-1))
+
+
+def yolo(batch: int | str = 1, size: int = 32, width: int = 16) -> ir.Model:
+    """Two scales that are resized and concatenated, and a head of boxes on each."""
+    net = Images(batch, size, 3)
+
+    def silu(x: str) -> str:
+        return net.op("Mul", x, net.op("Sigmoid", x))
+
+    fine = silu(net.conv("x", 3, width, 3, 2))
+    coarse = silu(net.conv(fine, width, 2 * width, 3, 2))
+    scales = net.weight(1)
+    net.weights[-1] = onnx.numpy_helper.from_array(np.array([1, 2, 2, 1], np.float32), scales)
+    up = net.op("Resize", coarse, "", scales, mode="nearest", coordinate_transformation_mode="asymmetric",
+                nearest_mode="floor")  # fmt: skip
+    joined = silu(net.conv(net.op("Concat", up, fine, axis=3), 3 * width, width, 3))
+    outputs = []
+    for x, channels in ((joined, width), (coarse, 2 * width)):
+        y = net.op("Sigmoid", net.conv(x, channels, 24))
+        outputs.append(net.op("Reshape", y, net.ints(0, -1, 8)))
+    return net.model(net.op("Concat", *outputs, axis=1))
+
+
+def convnext(batch: int | str = 1, size: int = 32, width: int = 16) -> ir.Model:
+    """Blocks of torchvision: NCHW between blocks, NHWC for the normalization and the products within."""
+    net = Images(batch, size, 3)
+    x = net.op("Transpose", net.conv("x", 3, width, 4, 4), perm=NCHW)
+    for _ in range(2):
+        y = net.op("Conv", x, net.weight(width, 1, 7, 7), net.weight(width), pads=[3] * 4, group=width)
+        y = net.op("Transpose", y, perm=NHWC)
+        y = net.op("LayerNormalization", y, net.weight(width), net.weight(width))
+        y = net.op("Relu", net.op("MatMul", y, net.weight(width, 4 * width)))
+        y = net.op("Mul", net.op("MatMul", y, net.weight(4 * width, width)), net.weight(width))
+        x = net.op("Add", net.op("Transpose", y, perm=NCHW), x)
+    return net.model(net.op("GlobalAveragePool", x))
+
+
+@pytest.mark.parametrize(
+    ("build", "before", "after"),
+    [(mobilenet, 32, 1), (yolo, 10, 3), (convnext, 7, 5)],
+)
+@pytest.mark.parametrize("batch", [1, "N"])
+def test_nhwc_models_keep_the_transposes_that_they_need(
+    build: Callable[[int | str], ir.Model], before: int, after: int, batch: int | str
+) -> None:
+    """The input's and those in front of reshapes; ConvNeXt's normalization and products need two a block."""
+    model = build(batch)
+    assert transposes(model) == before
+    result, _ = cancelled(model)
+    assert transposes(result) == after
+    for count in (1, 3) if batch == "N" else (1,):
+        feeds = {"x": np.random.default_rng(count).standard_normal((count, 32, 32, 3)).astype(np.float32)}
+        for expected, got in zip(run(model, feeds), run(result, feeds), strict=True):
+            scale = float(np.abs(expected).max())
+            np.testing.assert_allclose(got, expected, rtol=0, atol=1e-6 * scale)
+
+
+def test_two_dynamic_sizes_and_a_shape() -> None:
+    text = """<ir_version: 10, opset_import: ["" : 21]>
+    g (float[N,H,W,2] x, float[2,2,1,1] w) => (float[N,K,2] y) <int64[1] flat = {-1}, int64[1] two = {2}> {
+      a = Transpose <perm = [0, 3, 1, 2]> (x)  b = Conv (a, w)  c = Transpose <perm = [0, 2, 3, 1]> (b)
+      d = Relu (c)  s = Shape <start = 0, end = 1> (d)  e = Transpose <perm = [0, 3, 1, 2]> (d)
+      f = Conv (e, w)  g = Transpose <perm = [0, 2, 3, 1]> (f)  h = Add (g, d)
+      t = Concat <axis = 0> (s, flat, two)  y = Reshape (h, t) }"""
+    model = ir.from_proto(onnx.parser.parse_model(text))
+    after, _ = cancelled(model)
+    assert transposes(after) == 2
+    generator = np.random.default_rng(0)
+    for n, height, width in ((1, 3, 4), (2, 1, 5)):
+        feeds = {
+            "x": generator.integers(-3, 4, (n, height, width, 2)).astype(np.float32),
+            "w": generator.integers(-3, 4, (2, 2, 1, 1)).astype(np.float32),
+        }
+        np.testing.assert_array_equal(run(after, feeds)[0], run(model, feeds)[0])
+
+
+@pytest.mark.parametrize("step", ["Relu", "LeakyRelu", "residual", "hub", "unchanged"])
+def test_work_grows_linearly(step: str) -> None:
+    """Counted, not timed: chains, residuals, one value with many readers, and regions that stay."""
+
+    def steps(blocks: int) -> int:
+        net = Images(1, 4, 2)
+        first = value = net.op("Transpose", "x", perm=NCHW)
+        ends = []
+        for _ in range(blocks):
+            if step == "residual":
+                value = net.op("Add", net.op("Relu", value), value)
+            elif step == "hub":
+                ends.append(net.op("Relu", first))
+            elif step == "unchanged":
+                value = net.op("Transpose", net.op("Softplus", net.op("MatMul", value, value)), perm=[0, 1, 3, 2])
+            else:
+                value = net.op(step, value)
+        if ends:
+            value = net.op("Concat", *ends, axis=1)
+        model = net.model(net.op("Transpose", value, perm=NHWC) if step != "unchanged" else value)
+        report = CancelTransposes().run(model, PassContext())
+        assert bool(report.changes) == (step != "unchanged")
+        return int(report.stats["steps"])
+
+    small, large = steps(50), steps(400)
+    assert large <= 10 * small + 100
+
+
+def test_every_rule_is_of_a_standard_operator() -> None:
+    known = {schema.name for schema in onnx.defs.get_all_schemas_with_history() if schema.domain == ""}
+    assert set(axes.RULES) <= known
