@@ -369,3 +369,70 @@ def test_work_grows_linearly(step: str) -> None:
 def test_every_rule_is_of_a_standard_operator() -> None:
     known = {schema.name for schema in onnx.defs.get_all_schemas_with_history() if schema.domain == ""}
     assert set(axes.RULES) <= known
+
+
+OPERATORS = [
+    (21, "y = Where (c, a, z)", "c = Greater (a, z)"),
+    (21, "y = PRelu (a, v)", ""),
+    (21, "y = Softmax <axis = 3> (a)", ""),
+    (13, "y = LogSoftmax <axis = 1> (a)", ""),
+    (21, "y = Hardmax (a)", ""),
+    (21, "y, i = TopK <axis = 3> (a, one)", ""),
+    (21, "p, q = Split <axis = 3> (a, ones)  y = Sub (p, q)", ""),
+    (21, "m = ReduceSum (a)  y = Sub (a, m)", ""),
+    (21, "m = ReduceL1 <keepdims = 0> (a)  y = Sub (a, m)", ""),
+    (21, "m = ReduceMax <keepdims = 0> (a, last)  n = Unsqueeze (m, last)  y = Sub (a, n)", ""),
+    (17, "m = ReduceMax <axes = [1, -1]> (a)  y = Sub (a, m)", ""),
+    (21, "m = ArgMin <axis = 3, keepdims = 1> (a)  n = Cast <to = 1> (m)  y = Add (a, n)", ""),
+    (21, "m = Gather <axis = 3> (a, turned)  y = Sub (a, m)", ""),
+    (21, "m = Gather <axis = -1> (a, zero)  n = Unsqueeze (m, last)  y = Sub (a, n)", ""),
+    (21, "y = Tile (a, repeats)", ""),
+    (21, "m = ReduceMax (a, last)  y = Expand (m, dims)", ""),
+    (21, "y = Pad <mode = \"reflect\"> (a, pads)", ""),
+    (21, "y = Pad (a, two, , last_two)", ""),
+    (13, "y = Pad (a, computed)", "computed = Add (pads, pads)"),
+    (9, "y = Pad <pads = [0, 1, 0, 0, 0, 0, 2, 1]> (a)", ""),
+    (21, "y = Slice (a, one, five, last)", ""),
+    (21, "y = Slice (a, zeros, threes)", ""),
+    (9, "y = Slice <axes = [1, 3], starts = [1, 0], ends = [3, 1]> (a)", ""),
+    (9, "y = Slice <starts = [0, 1], ends = [1, 3]> (a)", ""),
+    (21, "y = Resize <mode = \"linear\"> (a, , , sizes)", ""),
+    (21, "y = Resize <mode = \"cubic\", axes = [1, 2]> (a, , scales_two)", ""),
+    (11, "y = Resize (a, none, scales)", ""),
+    (10, "y = Resize (a, scales)", ""),
+    (9, "y = Upsample (a, scales)", ""),
+    (7, "y = Upsample <scales = [1.0, 2.0, 2.0, 1.0]> (a)", ""),
+    (21, "q = QuantizeLinear (a, half, byte)  y = DequantizeLinear (q, half, byte)", ""),
+    (21, "q = QuantizeLinear <axis = -1> (a, v1)  y = DequantizeLinear <axis = 3> (q, v1)", ""),
+    (21, "y = Clip (a, low)", ""),
+    (21, "y = Max (a, z, v)", ""),
+    (21, "y = Gelu (a)", ""),
+]  # fmt: skip
+CONSTANTS = """float[4,4,2] z = {1, 2, 3, -1, -2, -3, 0, 1, 2, 3, -1, -2, -3, 0, 1, 2, 3, -1, -2, -3, 0, 1, 2, 3, -1, -2,
+    -3, 0, 1, 2, 3, 5}, float[2] v = {3, -2}, float[2] v1 = {0.5, 2}, int64[1] one = {1}, int64[2] ones = {1, 1},
+    int64[1] last = {-1}, int64[2] turned = {1, 0}, int64 zero = {0}, int64[4] repeats = {1, 2, 1, 3},
+    int64[4] dims = {2, 4, 4, 2}, int64[8] pads = {0, 1, 0, 0, 0, 2, 1, 1}, int64[4] two = {1, 0, 2, 1},
+    int64[2] last_two = {-1, 1}, int64[1] five = {5}, int64[2] zeros = {0, 1}, int64[2] threes = {1, 3},
+    int64[4] sizes = {2, 7, 3, 2}, float[2] scales_two = {2, 3}, float[4] scales = {1, 2, 2, 1}, float[0] none = {},
+    float half = {0.5}, uint8 byte = {7}, float low = {-1}"""
+
+
+@pytest.mark.parametrize(
+    ("opset", "text", "before"), OPERATORS, ids=[f"{o}-{t.split('(')[0]}" for o, t, _ in OPERATORS]
+)
+def test_an_operator_between_two_transposes_takes_their_order(opset: int, text: str, before: str) -> None:
+    used = [line for line in CONSTANTS.replace("\n", " ").split("}, ") if f" {line.split('=')[0].split()[1]}" in
+            " " + (text + before).replace("(", " ").replace(",", " ").replace(")", " ") + " "]  # fmt: skip
+    constants = ", ".join(line.rstrip("}") + "}" for line in used)
+    model = ir.from_proto(
+        onnx.parser.parse_model(
+            f"""<ir_version: 8, opset_import: ["" : {opset}]> g (float[2,2,4,4] x) => (float[N,C,H,W] out)
+            <{constants}> {{ a = Transpose <perm = [0, 2, 3, 1]> (x)  {before}  {text}
+            out = Transpose <perm = [0, 3, 1, 2]> (y) }}"""
+        )
+    )
+    after, _ = cancelled(model)
+    assert transposes(after) == 0
+    feeds = {"x": np.random.default_rng(0).integers(-4, 5, (2, 2, 4, 4)).astype(np.float32)}
+    (expected,), (got,) = run(model, feeds), run(after, feeds)
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-6 * float(np.abs(expected).max()))
