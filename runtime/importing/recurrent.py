@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 from tvm import relax
 
-from ..kernels.recurrent import GATES, RecurrentSpec, pack_recurrence, recurrent, tensor_shapes
+from ..kernels.recurrent import FUNCTIONS, GATES, RecurrentSpec, pack_recurrence, recurrent, tensor_shapes
 from .kernels import for_kernels, named
 from .shapes import settled
 from .site import Refuse, Result, Site, const, converts, int64
 
+CURE = "the pass decompose replaces it where the shapes are known (--pin NAME=SHAPE)"
 DEFAULTS = {"LSTM": ("Sigmoid", "Tanh", "Tanh"), "GRU": ("Sigmoid", "Tanh"), "RNN": ("Tanh",)}
 
 
@@ -17,11 +18,13 @@ DEFAULTS = {"LSTM": ("Sigmoid", "Tanh", "Tanh"), "GRU": ("Sigmoid", "Tanh"), "RN
 def recurrence(site: Site) -> Result:
     """Constant weights; the forms that `passes.prepare.recurrent.recurrent_kernel` leaves whole."""
     if not for_kernels(site, 0, 1, 2):
-        raise Refuse("a recurrence is compiled in float32 and for CPUs only")
-    arrays = [site.array(i) if site.has(i) else None for i in range(4)]
-    w, r, bias = arrays[1:]
+        raise Refuse(f"there is a kernel for float32 on CPUs only; {CURE}")
+    w, r, bias = (site.array(i) if site.has(i) else None for i in range(1, 4))
     if w is None or r is None or (site.has(3) and bias is None):
-        raise Refuse("its weights are computed at run time")
+        raise Refuse(f"its weights are computed at run time; {CURE}")
+    special = [name for name in ("layout", "clip", "input_forget") if site.attr(name, 0)]
+    if special or site.has(7):
+        raise Refuse(f"there is no kernel for it with {', '.join(special) or 'peepholes'}; {CURE}")
     directions, columns, hidden = w.shape[0], w.shape[1], r.shape[2]
     if columns != GATES[site.op] * hidden:
         raise Refuse(f"its weights have {columns} rows; expected {GATES[site.op]} gates of {hidden}")
@@ -29,13 +32,16 @@ def recurrence(site: Site) -> Result:
     steps, batch, _ = site.shape()
     ((t, b),) = named((steps, batch))
     functions = [str(name).lower() for name in site.attr("activations", DEFAULTS[site.op] * directions)]
+    each = len(functions) // directions
+    if not set(functions) <= FUNCTIONS.keys() or functions != functions[:each] * directions:
+        raise Refuse(f"there is no kernel for it with the activations {', '.join(functions)}; {CURE}")
     spec = RecurrentSpec(
         site.op,
         t,
         b,
         hidden,
         directions,
-        tuple(functions[: len(functions) // directions]),
+        tuple(functions[:each]),
         str(site.attr("direction", "forward")) == "reverse",
         bool(site.attr("linear_before_reset", 0)) and site.op == "GRU",
         site.has(4),

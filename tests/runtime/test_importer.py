@@ -439,7 +439,8 @@ def test_long_sums_of_float16_are_added_up_in_float32(op: str) -> None:
     ("text", "reason"),
     [
         ("(float[A, B, 8] x, float[1, 32, 8] w, float[1, 32, 8] r) => (y) { y = LSTM <hidden_size = 8> (x, w, r) }",
-         "no converter; the pass decompose replaces it where the shapes are known (--pin NAME=SHAPE)"),
+         "its weights are computed at run time; "
+         "the pass decompose replaces it where the shapes are known (--pin NAME=SHAPE)"),
         ("(float[1, 1, N, 8] x) => (y) { y = MaxPool <kernel_shape = [3, 3], strides = [2, 2], ceil_mode = 1> (x) }",
          "ceil_mode on a dynamic axis; fixed input shapes (--pin NAME=SHAPE) may cure it"),
         ("(float[3] x) => (y) { y = my.domain.Thing (x) }",

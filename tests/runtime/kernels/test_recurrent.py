@@ -149,6 +149,8 @@ def operator(kind: str, direction: str, hidden: int, width: int, given: bool, **
         "w": (directions, gates * hidden, width), "r": (directions, gates * hidden, hidden),
         "bias": (directions, 2 * gates * hidden),
     }  # fmt: skip
+    if "activations" in attributes:
+        attributes = {**attributes, "activations": attributes["activations"] * directions}
     states = ["h0", "c0"][: 2 if kind == "LSTM" else 1] if given else []
     outputs = ["y", "last_h", "last_c"][: 3 if kind == "LSTM" else 2]
     inputs = ["x", "w", "r", "bias", "lengths" if given else "", *states]
@@ -168,7 +170,8 @@ def operator(kind: str, direction: str, hidden: int, width: int, given: bool, **
 
 @pytest.mark.parametrize("direction, given_states", [("forward", False), ("reverse", True), ("bidirectional", True)])
 @pytest.mark.parametrize(
-    "kind, attributes", [("LSTM", {}), ("GRU", {}), ("GRU", {"linear_before_reset": 1}), ("RNN", {})]
+    "kind, attributes",
+    [("LSTM", {}), ("GRU", {}), ("GRU", {"linear_before_reset": 1}), ("RNN", {}), ("RNN", {"activations": ["Relu"]})],
 )
 def test_operators(
     kind: str, attributes: dict[str, Any], direction: str, given_states: bool, tmp_path: Path
@@ -198,3 +201,16 @@ def test_operators(
                 feeds[name] = random.standard_normal((directions, batch, 9)).astype(np.float32)
         for made, wanted in zip(session.run(None, feeds), peer.run(None, feeds), strict=True):
             np.testing.assert_allclose(made, wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "attributes, named",
+    [({"clip": 3.0}, "clip"), ({"input_forget": 1}, "input_forget"), ({"activations": ["Tanh"] * 3}, None),
+     ({"activations": ["Softsign", "Tanh", "Tanh"]}, "softsign")],
+)  # fmt: skip
+def test_forms_without_a_kernel_are_refused(attributes: dict[str, Any], named: str | None) -> None:
+    from graphwright.runtime.importer import refusals
+
+    proto = onnx.shape_inference.infer_shapes(operator("LSTM", "forward", 9, 6, False, **attributes))
+    found = refusals(proto, Target.named("cpu"))
+    assert (named is None and not found) or (len(found) == 1 and str(named) in found[0])
