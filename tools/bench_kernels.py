@@ -78,6 +78,7 @@ class Case:
 CASES = [
     *(Case("product", (n, n, n)) for n in (128, 256, 512, 1024, 2048)),
     *(Case("product", sizes) for sizes in ((128, 1536, 384), (128, 384, 1536), (197, 576, 192), (197, 384, 1536))),
+    *(Case("product", sizes) for sizes in ((1, 1000, 1280), (1, 4096, 4096), (8, 4096, 4096))),
     *(Case("direct", (c, c, n, n), 3) for c, n in ((64, 56), (128, 28), (256, 14), (512, 7))),
     Case("direct", (96, 24, 160, 160), 3),
     Case("direct", (128, 128, 56, 56), 3, 2),

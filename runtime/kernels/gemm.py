@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 from tvm import tirx
@@ -20,7 +21,7 @@ from tvm.tirx.script import builder as T
 
 from ...passes.base import Caches
 from ..target import InstructionSet
-from .vectors import Buffer, Expr, Vectors
+from .vectors import LINE, Buffer, Expr, Vectors
 
 # Bytes below which a buffer of scope "global" stays on the stack, where LLVM turns it into registers.
 REGISTER_BUFFER = 1024
@@ -29,6 +30,8 @@ PARALLEL = 1 << 17
 UNROLL = 4  # steps of k that are written out
 FEW = 8  # tiles of A in the second cache, and times that B is read, from which on the depth is cut into parts
 MANY = 256  # rows from which on a panel that is too wide for the first cache is read often enough
+NEAR = 2  # tiles of a panel up to which none asks for the next one: it would be gone again before it is read
+SOON = 512  # elements ahead that are asked for instead
 SUMS = 1 << 18  # elements of the sums that wait between two parts of the depth
 
 # Called with a vector of results, its row and first column, and how many of its lanes exist (None: all).
@@ -265,7 +268,7 @@ class GemmEmitter:
                 at = T.Bind(first + step)
                 row = T.Bind(at * const(height) - T.max(const(0), at - const(tall)))
                 here = part and part.moved(step * const(height * self.tile.vectors * self.vectors.lanes))
-                turn = (step, min(per_chunk, tiles)) if self.spec.packed and tiles > 1 else None
+                turn = (step, min(per_chunk, tiles)) if self.spec.packed else None
                 if tall == tiles or tall == 0:
                     self._tile(height if tall else height - 1, panel, row, item, here, turn)
                 else:
@@ -290,6 +293,12 @@ class GemmEmitter:
                 before = T.Bind(done + T.bitwise_and(left, const(-2 * size)))
                 self._tile(size, panel, before, item)
             size //= 2
+
+    def _near(self, start: Expr, group: int, step: int, k: Expr) -> None:
+        """Ask for what is read soon, where few tiles read a panel and most of it is far away."""
+        at = T.Bind(start + k * self.const(step) + self.const(SOON))
+        for line in range(0, group, LINE):
+            self.vectors.prefetch(self.b, at + self.const(line))
 
     def _tile(
         self, height: int, panel: _Panel, row: Expr, item: Expr, part: _Part | None = None,
@@ -333,8 +342,11 @@ class GemmEmitter:
         if turn is not None and isinstance(self.inner, int):
             begin = T.Bind(b_start + part.start * const(b_step)) if part else b_start
             total = (part.depth if part else self.inner) // UNROLL * UNROLL * b_step
-            ask = v.ahead(self.b, begin, total, UNROLL * b_step, *turn, const)
-            ahead = ask and (lambda k: ask(begin + k * const(b_step)))
+            if turn[1] > NEAR:
+                ask = v.ahead(self.b, begin, total, UNROLL * b_step, *turn, const)
+                ahead = ask and (lambda k: ask(begin + k * const(b_step)))
+            elif 4 * self.inner * spec.columns > self.caches.l2:
+                ahead = partial(self._near, b_start, UNROLL * b_step, b_step)
         if part is None:
             repeat(self.inner, UNROLL, step, self.index, ahead)
             finish()

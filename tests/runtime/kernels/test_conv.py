@@ -50,13 +50,6 @@ def same(kernel: int) -> tuple[int, int, int, int]:
     return (kernel // 2,) * 4
 
 
-def runnable(name: str) -> Target:
-    target = Target.named(name)
-    if not target.runs_here:
-        pytest.skip(f"this processor cannot run {name}")
-    return target
-
-
 def block(x: np.ndarray, lanes: int) -> np.ndarray:
     """(N, C, H, W) -> (N, ceil(C/L), H, W, L); lanes beyond C hold a number that must not matter."""
     n, c, h, w = x.shape
@@ -187,25 +180,25 @@ WINOGRAD = {
 
 @pytest.mark.parametrize("case", DIRECT)
 @pytest.mark.parametrize("name", X86)
-def test_direct(name: str, case: str) -> None:
+def test_direct(runnable: Callable[[str], Target], name: str, case: str) -> None:
     check(DIRECT[case], runnable(name), algorithm="direct")
 
 
 @pytest.mark.parametrize("case", DEPTHWISE)
 @pytest.mark.parametrize("name", X86)
-def test_depthwise(name: str, case: str) -> None:
+def test_depthwise(runnable: Callable[[str], Target], name: str, case: str) -> None:
     check(DEPTHWISE[case], runnable(name), algorithm="depthwise")
 
 
 @pytest.mark.parametrize("case", WINOGRAD)
 @pytest.mark.parametrize("name", X86)
-def test_winograd(name: str, case: str) -> None:
+def test_winograd(runnable: Callable[[str], Target], name: str, case: str) -> None:
     check(WINOGRAD[case], runnable(name), algorithm="winograd")
 
 
 @pytest.mark.parametrize("channels", [1, 15, 16, 17, 31, 33, 80, 112])
 @pytest.mark.parametrize("name", WIDE)
-def test_channels_that_do_not_fill_vectors(name: str, channels: int) -> None:
+def test_channels_that_do_not_fill_vectors(runnable: Callable[[str], Target], name: str, channels: int) -> None:
     target = runnable(name)
     check(spec_of((channels, 16), (7, 9), (3, 3), pads=same(3)), target)
     check(spec_of((16, channels), (7, 9), (1, 1)), target)
@@ -223,7 +216,7 @@ def test_widths_around_tiles(width: int) -> None:
 
 @pytest.mark.parametrize("case", ["3x3", "1x1", "stride 2", "plain input"])
 @pytest.mark.parametrize("name", WIDE)
-def test_batch_known_at_run_time(name: str, case: str) -> None:
+def test_batch_known_at_run_time(runnable: Callable[[str], Target], name: str, case: str) -> None:
     target = runnable(name)
     spec = dataclasses.replace(DIRECT[case], batch=None)
     for images in (1, 3):
@@ -250,7 +243,7 @@ def test_threads_share_rows_and_panels(threads: int) -> None:
 
 
 @pytest.mark.parametrize("name", X86)
-def test_weights_larger_than_the_cache(name: str) -> None:
+def test_weights_larger_than_the_cache(runnable: Callable[[str], Target], name: str) -> None:
     """Sums wait in memory while one part of the input channels after the other is added for all pixels."""
     target = dataclasses.replace(runnable(name), caches=Caches(4 << 10, 64 << 10, 1 << 20))
     check(spec_of((160, 96), (9, 20), (3, 3), pads=same(3)), target)
@@ -268,7 +261,9 @@ SIZES = st.integers(1, 20)
     st.tuples(*[st.integers(0, 4)] * 4), st.tuples(st.integers(1, 2), st.integers(1, 2)),
     st.sampled_from(["blocked", "plain", "depthwise", "winograd"]), st.sampled_from(X86), st.integers(1, 3),
 )  # fmt: skip
-def test_any_convolution(channels, size, window, strides, pads, dilations, kind, name, batch) -> None:
+def test_any_convolution(
+    runnable: Callable[[str], Target], channels, size, window, strides, pads, dilations, kind, name, batch
+) -> None:
     if kind == "winograd":
         window, strides, dilations = (3, 3), (1, 1), (1, 1)
     assume(all(size[i] + pads[i] + pads[i + 2] > (window[i] - 1) * dilations[i] for i in (0, 1)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -116,13 +117,6 @@ def computed(case: Case, target: Target, x: np.ndarray, weight: np.ndarray, bias
     return relax.VirtualMachine(executable, tvm.cpu())["main"](tvm.runtime.tensor(x), tuple(constants)).numpy()
 
 
-def runnable(name: str) -> Target:
-    target = Target.named(name)
-    if not target.runs_here:
-        pytest.skip(f"this processor cannot run {name}")
-    return target
-
-
 def check(case: Case, target: Target) -> None:
     x, weight, bias = arrays(case)
     expected = reference(case, x, weight, bias)
@@ -168,7 +162,7 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("name", X86)
-def test_transposed(name: str, case: str) -> None:
+def test_transposed(runnable: Callable[[str], Target], name: str, case: str) -> None:
     check(CASES[case], runnable(name))
 
 
@@ -222,7 +216,7 @@ AXIS = st.tuples(st.integers(1, 7), st.integers(1, 5), st.integers(1, 4), st.int
     st.lists(AXIS, min_size=1, max_size=2), st.tuples(st.integers(1, 20), st.integers(1, 20)),
     st.sampled_from(["dense", "depthwise"]), st.sampled_from(X86), st.integers(1, 2),
 )  # fmt: skip
-def test_any_transposed_convolution(axes, channels, kind, name, batch) -> None:
+def test_any_transposed_convolution(runnable: Callable[[str], Target], axes, channels, kind, name, batch) -> None:
     sizes, kernel, strides, dilations, before, after, extra = zip(*axes, strict=True)
     assume(all(e < max(s, d) or not e for e, s, d in zip(extra, strides, dilations, strict=True)))
     groups = channels[0] if kind == "depthwise" else 1

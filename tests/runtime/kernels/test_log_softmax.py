@@ -19,13 +19,6 @@ LENGTHS = sorted({1, 2, 100} | {n + d for n in (4, 8, 16, 64, 128, 256, 1 << 13,
 INF = np.float32(np.inf)
 
 
-def runnable(name: str) -> Target:
-    target = Target.named(name)
-    if not target.runs_here:
-        pytest.skip(f"this processor cannot run {name}")
-    return target
-
-
 @functools.cache
 def kernel(target: Target, shape: tuple[int | str, ...], threads: int = 1) -> Callable[[np.ndarray], np.ndarray]:
     import tvm
@@ -61,7 +54,7 @@ def draw(*shape: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", X86)
-def test_lengths(name: str) -> None:
+def test_lengths(runnable: Callable[[str], Target], name: str) -> None:
     target = runnable(name)
     for length in LENGTHS:
         check(kernel(target, ("n", "m")), draw(3, length))
@@ -80,7 +73,7 @@ def test_shapes_and_threads() -> None:
 
 
 @pytest.mark.parametrize("name", X86)
-def test_special_rows(name: str) -> None:
+def test_special_rows(runnable: Callable[[str], Target], name: str) -> None:
     x = draw(6, 19)
     x[0, 3] = -INF
     x[1, :] = -INF

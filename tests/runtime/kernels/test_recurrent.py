@@ -28,13 +28,6 @@ FUNCTIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 DEFAULTS = {"LSTM": ("sigmoid", "tanh", "tanh"), "GRU": ("sigmoid", "tanh"), "RNN": ("tanh",)}
 
 
-def runnable(name: str) -> Target:
-    target = Target.named(name)
-    if not target.runs_here:
-        pytest.skip(f"this processor cannot run {name}")
-    return target
-
-
 def spec(kind: str, hidden: int, **fields: Any) -> Any:
     from graphwright.runtime.kernels.recurrent import RecurrentSpec
 
@@ -117,7 +110,7 @@ FULL = {"lengths": True, "hidden_given": True, "finals": True}
 
 @pytest.mark.parametrize("kind, fields", VARIANTS)
 @pytest.mark.parametrize("name, hidden", [("cpu", 1), ("cpu", 15), ("cpu", 16), ("cpu-avx2", 17), ("cpu-baseline", 7)])
-def test_sizes(name: str, hidden: int, kind: str, fields: dict[str, Any]) -> None:
+def test_sizes(runnable: Callable[[str], Target], name: str, hidden: int, kind: str, fields: dict[str, Any]) -> None:
     check(runnable(name), spec(kind, hidden, steps=4, batch=1, **fields), batch=1)
 
 
