@@ -24,7 +24,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from .turns import SETTLE, OnnxRuntime, Runner, one_node, peak, print_head, print_row, take_turns, untimed, use_threads
+from graphwright.runtime.turns import take_turns, untimed
+
+from .turns import SETTLE, OnnxRuntime, Runner, one_node, peak, print_head, print_row, use_threads
 
 if TYPE_CHECKING:
     import numpy as np

@@ -95,7 +95,8 @@ def emit(
 ) -> None:
     """Emit the convolution of flat buffers `x` and `w` into the IR builder that is open.
 
-    w: from `pack_weights` with the same tile. index: integer type of offsets, wide enough for all of them. threads: what the kernel may count on.
+    w: from `pack_weights` with the same tile. index: integer type of offsets, wide enough for all of them.
+    threads: what the kernel may count on.
     """
     emission = Emission(vectors, spec, x, w, finish, threads, index)
     TEMPLATES[tile.algorithm].emit(emission, tile, caches or Caches())

@@ -165,7 +165,10 @@ def narrow(spec: TransposedSpec, isa: InstructionSet) -> bool:
 def pack(
     weight: np.ndarray, spec: TransposedSpec, isa: InstructionSet, tiles: Sequence[ConvTile]
 ) -> list[np.ndarray]:
-    """(I, O / groups, kernel height, kernel width) weights as the kernels of `convolutions` read them. tiles: of each."""
+    """(I, O / groups, kernel height, kernel width) weights as the kernels of `convolutions` read them.
+
+    tiles: of each.
+    """
     expected = (spec.in_channels, spec.out_channels // spec.groups, *spec.kernel)
     if weight.shape != expected:
         raise ValueError(f"weights of shape {weight.shape}, expected {expected}")

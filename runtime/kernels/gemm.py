@@ -102,6 +102,16 @@ def tiles(
     return sorted(costs, key=costs.__getitem__)
 
 
+def part_of_depth(rows: int, inner: int, tile: GemmTile, caches: Caches) -> int | None:
+    """Steps of k of one part, where all of a packed B would come from far away many times: a part of A that stays in
+    half of the second cache has few rows. None elsewhere."""
+    most = caches.l2 // 2 // (4 * tile.rows)  # steps of k times tiles
+    if most >= FEW * inner or -(-rows // tile.rows) * inner < FEW * most:
+        return None
+    parts = -(-inner * 2 * FEW // most)
+    return -(-inner // (parts * UNROLL)) * UNROLL
+
+
 def panels(columns: int, tile: GemmTile, lanes: int) -> list[tuple[int, int]]:
     """(first vector, vectors) of each panel; the last may be narrower."""
     total = -(-columns // lanes)
@@ -189,17 +199,12 @@ class GemmEmitter:
     # -- depth in parts --------------------------------------------------------------------------------------
 
     def part_of_depth(self) -> int | None:
-        """Steps of k of one part, where all of B would come from far away many times: a part of A that stays in half of
-        the second cache has few rows. None elsewhere."""
-        if self.tile.depth is not None:
-            return self.tile.depth or None
+        """Steps of k of one part; None where all of it is one."""
         if not (self.spec.packed and isinstance(self.rows, int) and isinstance(self.inner, int)):
             return None
-        most = self.caches.l2 // 2 // (4 * self.tile.rows)  # steps of k times tiles
-        if most >= FEW * self.inner or -(-self.rows // self.tile.rows) * self.inner < FEW * most:
-            return None
-        parts = -(-self.inner * 2 * FEW // most)
-        return -(-self.inner // (parts * UNROLL)) * UNROLL
+        if self.tile.depth is not None:
+            return self.tile.depth or None
+        return part_of_depth(self.rows, self.inner, self.tile, self.caches)
 
     def _deep(self, cuts: Sequence[tuple[int, int]], depth: int) -> None:
         """The product in parts of the depth: a part of A stays in the second cache while all panels of a task go
