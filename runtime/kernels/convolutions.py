@@ -27,7 +27,7 @@ from .vectors import Expr, Vectors
 @template("conv", per_item=True)
 def conv(parameters: dict[str, Any], body: Body) -> None:
     """parameters: the fields of ConvSpec and of ConvTile, and whether rows are the spec's columns."""
-    spec, tile = ConvSpec(**_tuples(parameters["spec"])), ConvTile(**parameters["tile"])
+    spec, tile = ConvSpec(**tuples(parameters["spec"])), ConvTile(**parameters["tile"])
     x, w = body.inputs
     lanes = body.vectors.lanes
     drop = 3 - (len(body.out_shape) - 2)  # 1 where the convolution has one spatial axis
@@ -43,7 +43,7 @@ def conv(parameters: dict[str, Any], body: Body) -> None:
     )  # fmt: skip
 
 
-def _tuples(fields: Mapping[str, Any]) -> dict[str, Any]:
+def tuples(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of a spec as they were before JSON."""
     return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
 
@@ -51,7 +51,7 @@ def _tuples(fields: Mapping[str, Any]) -> dict[str, Any]:
 @template("conv-transposed", per_item=True)
 def transposed(parameters: dict[str, Any], body: Body) -> None:
     """parameters: the fields of TransposedSpec, and of the ConvTile of each convolution in it."""
-    spec = TransposedSpec(**_tuples(parameters["spec"]))
+    spec = TransposedSpec(**tuples(parameters["spec"]))
     tiles = [ConvTile(**tile) for tile in parameters["tiles"]]
     x, *weights = body.inputs
     common = (body.target.cores, body.index)
@@ -128,6 +128,12 @@ def _sizes(call: Any, blocked: Any | None) -> _Sizes | None:
     return _Sizes(weight, out, fields)
 
 
+def chosen_tile(spec: ConvSpec, target: Target) -> ConvTile:
+    """The tuned one; by rule where there is none."""
+    tuned = target.tuning.find("conv", vars(spec))
+    return ConvTile(**tuned) if tuned else kernels.choose_tile(spec, target.isa, target.caches)
+
+
 def _one_column(fields: Mapping[str, Any]) -> bool:
     sizes = (fields["in_size"], fields["out_size"], fields["kernel"], fields["strides"])
     return all(size[1] == 1 for size in sizes) and fields["pads"][1] == 0
@@ -156,7 +162,7 @@ def convolution(
     if kernels.supported(spec, target.isa) is not None:
         return None
     lanes = Vectors(target.isa).lanes
-    tile = kernels.choose_tile(spec, target.isa, target.caches)
+    tile = chosen_tile(spec, target)
     key = (call.args[1], spec, tile)
     if key not in packed:
         packed[key] = relax.const(kernels.pack_weights(sizes.weight, spec, target.isa, tile), "float32")
@@ -180,7 +186,7 @@ def transposed_convolution(
         return None
     source = pack(call.args[0]) if spec.blocked_input else call.args[0]
     inner = conv_transposed.convolutions(spec, target.isa)
-    tiles = [kernels.choose_tile(each, target.isa, target.caches) for each in inner]
+    tiles = [chosen_tile(each, target) for each in inner]
     weights = conv_transposed.pack(sizes.weight, spec, target.isa, tiles)
     narrow = conv_transposed.narrow(spec, target.isa)
     kind = relax.TensorType(sizes.out if narrow else blocked_shape(sizes.out, lanes), "float32")

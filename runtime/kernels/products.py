@@ -42,6 +42,12 @@ def gemm(parameters: dict[str, Any], body: Body) -> None:
     GemmEmitter(v, spec, tile, height, inner, count, a, b, finish, target.cores, target.caches, body.index).emit()
 
 
+def chosen_tile(spec: GemmSpec, target: Target) -> GemmTile:
+    """The tuned one; by rule where there is none."""
+    tuned = target.tuning.find("gemm", vars(spec))
+    return GemmTile(**tuned) if tuned else choose_tile(spec.rows, spec.columns, target.isa, Vectors(target.isa).lanes)
+
+
 def _number(size: Size) -> Expr | int:
     return size if isinstance(size, int) else size.expr
 
@@ -78,7 +84,7 @@ def matmul(bb: relax.BlockBuilder, a: Any, b: Any, target: Target, packed: dict[
     known = [size if isinstance(size, int) else None for size in (height, inner, count)]
     spec = GemmSpec(known[0], known[1], columns, weight is not None, known[2], shared_a, shared_b)
     lanes = Vectors(target.isa).lanes
-    tile = choose_tile(spec.rows, columns, target.isa, lanes)
+    tile = chosen_tile(spec, target)
     if weight is not None:
         key = (b, tile.vectors)
         if key not in packed:
