@@ -156,9 +156,8 @@ def _key(kernel: Tunable, target: Target, threads: int) -> str:
         "mcpu": target.mcpu, "mattr": target.mattr, "isa": asdict(target.isa), "caches": asdict(target.caches),
         "cores": target.cores,
     }  # fmt: skip
-    return json.dumps(
-        {"kernel": kernel.name, "target": _digest(code), "threads": threads, "templates": _templates()}, sort_keys=True
-    )
+    conditions = {"target": _digest(code), "threads": threads, "templates": _templates()}
+    return json.dumps({**json.loads(kernel.name), **conditions}, sort_keys=True)
 
 
 @functools.cache
