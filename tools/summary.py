@@ -223,12 +223,14 @@ def tuning_line(tuning: Mapping[str, Any]) -> str:
     """What the kernels gained by other tiles than their rule's, and what is left to measure."""
     if not tuning["kernels"]:
         return "tuned: no kernel of this model has tiles to choose from; fix sizes with --pin"
-    gain = tuning["rule_ms"] / tuning["tuned_ms"] if tuning["tuned_ms"] else 1.0
+    left = tuning["kernels"] - tuning["known"]
+    if not tuning["known"]:
+        return f"tuned: none was measured of {count_of(left, 'kernel')}; give --tune more minutes"
     line = (
         f"tuned: {tuning['faster']} of {count_of(tuning['kernels'], 'kernel')} get another tile; those measured take "
-        f"{tuning['tuned_ms']:.3g} instead of {tuning['rule_ms']:.3g} ms alone ({gain:.2f} times as fast)"
+        f"{tuning['tuned_ms']:.3g} instead of {tuning['rule_ms']:.3g} ms alone "
+        f"({tuning['rule_ms'] / tuning['tuned_ms']:.2f} times as fast)"
     )
-    left = tuning["kernels"] - tuning["known"]
     return f"{line}; {count_of(left, 'kernel')} not measured yet" if left else line
 
 
