@@ -41,6 +41,8 @@ GAIN = 1.03  # from which on a tile counts as faster: median; its 10th percentil
 FINALISTS = 2  # that are measured again, since the fastest of many was also the luckiest
 SECONDS = 0.4  # for each of them
 ERROR = 1e-4  # of the output's scale, between two tiles
+MEMORY = 2 << 30  # bytes that the tensors of all candidates may take
+CALLS = 24  # about how many each candidate has at least
 
 
 def tunables(path: Path, target: Target) -> list[Tunable]:
@@ -125,6 +127,10 @@ class Trial(ABC):
         """Of a call: two multiply-adds of vectors a cycle, or eight bytes."""
         elements = sum(map(math.prod, self.shapes())) + self.second_size()
         return max(self.flops() / (4 * self.lanes), 4 * elements / 8)
+
+    def copies(self) -> int:
+        """Of the second input where it is constant, so that they do not all stay in the second cache."""
+        return max(1, min(16, -(-2 * self.target.caches.l2 // (4 * self.second_size())))) if self.constant else 1
 
     def kernel(self, tile: Any, second: Sequence[int]) -> Callable[..., None]:
         """The compiled kernel (first input, second, output), without an epilogue."""
@@ -279,27 +285,30 @@ class _Run:
 def _run(trial: Trial, tile: Any) -> _Run:
     first, second = trial.arrays(tile)
     function = trial.kernel(tile, second.shape)
-    copies = 1
-    if trial.constant:
-        copies = max(1, min(16, -(-2 * trial.target.caches.l2 // max(1, second.nbytes))))
+    copies = trial.copies()
     x, y = tvm.runtime.tensor(first), tvm.runtime.tensor(np.zeros(trial.shapes()[1], np.float32))
     calls = itertools.cycle([partial(function, x, tvm.runtime.tensor(second), y) for _ in range(copies)])
     return _Run(lambda: next(calls)(), y)
 
 
 def measure(template: str, spec: dict[str, Any], target: Target, threads: int, seconds: float) -> Measured:
-    """Try the tiles of a kernel, as many as can be compiled in half of the time."""
+    """Try the tiles of a kernel, as many as can be compiled in half of the time and run in the other."""
     use_threads(threads)
     start = time.monotonic()
     trial = TRIALS[template](spec, target)
     rule, *others = trial.tiles()
+    elements = sum(map(math.prod, trial.shapes())) + trial.second_size() * trial.copies()
+    others = others[: MEMORY // (4 * elements)]
     runs = {rule: _run(trial, rule)}
     runs[rule].call()
+    begin = time.monotonic()
+    runs[rule].call()
+    most = seconds / 2 / (CALLS * (time.monotonic() - begin))
     expected = runs[rule].out.numpy()
     scale = float(np.abs(expected).max())
     tried = 0
     for tile in others:
-        if time.monotonic() - start > seconds / 2:
+        if tried >= most or time.monotonic() - start > seconds / 2:
             break
         tried += 1
         run = _run(trial, tile)

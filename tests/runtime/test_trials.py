@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import time
 from collections.abc import Callable
@@ -13,6 +14,8 @@ import numpy as np
 import onnx
 import pytest
 from graphwright.runtime.target import Target
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from onnx import parser
 
 tvm = pytest.importorskip("tvm")
@@ -20,6 +23,7 @@ pytestmark = pytest.mark.tvm
 
 from graphwright.runtime import trials  # noqa: E402
 from graphwright.runtime.blocked import blocked_array  # noqa: E402
+from graphwright.runtime.kernels import conv_direct, winograd  # noqa: E402
 from graphwright.runtime.kernels.conv_spec import ConvSpec  # noqa: E402
 from graphwright.runtime.kernels.gemm import GemmSpec  # noqa: E402
 from graphwright.runtime.trials import ConvTrial, ProductTrial, Trial  # noqa: E402
@@ -134,6 +138,36 @@ def test_algorithms_and_rules_are_among_the_candidates() -> None:
     assert len(tiles) == len(set(tiles))
     deep = ProductTrial(GemmSpec(2048, 2048, 64), Target.named("cpu-avx2"))
     assert {tile.depth for tile in deep.tiles()} >= {None, 0, 256, 1024}
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.tuples(*[st.integers(1, 70)] * 2), st.tuples(*[st.integers(1, 40)] * 2), st.sampled_from([1, 2, 3, 5]),
+    st.sampled_from([1, 2]), st.integers(1, 3), st.integers(1, 4),
+    st.sampled_from(["cpu-avx512", "cpu-avx2", "cpu-baseline", "arm64", "riscv64"]),
+)  # fmt: skip
+def test_every_candidate_covers_any_convolution(channels, size, kernel, stride, batch, cores, name) -> None:
+    pad = kernel // 2
+    out = tuple((s + 2 * pad - kernel) // stride + 1 for s in size)
+    assume(min(out) > 0)
+    spec = ConvSpec(batch, *channels, size, out, (kernel,) * 2, (stride,) * 2, (1, 1), (pad, pad))
+    target = dataclasses.replace(Target.named(name), cores=cores)
+    trial = ConvTrial(spec, target)
+    for tile in trial.tiles():
+        if tile.algorithm == "winograd":
+            vectors, plan = winograd.vectors_of(spec, target.isa, tile), winograd.plan(
+                spec, target.isa, target.caches, cores, tile
+            )  # fmt: skip
+            assert sum(plan.widths) == plan.rows * -(-out[1] // 2) and plan.rows * plan.row_blocks >= -(-out[0] // 2)
+            assert plan.panels * plan.panel_blocks * vectors >= spec.out_blocks(trial.lanes)
+            continue
+        plan = conv_direct.tiling(spec, target.isa, tile)
+        assert sum(t.width * t.count for t in plan.tiles) == plan.columns
+        assert plan.rows * plan.columns == out[0] * out[1]
+        assert (plan.panels - 1) * plan.vectors + plan.last == spec.out_blocks(trial.lanes) and plan.last > 0
+        split = conv_direct.splits(spec, plan, trial.lanes, target.caches, cores, tile)[0]
+        assert split.rows * split.row_blocks >= plan.rows and split.panels * split.panel_blocks >= plan.panels
+        assert tile.rows in (None, split.rows) and tile.panels in (None, split.panels)
 
 
 @dataclass(frozen=True)
