@@ -43,6 +43,7 @@ class Result:
 
     model: the rewritten graph. path: the ONNX file or artifact folder written, None for a dry run or a model that
     was not to be saved. verdict: the last comparison with the original; None when `unverified` says why there is none.
+    tuned: what is known about the tiles of its kernels; None where nobody asked.
     """
 
     model: ir.Model

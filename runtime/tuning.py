@@ -65,8 +65,8 @@ class Measured:
     """What the candidates for one kernel came to.
 
     tile: the fields of the one that is clearly faster than the rule's; None where none is. rule_us, tuned_us: of a call
-    alone. ratio, low: of the two, median and 10th percentile. candidates: how many were tried; complete: all of them, or
-    as many as a kernel ever gets the time for.
+    alone. ratio, low: of the two, median and 10th percentile. candidates: how many were tried. complete: whether these
+    are all, or as many as a kernel ever gets the time for.
     """
 
     tile: dict[str, Any] | None
