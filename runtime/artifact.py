@@ -102,11 +102,14 @@ class Manifest(_Strict):
     regions: list[RegionSpec]
     files: dict[str, FileSpec]
     verdict: dict[str, Any] | None = None
+    tuning: dict[str, Any] | None = None
     digest: str = ""  # of everything above; filled in when the manifest is written
 
     def own_digest(self) -> str:
         """The digest that the manifest should carry."""
-        text = json.dumps(self.model_dump(mode="json", exclude={"digest"}), sort_keys=True)
+        # Without what was not there before kernels could be tuned, so that older artifacts keep their digest.
+        left_out = {"digest"} if self.tuning else {"digest", "tuning"}
+        text = json.dumps(self.model_dump(mode="json", exclude=left_out), sort_keys=True)
         return blake3(text.encode()).hexdigest()
 
 

@@ -88,6 +88,7 @@ def summarize(source: str, result: Result, census: Census, target: str | None, s
         "file_bytes": {"before": _size([Path(source), *census.files]), "after": _written(result)},
         "passes": passes,
         "native": _native(result.artifact),
+        "tuning": result.tuned.to_json() if result.tuned else None,
         "verdict": result.verdict.to_json() if result.verdict else None,
         "unverified": result.unverified or ("dry run" if result.verdict is None else ""),
     }
@@ -172,6 +173,8 @@ def print_summary(data: Mapping[str, Any]) -> None:
     click.echo()
     if data["native"]:
         print_native(data["native"])
+    if data["tuning"]:
+        click.echo(tuning_line(data["tuning"]))
     click.echo(verdict_line(data["verdict"], data["unverified"]))
     if data["output"]:
         click.echo(f"written: {data['output']}")
@@ -214,6 +217,21 @@ def print_native(native: Mapping[str, Any]) -> None:
 def _sites(sites: Sequence[str]) -> str:
     more = f" and {len(sites) - SITES_SHOWN} more" if len(sites) > SITES_SHOWN else ""
     return ", ".join(sites[:SITES_SHOWN]) + more
+
+
+def tuning_line(tuning: Mapping[str, Any]) -> str:
+    """What the kernels gained by other tiles than their rule's, and what is left to measure."""
+    if not tuning["kernels"]:
+        return "tuned: no kernel of this model has tiles to choose from; fix sizes with --pin"
+    left = tuning["kernels"] - tuning["known"]
+    if not tuning["known"]:
+        return f"tuned: none was measured of {count_of(left, 'kernel')}; give --tune more minutes"
+    line = (
+        f"tuned: {tuning['faster']} of {count_of(tuning['kernels'], 'kernel')} get another tile; those measured take "
+        f"{tuning['tuned_ms']:.3g} instead of {tuning['rule_ms']:.3g} ms alone "
+        f"({tuning['rule_ms'] / tuning['tuned_ms']:.2f} times as fast)"
+    )
+    return f"{line}; {count_of(left, 'kernel')} not measured yet" if left else line
 
 
 def verdict_line(verdict: Mapping[str, Any] | None, unverified: str) -> str:

@@ -18,7 +18,9 @@ pytestmark = [pytest.mark.tvm, pytest.mark.torch]
 
 from graphwright.runtime.kernels.conv import (  # noqa: E402
     ConvSpec,
+    ConvTile,
     choose_algorithm,
+    choose_tile,
     conv,
     pack_weights,
     supported,
@@ -67,10 +69,10 @@ def unblock(y: np.ndarray, channels: int) -> np.ndarray:
 def kernel(spec: ConvSpec, target: Target, threads: int = 2, algorithm: str | None = None) -> Kernel:
     import tvm
 
-    function = conv(spec, target.isa, threads, algorithm, "conv", target.caches)
+    tile = ConvTile(algorithm) if algorithm else choose_tile(spec, target.isa, target.caches)
+    function = conv(spec, target.isa, threads, tile, "conv", target.caches)
     compiled = tvm.compile(tvm.IRModule({"conv": function}), target.tvm())["conv"]
     lanes, blocks = Vectors(target.isa).lanes, spec.out_blocks(Vectors(target.isa).lanes)
-    chosen = algorithm or choose_algorithm(spec, target.isa, target.caches)[0]
 
     def run(x: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> np.ndarray:
         stored = block(x, lanes) if spec.blocked_input else x
@@ -78,7 +80,7 @@ def kernel(spec: ConvSpec, target: Target, threads: int = 2, algorithm: str | No
         y = np.full((len(x), blocks, *spec.out_size, lanes), 12345.0, np.float32)
         given_bias = np.zeros(blocks * lanes, np.float32)
         given_bias[: len(bias)] = bias
-        packed = pack_weights(weight, spec, target.isa, chosen)
+        packed = pack_weights(weight, spec, target.isa, tile)
         images = (len(x), -1) if len(x) else (0, spec.image(lanes))
         flat = [stored.reshape(images), packed, given_bias, y.reshape(len(x), int(np.prod(y.shape[1:])))]
         arguments = [tvm.runtime.tensor(a) for a in flat]
@@ -299,7 +301,7 @@ def test_choice_names_its_reason() -> None:
 
 def test_weights_of_another_shape_are_refused() -> None:
     with pytest.raises(ValueError, match=r"expected \(48, 32, 3, 3\)"):
-        pack_weights(np.zeros((48, 32, 1, 1), np.float32), DIRECT["3x3"], Target.named("cpu").isa, "direct")
+        pack_weights(np.zeros((48, 32, 1, 1), np.float32), DIRECT["3x3"], Target.named("cpu").isa, ConvTile("direct"))
 
 
 @pytest.mark.parametrize("name", ["arm64", "armv7", "riscv64"])
@@ -311,5 +313,5 @@ def test_other_machines_compile(name: str) -> None:
         (DIRECT["3x3"], "direct"), (DIRECT["plain input"], "direct"), (DEPTHWISE["3x3"], "depthwise"),
         (WINOGRAD["odd"], "winograd"),
     ]:  # fmt: skip
-        function = conv(spec, target.isa, 2, algorithm, "conv", target.caches)
+        function = conv(spec, target.isa, 2, ConvTile(algorithm), "conv", target.caches)
         assert tvm.compile(tvm.IRModule({"conv": function}), target.tvm())

@@ -21,6 +21,7 @@ pytestmark = pytest.mark.tvm
 from graphwright.runtime import phases  # noqa: E402
 from graphwright.runtime.importer import import_model  # noqa: E402
 from graphwright.runtime.kernels import conv_transposed  # noqa: E402
+from graphwright.runtime.kernels.conv_spec import ConvTile  # noqa: E402
 from graphwright.runtime.kernels.conv_transposed import TransposedSpec  # noqa: E402
 
 # Of the largest output. A float32 sum of K products in the order of a loop is off by about sqrt(K)·6e-8 of it.
@@ -230,7 +231,7 @@ def test_weights_of_another_shape_are_refused() -> None:
     target = Target.named("cpu")
     spec = TransposedSpec(1, 16, 8, (4, 4), (8, 8), (2, 2), (2, 2))
     with pytest.raises(ValueError, match=r"expected \(16, 8, 2, 2\)"):
-        conv_transposed.pack(np.zeros((8, 16, 2, 2), np.float32), spec, target.isa, target.caches)
+        conv_transposed.pack(np.zeros((8, 16, 2, 2), np.float32), spec, target.isa, [ConvTile("direct")])
 
 
 def test_every_output_belongs_to_one_part() -> None:
