@@ -107,9 +107,7 @@ class Manifest(_Strict):
 
     def own_digest(self) -> str:
         """The digest that the manifest should carry."""
-        # Without what was not there before kernels could be tuned, so that older artifacts keep their digest.
-        left_out = {"digest"} if self.tuning else {"digest", "tuning"}
-        text = json.dumps(self.model_dump(mode="json", exclude=left_out), sort_keys=True)
+        text = json.dumps(self.model_dump(mode="json", exclude={"digest"}), sort_keys=True)
         return blake3(text.encode()).hexdigest()
 
 

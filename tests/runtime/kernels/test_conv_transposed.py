@@ -219,7 +219,7 @@ AXIS = st.tuples(st.integers(1, 7), st.integers(1, 5), st.integers(1, 4), st.int
 )  # fmt: skip
 def test_any_transposed_convolution(runnable: Callable[[str], Target], axes, channels, kind, name, batch) -> None:
     sizes, kernel, strides, dilations, before, after, extra = zip(*axes, strict=True)
-    assume(all(e < max(s, d) or not e for e, s, d in zip(extra, strides, dilations, strict=True)))
+    assume(all(e < s or not e for e, s in zip(extra, strides, strict=True)))  # TVM refuses more
     groups = channels[0] if kind == "depthwise" else 1
     channels = (groups, groups) if kind == "depthwise" else channels
     case = Case(channels, sizes, kernel, strides, before + after, dilations, extra, groups, batch)
