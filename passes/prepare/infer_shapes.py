@@ -14,6 +14,7 @@ from .. import graph
 from ..base import Contract, Pass, PassContext, PassReport
 from ..errors import ModelError
 from ..io import has_map
+from .equal_dims import name_equal_dims
 from .protobuf import light_proto
 
 if TYPE_CHECKING:
@@ -35,7 +36,8 @@ class InferShapes(Pass):
     their shapes differ from call to call. What follows from the inputs, numbers and their symbols, replaces what the
     model declares for a value, outputs included; where nothing follows, the declaration counts, for the nodes that
     read the value too. A Reshape to another number of elements, which can never run, is an error. Weights are not
-    read. Computed shapes are not followed in models that compute with vectors of millions of numbers, which would be
+    read. A size that onnx can only give a name of its own gets the name or number of the size that it equals, where
+    that follows from a Reshape, Range, Slice or broadcast. Computed shapes are not followed in models that compute with vectors of millions of numbers, which would be
     taken for shapes.
     """
 
@@ -62,6 +64,7 @@ class InferShapes(Pass):
             _check_reshapes(model, inferred.graph)
             if _Merge(model, inferred, names=False).kept:
                 inferred = onnx.shape_inference.infer_shapes(light_proto(model), strict_mode=False, data_prop=follows)
+            name_equal_dims(inferred)
             _Merge(model, inferred, names=True)
         except (onnx.shape_inference.InferenceError, RuntimeError) as error:
             report.skipped("infer", model.graph.name, " ".join(str(error).split())[:200])
