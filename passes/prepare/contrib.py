@@ -124,18 +124,21 @@ def bias_add(call: Call) -> Body:
 
 
 def fused_matmul(call: Call) -> Body:
-    """alpha · A B, either transposed in its last two axes."""
-    if call.attr("transBatchA", 0) or call.attr("transBatchB", 0):
-        raise Refusal("it transposes the axes of the batch")
+    """alpha · A B, either transposed in its last two axes, or with its rows as the first axis, before the batch's."""
     sides = []
-    for index, name in ((0, "transA"), (1, "transB")):
+    for index, last, first in ((0, "transA", "transBatchA"), (1, "transB", "transBatchB")):
         side = call.given(index)
-        if call.attr(name, 0):
+        if call.attr(last, 0) or call.attr(first, 0):
             rank = call.rank(index)
             if rank is None:
                 raise Refusal(f"the rank of input {index} is not known; run infer-shapes first")
-            if rank > 1:
-                side = call.op("Transpose", side, perm=[*range(rank - 2), rank - 1, rank - 2])
+            axes = [*range(rank)]
+            if call.attr(first, 0) and rank > 2:
+                axes = [*axes[1:-1], 0, axes[-1]]
+            if call.attr(last, 0) and rank > 1:
+                axes[-2:] = axes[:-3:-1]
+            if axes != [*range(rank)]:
+                side = call.op("Transpose", side, perm=axes)
         sides.append(side)
     alpha = call.attr("alpha", 1.0)
     product = call.op("MatMul", *sides, out="output0" if alpha == 1.0 else None)

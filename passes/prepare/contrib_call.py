@@ -26,6 +26,14 @@ CONTRIB_KEEP_SHAPE = frozenset(
     {"BiasGelu", "FastGelu", "Gelu", "GroupQueryAttention", "MultiHeadAttention", "QuickGelu", "RotaryEmbedding",
      "SkipLayerNormalization", "SkipSimplifiedLayerNormalization"}
 )  # fmt: skip
+# Operators whose results have the type of the first input, or of the first choice of Where.
+SAME_TYPE = frozenset(
+    {*KEEP_SHAPE, "Add", "Attention", "Concat", "Conv", "Div", "Expand", "Flatten", "Gather", "Gemm", "MatMul", "Mul",
+     "ReduceMean", "Reshape", "RotaryEmbedding", "Slice", "Split", "Squeeze", "Sub", "Transpose", "Unsqueeze", "Where"}
+    - {"Cast"}
+)  # fmt: skip
+CONTRIB_SAME_TYPE = frozenset({*CONTRIB_KEEP_SHAPE, "Attention", "BiasAdd", "BiasSplitGelu", "FusedConv", "FusedGemm",
+                               "FusedMatMul"})  # fmt: skip
 
 
 class Call:
@@ -71,8 +79,7 @@ class Call:
         return dims[-1] if dims and isinstance(dims[-1], int) else None
 
     def dtype(self, index: int = 0) -> ir.DataType | None:
-        value = graph.input_of(self.node, index)
-        return None if value is None else value.dtype
+        return dtype_of(graph.input_of(self.node, index))
 
     def refuse_inputs(self, indices: Sequence[int], what: str) -> None:
         if any(self.has(i) for i in indices):
@@ -134,6 +141,23 @@ def dims_of(value: ir.Value | None, depth: int = DEEPEST) -> list[Dim] | None:
     if found is not None:
         value.shape = ir.Shape(found)
     return found
+
+
+def dtype_of(value: ir.Value | None, depth: int = DEEPEST) -> ir.DataType | None:
+    """The element type of a value, followed like its dimensions."""
+    if value is None or value.dtype is not None or depth == 0:
+        return None if value is None else value.dtype
+    tensor, node = graph.constant_tensor(value), value.producer()
+    if tensor is not None:
+        return tensor.dtype
+    if node is None or not node.inputs or node.outputs.index(value) > 0 and node.op_type != "Split":
+        return None
+    if graph.is_op(node, *SAME_TYPE) or (node.domain == CONTRIB and node.op_type in CONTRIB_SAME_TYPE):
+        found = dtype_of(node.inputs[1 if node.op_type == "Where" else 0], depth - 1)
+        if found is not None:
+            value.dtype = found
+        return found
+    return None
 
 
 def _broadcast(a: list[Dim] | None, b: list[Dim] | None) -> list[Dim] | None:

@@ -92,7 +92,11 @@ class _Names:
             return
         self._follow(node)
         out = self._shape(node.output[0])
-        if out is None or not any(isinstance(d, str) and MADE.fullmatch(d) for d in out):
+        if out is None:
+            return
+        if node.op_type in BROADCAST:
+            self._broadcast([self._shape(name) for name in node.input], out)
+        if not any(isinstance(d, str) and MADE.fullmatch(d) for d in out):
             return
         if node.op_type == "Reshape":
             self._reshape(self._shape(node.input[0]), out)
@@ -102,8 +106,6 @@ class _Names:
                 self._set(out[0], self.resolve(end))
         elif node.op_type == "Slice":
             self._slice(node, out)
-        elif node.op_type in BROADCAST:
-            self._broadcast([self._shape(name) for name in node.input], out)
         elif node.op_type == "MatMul":
             sides = [self._shape(name) for name in node.input]
             if all(side is not None and len(side) >= 2 for side in sides):

@@ -14,7 +14,7 @@ from .. import graph
 from ..base import Contract, Pass, PassContext, PassReport
 from ..errors import ModelError
 from ..io import has_map
-from .equal_dims import name_equal_dims
+from .equal_dims import MADE, name_equal_dims
 from .protobuf import light_proto
 
 if TYPE_CHECKING:
@@ -194,7 +194,7 @@ class _Merge:
         """The inferred number, else a symbol of the inputs, else what is declared, else a name."""
         if inferred.HasField("dim_value"):
             return inferred.dim_value
-        own = None if isinstance(declared, int) else declared.value
+        own = None if isinstance(declared, int) or MADE.fullmatch(declared.value or "") else declared.value
         known = isinstance(declared, int) or own is not None
         if inferred.dim_param in self._symbols:
             replaced = isinstance(declared, int) or own is None or own in self._symbols

@@ -18,7 +18,7 @@ from .infer_shapes import InferShapes
 
 OPSET = 23  # the first with Attention, RMSNormalization and RotaryEmbedding
 BODIES = {**contrib.BODIES, **contrib_attention.BODIES}
-ATTENTIONS = tuple(contrib_attention.BODIES)
+ATTENTIONS = (*contrib_attention.BODIES, *contrib.STRAY)  # without strays the opset can be raised
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,8 @@ class StandardiseContrib(Pass):
         found = [node for scope in graph.scopes(model) for node in scope.graph if self._wanted(node, scope)]
         if not found:
             return report
-        strays = {node for node in found if node.domain == ""}
+        strays = {n: None for scope in graph.scopes(model) for n in scope.graph if contrib.is_stray(n, scope.opset)}
+        found = list(dict.fromkeys([*found, *strays]))  # the opset cannot be raised with strays in it
         for node in strays:  # the version converter would look for them in the standard
             node.domain = CONTRIB
         conversion = ConvertOpset(OPSET).run(model, ctx)

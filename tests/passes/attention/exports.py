@@ -145,6 +145,22 @@ def tiny_minilm() -> ir.Model:
     return export.from_torch("m", minilm.MiniLM(sizes), (IDS, mask), inputs, ("y", "z"), largest={"length": 64})
 
 
+def scripted_minilm() -> ir.Model:
+    """Without the sentence vector: what onnxruntime's transformer optimizer knows."""
+    sizes = minilm.Sizes(vocabulary=VOCABULARY, positions=64, width=WIDTH, layers=2, heads=HEADS, hidden=64)
+
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = minilm.MiniLM(sizes)
+
+        def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+            return self.inner(ids, mask)[0]
+
+    axes = {0: "batch", 1: "length"}
+    return scripted(Encoder(), (IDS, torch.ones_like(IDS)), {"ids": axes, "mask": axes})
+
+
 def tiny_smollm2() -> ir.Model:
     small = {"vocabulary": VOCABULARY, "width": WIDTH, "layers": 2, "heads": 6, "key_value_heads": 2, "hidden": 64}
     sizes = dataclasses.replace(llama.Sizes(), **small)
@@ -178,10 +194,8 @@ def decoder(legacy: bool) -> ir.Model:
 
 def sdpa() -> ir.Model:
     """Opset 23: the exporter writes the standard's Attention."""
-    file = io.BytesIO()
     program = torch.onnx.export(Sdpa().eval(), (IDS,), dynamo=True, opset_version=23, input_names=["ids"],
                                 output_names=["y"], verbose=False)  # fmt: skip
-    del file
     return program.model
 
 
@@ -193,6 +207,7 @@ class Export:
 
 EXPORTS = {
     "minilm": Export(tiny_minilm, 2),
+    "minilm-scripted": Export(scripted_minilm, 2),
     "smollm2": Export(tiny_smollm2, 2),
     "vit": Export(tiny_vit, 2),
     "gpt2-scripted": Export(gpt2, 2),
