@@ -113,9 +113,11 @@ def _attention(
     named: they are output1 and output2, where those are used.
     """
     attributes = _scaled(call)
-    total = call.size(k, 2 if by_heads else 1)
-    if past[0] is not None:
-        total = call.op("Add", total, call.size(past[0], 2))
+
+    def total() -> str:
+        here = call.size(k, 2 if by_heads else 1)
+        return here if past[0] is None else call.op("Add", here, call.size(past[0], 2))
+
     added = _padding(call, mask, q, total) if call.has(mask) else None
     if call.has(bias):
         added = call.given(bias) if added is None else call.op("Add", added, call.given(bias))
@@ -159,7 +161,7 @@ def _joined(call: Call, y: str) -> None:
     call.op("Reshape", together, call.constant([0, 0, -1]), out="output0")
 
 
-def _padding(call: Call, index: int, q: str, total: str) -> str:
+def _padding(call: Call, index: int, q: str, total: Callable[[], str]) -> str:
     """What is added to the scores for a mask of keys, as (b, 1, s, t).
 
     The mask says how long each sequence is (b), or is 0 where a key is hidden: (b, t) or (b, s, t).
@@ -173,7 +175,7 @@ def _padding(call: Call, index: int, q: str, total: str) -> str:
         if batch is None or not graph.same_dim(dims[0], batch[0]):
             raise Refusal(f"a mask of {dims[0]} numbers is not known to be the lengths of the sequences")
         lengths = call.op("Unsqueeze", call.op("Cast", given, to=ir.DataType.INT64), call.constant([1]))
-        seen = call.op("Less", call.count(total), lengths)
+        seen = call.op("Less", call.count(total()), lengths)
     elif len(dims) in (2, 3):
         seen = call.op("Cast", given, to=ir.DataType.BOOL)
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -60,12 +61,14 @@ class StandardiseContrib(Pass):
         found = list(dict.fromkeys([*found, *strays]))  # the opset cannot be raised with strays in it
         for node in strays:  # the version converter would look for them in the standard
             node.domain = CONTRIB
+        InferShapes().run(model, ctx)
+        refused = _refusals(found)
+        if len(refused) == len(found):
+            _leave(refused, strays, report)
+            return report
         conversion = ConvertOpset(OPSET).run(model, ctx)
         if conversion.skips:
-            for node in strays:
-                node.domain = ""
-            for node in found:
-                report.skipped(node.op_type, graph.site(node), conversion.skips[0].reason)
+            _leave(dict.fromkeys(found, conversion.skips[0].reason), strays, report)
             return report
         for change in conversion.changes:
             if change.rule == "opset":
@@ -76,9 +79,7 @@ class StandardiseContrib(Pass):
             InferShapes().run(model, ctx)  # what was replaced may tell the shapes of what is left
             count = len(refused)
             refused = self._round(list(refused), names, report)
-        for node, reason in refused.items():
-            node.domain = "" if node in strays else node.domain
-            report.skipped(node.op_type, graph.site(node), reason)
+        _leave(refused, strays, report)
         if not any(node.domain == CONTRIB for node in graph.all_nodes(model)):
             for imports in (model.graph.opset_imports, *(f.opset_imports for f in model.functions.values())):
                 imports.pop(CONTRIB, None)
@@ -105,6 +106,23 @@ class StandardiseContrib(Pass):
             made = inline_call(node, function, names, [value for value in node.outputs if value.name])
             report.changed(op_type, site, f"{len(made)} nodes")
         return refused
+
+
+def _refusals(nodes: Sequence[ir.Node]) -> dict[ir.Node, str]:
+    """The nodes that have no body by what is known now, with the reasons."""
+    refused = {}
+    for node in nodes:
+        try:
+            _body(node)
+        except Refusal as refusal:
+            refused[node] = str(refusal)
+    return refused
+
+
+def _leave(refused: dict[ir.Node, str], strays: dict[ir.Node, None], report: PassReport) -> None:
+    for node, reason in refused.items():
+        node.domain = "" if node in strays else node.domain
+        report.skipped(node.op_type, graph.site(node), reason)
 
 
 def _body(node: ir.Node) -> ir.Function:

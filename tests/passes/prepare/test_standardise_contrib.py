@@ -245,3 +245,102 @@ def test_the_numbers_of_onnxruntime(name: str, open_sizes: bool) -> None:
     assert {node.domain for node in after.graph} == {""}
     onnx.checker.check_model(ir.to_proto(after), full_check=True)
     compare(site, expected, run(ir.to_proto(after), site.feeds))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("packed", ["qkv", "kv"])
+def test_packed_inputs_are_the_unpacked_ones(packed: str, bias: bool) -> None:
+    """onnxruntime takes them on GPUs only, so the reference is its operator with the three apart."""
+    q, k, v = (x.reshape(B, S, H, 1, D) for x in QKV)
+    more = [draw(3 * W)] if bias else []
+    given = [np.concatenate([q, k, v], 3), None, None] if packed == "qkv" else [QKV[0], np.concatenate([k, v], 3), None]
+    expected = run(Site("MultiHeadAttention", [*QKV, *more], HEADS).model(), Site("", [*QKV, *more]).feeds)
+    site = Site("MultiHeadAttention", [*given, *more], HEADS)
+    proto = site.model()
+    proto.graph.output[0].CopyFrom(helper.make_tensor_value_info("y0", 1, ["b", "s", "d"]))
+    after, (report,) = Pipeline.parse("standardise-contrib").run(ir.from_proto(proto))
+    assert not report.skips
+    compare(site, expected, run(ir.to_proto(after), site.feeds))
+
+
+REFUSED = {
+    "turned": ("Attention", [X, draw(W, 3 * W), draw(3 * W)], {**HEADS, "do_rotary": 1}, "it turns queries"),
+    "shared": ("MultiHeadAttention", [*QKV, None, None, None, *PAST, ints([3])], HEADS, "share one buffer"),
+    "mask-length": ("Attention", [X, draw(W, 3 * W), draw(3 * W), ints([1, 2, 3])], HEADS, "a mask of 3 numbers"),
+    "mask-rank": ("MultiHeadAttention", [*QKV, None, np.zeros((B, 1, S, S), np.int32)], HEADS, "a mask of rank 4"),
+    "sinks": ("GroupQueryAttention", [Q4, *KV, None, None, ints([4, 4]), np.array(5, np.int32), None, None, None, None,
+              draw(4)], GROUPS, "it has sinks"),
+    "smooth": ("GroupQueryAttention", [Q4, *KV, None, None, ints([4, 4]), np.array(5, np.int32)],
+               {**GROUPS, "smooth_softmax": 1}, "smooth_softmax is 1"),
+    "not-causal": ("GroupQueryAttention", [Q4, *KV, None, None, ints([4, 4]), np.array(5, np.int32)],
+                   {**GROUPS, "causal": 0}, "causal is 0"),
+    "scaled-rotary": ("RotaryEmbedding", [X, IDS.astype(np.int64), *TABLES], {"scale": 2.0}, "it is scaled"),
+    "activation": ("FusedConv", [draw(1, 4, 6, 6), draw(8, 4, 1, 1)], {"activation": "Softplus"}, "its activation"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_the_standard_has_no_words_for_is_left_with_the_reason(name: str) -> None:
+    op, inputs, attributes, reason = REFUSED[name]
+    proto = Site(op, inputs, attributes).model()
+    model, (report,) = Pipeline.parse("standardise-contrib").run(ir.from_proto(proto))
+    assert [reason in skip.reason for skip in report.skips] == [True], report.skips
+    assert model.opset_imports[""] == 17 and not report.changes
+
+
+def test_ops_must_exist() -> None:
+    with pytest.raises(Exception, match="Swish is not one of"):
+        Pipeline.parse("standardise-contrib:ops=Swish")
+
+
+def test_shapes_are_told_through_many_layers() -> None:
+    """Each product's rank is only known when the operator in front of it is replaced; the work stays linear."""
+    nodes = []
+    for i in range(40):
+        nodes.append(helper.make_node("SkipLayerNormalization", [f"h{i}", f"h{i}", "g"], [f"n{i}"], domain="com.microsoft"))
+        nodes.append(helper.make_node("FusedMatMul", [f"n{i}", "w"], [f"m{i}"], domain="com.microsoft", transA=0,
+                                      transB=1))  # fmt: skip
+        nodes.append(helper.make_node("QuickGelu", [f"m{i}"], [f"h{i + 1}"], domain="com.microsoft"))
+    weights = [onnx.numpy_helper.from_array(draw(W), "g"), onnx.numpy_helper.from_array(draw(W, W) / W, "w")]
+    graph = helper.make_graph(nodes, "g", [helper.make_tensor_value_info("h0", 1, ["b", "s", W])],
+                              [helper.make_tensor_value_info("h40", 1, ["b", "s", W])], weights)  # fmt: skip
+    imports = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
+    proto = helper.make_model(graph, opset_imports=imports, ir_version=10)
+    after, (report,) = Pipeline.parse("standardise-contrib").run(ir.from_proto(proto))
+    assert not report.skips and {node.domain for node in after.graph} == {""}
+    assert not [node for node in after.graph if node.op_type == "CastLike"]
+    x = draw(B, S, W)
+    (expected,), (got,) = run(proto, {"h0": x}), run(ir.to_proto(after), {"h0": x})
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5 * float(np.abs(expected).max()))
+
+
+def test_every_operator_is_tried() -> None:
+    assert set(BODIES) - {site.op for site in SITES.values()} <= {"BiasAdd", "BiasSplitGelu", "NhwcFusedConv"}
+
+
+def gelu(x: np.ndarray) -> np.ndarray:
+    from math import erf
+
+    return 0.5 * x * (1 + np.vectorize(erf)(x.astype(np.float64) / np.sqrt(2)))
+
+
+def test_operators_that_onnxruntime_has_for_gpus_only() -> None:
+    """BiasAdd, BiasSplitGelu, NhwcFusedConv: against their definition in NumPy."""
+    x, bias, skip = draw(2, 3, 8), draw(8), draw(2, 3, 8) * 2
+    added = Site("BiasAdd", [x, bias, skip])
+    split = Site("BiasSplitGelu", [x, bias])
+    image, weight = draw(1, 5, 5, 4), draw(8, 4, 3, 3)
+    conv = Site("NhwcFusedConv", [image, weight, draw(8), draw(1, 3, 3, 8)], {"activation": "Relu"})
+    windows = np.lib.stride_tricks.sliding_window_view(image, (3, 3), (1, 2))  # n, y, x, c, ky, kx
+    product = np.einsum("nyxcij,mcij->nyxm", windows.astype(np.float64), weight) + draw(8) + draw(1, 3, 3, 8)
+    half = x + bias
+    for site, expected in (
+        (added, half + skip), (split, half[..., :4] * gelu(half[..., 4:])), (conv, np.maximum(product, 0)),
+    ):  # fmt: skip
+        proto = site.model()
+        dims = [f"d{i}" for i in range(expected.ndim)]
+        proto.graph.output[0].CopyFrom(helper.make_tensor_value_info("y0", 1, dims))
+        after, (report,) = Pipeline.parse("standardise-contrib").run(ir.from_proto(proto))
+        assert not report.skips
+        (got,) = run(ir.to_proto(after), site.feeds)
+        np.testing.assert_allclose(got, expected, rtol=0, atol=2e-6 * np.abs(expected).max())
