@@ -49,9 +49,9 @@ PRESETS: dict[str, str] = {
     "default": "pin-shapes,infer-shapes,fold-constants,simplify,fold-batch-norm,dedupe-initializers,"
     "common-subexpressions,dead-code",
     # What a compiler needs: one opset, no functions, no constants as nodes, large operators, only those it has.
-    "compile": "inline-functions,pin-shapes,standardise-contrib,convert-opset,infer-shapes,fold-constants,simplify,infer-shapes,"
-    f"fold-constants,simplify,fold-batch-norm,{RECOGNISE},infer-shapes,fold-constants,decompose,infer-shapes,"
-    "fold-constants,simplify,lift-constants,dedupe-initializers,common-subexpressions,dead-code,infer-shapes",
+    "compile": "inline-functions,pin-shapes,standardise-contrib,convert-opset,infer-shapes,fold-constants,simplify,"
+    f"infer-shapes,fold-constants,simplify,fold-batch-norm,{RECOGNISE},infer-shapes,fold-constants,decompose,"
+    "infer-shapes,fold-constants,simplify,lift-constants,dedupe-initializers,common-subexpressions,dead-code,infer-shapes",
     "none": "",
 }
 

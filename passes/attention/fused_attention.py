@@ -63,7 +63,8 @@ class FusedAttention(Pass):
         for node, scope in found:
             assert names is not None
             try:
-                report.changed(HEADS, graph.site(node), f"{_take_heads(node, scope, names)} nodes around it are part of it")
+                count = _take_heads(node, scope, names)
+                report.changed(HEADS, graph.site(node), f"{count} nodes around it are part of it")
             except Refused as refusal:
                 if graph.rank(node.inputs[0]) != 3:
                     report.skipped(HEADS, graph.site(node), str(refusal))

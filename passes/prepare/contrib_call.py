@@ -19,8 +19,8 @@ DEEPEST = 24  # nodes that a shape is followed through
 
 # Operators whose first output has the shape of the first input.
 KEEP_SHAPE = frozenset(
-    {"Cast", "Clip", "Dropout", "Elu", "Erf", "Exp", "Gelu", "Identity", "LayerNormalization", "Neg", "RMSNormalization",
-     "Relu", "Sigmoid", "SimplifiedLayerNormalization", "Softmax", "Sqrt", "Swish", "Tanh"}
+    {"Cast", "Clip", "Dropout", "Elu", "Erf", "Exp", "Gelu", "Identity", "LayerNormalization", "Neg",
+     "RMSNormalization", "Relu", "Sigmoid", "SimplifiedLayerNormalization", "Softmax", "Sqrt", "Swish", "Tanh"}
 )  # fmt: skip
 CONTRIB_KEEP_SHAPE = frozenset(
     {"BiasGelu", "FastGelu", "Gelu", "GroupQueryAttention", "MultiHeadAttention", "QuickGelu", "RotaryEmbedding",
@@ -150,7 +150,7 @@ def dtype_of(value: ir.Value | None, depth: int = DEEPEST) -> ir.DataType | None
     tensor, node = graph.constant_tensor(value), value.producer()
     if tensor is not None:
         return tensor.dtype
-    if node is None or not node.inputs or node.outputs.index(value) > 0 and node.op_type != "Split":
+    if node is None or not node.inputs or (node.outputs.index(value) > 0 and node.op_type != "Split"):
         return None
     if graph.is_op(node, *SAME_TYPE) or (node.domain == CONTRIB and node.op_type in CONTRIB_SAME_TYPE):
         found = dtype_of(node.inputs[1 if node.op_type == "Where" else 0], depth - 1)

@@ -169,7 +169,9 @@ def tiny_smollm2() -> ir.Model:
 
 def tiny_vit() -> ir.Model:
     sizes = vit.Sizes(image=64, width=WIDTH, layers=2, heads=3, classes=10)
-    return export.from_torch("v", vit.seeded(0, sizes), (torch.ones(2, 3, 64, 64),), {"x": ("batch", 3, 64, 64)}, ("y",))
+    return export.from_torch(
+        "v", vit.seeded(0, sizes), (torch.ones(2, 3, 64, 64),), {"x": ("batch", 3, 64, 64)}, ("y",)
+    )
 
 
 def gpt2() -> ir.Model:

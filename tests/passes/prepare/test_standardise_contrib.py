@@ -61,7 +61,9 @@ class Site:
                 if open_sizes and x.ndim:
                     shape[0] = "batch" if x.shape[0] == self.batch else shape[0]
                 given.append(helper.make_tensor_value_info(f"x{i}", TYPES[x.dtype], shape))
-        kinds = [TensorProto.INT32 if self.op.startswith("Embed") and i == 1 else TYPES[self.dtype] for i in self.outputs]
+        kinds = [
+            TensorProto.INT32 if self.op.startswith("Embed") and i == 1 else TYPES[self.dtype] for i in self.outputs
+        ]
         results = [helper.make_tensor_value_info(f"y{i}", k, None) for i, k in zip(self.outputs, kinds, strict=True)]
         graph = helper.make_graph([node], "g", given, results, weights)
         imports = [helper.make_opsetid("", self.opset), helper.make_opsetid("com.microsoft", 1)]
@@ -150,8 +152,8 @@ SITES = {
     "mha-causal-left-mask": Site("MultiHeadAttention", [*QKV, None, LEFT], {**HEADS, "unidirectional": 1}),
     "mha-by-heads": Site("MultiHeadAttention", [X, draw(B, H, 7, D), draw(B, H, 7, D) * 2], HEADS),
     "mha-past": Site("MultiHeadAttention", [*QKV, None, None, None, *PAST], HEADS, outputs=[0, 1, 2]),
-    "mha-past-causal": Site("MultiHeadAttention", [*QKV, draw(3 * W), None, None, *PAST], {**HEADS, "unidirectional": 1},
-                            outputs=[0, 1, 2]),
+    "mha-past-causal": Site("MultiHeadAttention", [*QKV, draw(3 * W), None, None, *PAST],
+                            {**HEADS, "unidirectional": 1}, outputs=[0, 1, 2]),
     "mha-past-mask": Site("MultiHeadAttention", [*(x[:, :1] for x in QKV), None, ints([[1] * 4, [0, 1, 1, 1]]), None,
                           *PAST], HEADS, outputs=[0, 1, 2]),
     "mha-presents": Site("MultiHeadAttention", QKV, HEADS, outputs=[0, 1, 2]),
@@ -186,7 +188,9 @@ def grouped(seqlens: Sequence[int], total: int, *more: Any, new: int = S, past: 
     q, k, v = Q4[:batch, :new], KV[0][:batch, :new], KV[1][:batch, :new]
     given = [np.concatenate([q, k, v], -1), None, None] if options.get("packed") else [q, k, v]
     inputs = [*given, *cache, ints(list(seqlens)), np.array(total, np.int32), *more]
-    return Site("GroupQueryAttention", inputs, attributes, options.get("outputs", (0, 1, 2)), valid=options.get("valid"))
+    return Site(
+        "GroupQueryAttention", inputs, attributes, options.get("outputs", (0, 1, 2)), valid=options.get("valid")
+    )
 
 
 SITES |= {
@@ -297,7 +301,9 @@ def test_shapes_are_told_through_many_layers() -> None:
     """Each product's rank is only known when the operator in front of it is replaced; the work stays linear."""
     nodes = []
     for i in range(40):
-        nodes.append(helper.make_node("SkipLayerNormalization", [f"h{i}", f"h{i}", "g"], [f"n{i}"], domain="com.microsoft"))
+        nodes.append(
+            helper.make_node("SkipLayerNormalization", [f"h{i}", f"h{i}", "g"], [f"n{i}"], domain="com.microsoft")
+        )
         nodes.append(helper.make_node("FusedMatMul", [f"n{i}", "w"], [f"m{i}"], domain="com.microsoft", transA=0,
                                       transB=1))  # fmt: skip
         nodes.append(helper.make_node("QuickGelu", [f"m{i}"], [f"h{i + 1}"], domain="com.microsoft"))
