@@ -315,26 +315,19 @@ def _seen(call: Call, positions: str, total: str, window: int) -> str:
 
 
 def _cache_rows(call: Call, before: str, length: str, total: str, groups: int) -> str:
-    """For each key in all the row of (b · groups · (p + s), d) that it is: of the past, or behind it of this call."""
+    """For each key in all which one it is of those of the past and, behind them, of this call: (b, groups, t, 1)."""
     past = call.size(call.given(3), 2)
     place = call.count(total)
     fresh = call.op("Add", call.op("Sub", place, before), past)
     row = call.op("Where", call.op("Less", place, before), place, fresh)
-    rows = call.op("Add", past, length)
-    row = call.op("Min", row, call.op("Sub", rows, call.constant([1])))  # (b, t)
-    batch = call.op("Squeeze", call.size(call.given(3), 0), call.constant([0]))
-    count = call.op("Mul", batch, call.constant(groups))
-    first = call.op("Mul", call.op("Range", call.constant(0), count, call.constant(1)), rows)
-    first = call.op("Reshape", first, call.constant([-1, groups, 1]))
-    return call.op("Add", first, call.op("Unsqueeze", row, call.constant([1])))  # (b, groups, t)
+    last = call.op("Sub", call.op("Add", past, length), call.constant([1]))
+    row = call.op("Unsqueeze", call.op("Min", row, last), call.constant([1, 3]))  # (b, 1, t, 1)
+    return call.op("Expand", row, call.constant([1, groups, 1, 1]))
 
 
 def _cached(call: Call, past: str, new: str, rows: str, out: str | None) -> str:
     """The cache with the keys of this call in their places: (b, groups, t, d)."""
-    size = call.size(past, 3)
-    both = call.op("Concat", past, new, axis=2)
-    table = call.op("Reshape", both, call.op("Concat", call.constant([-1]), size, axis=0))
-    return call.op("Gather", table, rows, axis=0, out=out)
+    return call.op("GatherND", call.op("Concat", past, new, axis=2), rows, batch_dims=2, out=out)
 
 
 BODIES: dict[str, Callable[[Call], Body]] = {
