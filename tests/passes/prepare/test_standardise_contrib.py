@@ -12,6 +12,8 @@ import onnx_ir as ir
 import pytest
 from graphwright.passes.pipeline import Pipeline
 from graphwright.passes.prepare.standardise_contrib import BODIES
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -350,3 +352,36 @@ def test_operators_that_onnxruntime_has_for_gpus_only() -> None:
         assert not report.skips
         (got,) = run(ir.to_proto(after), site.feeds)
         np.testing.assert_allclose(got, expected, rtol=0, atol=2e-6 * np.abs(expected).max())
+
+
+@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@given(st.data())
+def test_any_multi_head_attention(data: st.DataObject) -> None:
+    """Sizes from one, and every combination of bias, masks, past and causal that onnxruntime takes."""
+    size, flag = st.integers(1, 5), st.booleans()
+    b, s, h, d = (data.draw(size) for _ in range(4))
+    past = data.draw(size) if data.draw(flag) else 0
+    causal = data.draw(flag)
+    keys = s if past or causal else data.draw(size)
+    w, total = h * d, keys + past
+    inputs: list[np.ndarray | None] = [draw(b, s, w), draw(b, keys, w) * 2, draw(b, keys, w) + 1, *[None] * 5]
+    if data.draw(flag):
+        inputs[3] = draw(3 * w)
+    if data.draw(flag):
+        seen = (draw(b, total) > 0).astype(np.int32)
+        seen[:, 0] = 1  # scores of a row that is hidden wholly, by -10000, keep three digits only
+        inputs[4] = seen
+    if data.draw(flag):
+        inputs[5] = draw(data.draw(st.sampled_from([1, b])), data.draw(st.sampled_from([1, h])), s, total)
+    if past:
+        inputs[6:8] = draw(b, h, past, d), draw(b, h, past, d) * 2
+    attributes = {"num_heads": h, "unidirectional": int(causal)}
+    site = Site("MultiHeadAttention", inputs, attributes, (0, 1, 2) if past else (0,), tolerance=1e-5)
+    proto = site.model()
+    expected = run(proto, site.feeds)
+    for output, array in zip(proto.graph.output, expected, strict=True):
+        dims = [f"{output.name}_{axis}" for axis in range(array.ndim)]
+        output.CopyFrom(helper.make_tensor_value_info(output.name, 1, dims))
+    after, (report,) = Pipeline.parse("standardise-contrib").run(ir.from_proto(proto))
+    assert not report.skips, report.skips
+    compare(site, expected, run(ir.to_proto(after), site.feeds))
