@@ -20,6 +20,7 @@ PASSES: dict[str, str] = {
     "dead-code": "graphwright.passes.prepare.dead_code:DeadCode",
     "common-subexpressions": "graphwright.passes.prepare.common_subexpressions:CommonSubexpressions",
     "simplify": "graphwright.passes.prepare.simplify:Simplify",
+    "cancel-transposes": "graphwright.passes.prepare.cancel_transposes:CancelTransposes",
     "lift-constants": "graphwright.passes.prepare.lift_constants:LiftConstants",
     "dedupe-initializers": "graphwright.passes.prepare.dedupe_initializers:DedupeInitializers",
     "inline-functions": "graphwright.passes.prepare.inline_functions:InlineFunctions",
@@ -46,12 +47,13 @@ RECOGNISE = (
 
 PRESETS: dict[str, str] = {
     # Cleans a model for any runtime.
-    "default": "pin-shapes,infer-shapes,fold-constants,simplify,fold-batch-norm,dedupe-initializers,"
-    "common-subexpressions,dead-code",
+    "default": "pin-shapes,infer-shapes,fold-constants,simplify,fold-batch-norm,cancel-transposes,"
+    "dedupe-initializers,common-subexpressions,dead-code",
     # What a compiler needs: one opset, no functions, no constants as nodes, large operators, only those it has.
     "compile": "inline-functions,pin-shapes,standardise-contrib,convert-opset,infer-shapes,fold-constants,simplify,"
-    f"infer-shapes,fold-constants,simplify,fold-batch-norm,{RECOGNISE},infer-shapes,fold-constants,decompose,"
-    "infer-shapes,fold-constants,simplify,lift-constants,dedupe-initializers,common-subexpressions,dead-code,infer-shapes",
+    f"infer-shapes,fold-constants,simplify,fold-batch-norm,{RECOGNISE},infer-shapes,fold-constants,cancel-transposes,"
+    "decompose,infer-shapes,fold-constants,simplify,lift-constants,dedupe-initializers,common-subexpressions,dead-code,"
+    "infer-shapes",
     "none": "",
 }
 

@@ -18,6 +18,7 @@ from ..kernels.reductions import reduction as reduction_kernel
 from .kernels import call, named
 from .shapes import filled, reshaped
 from .site import (
+    NARROW_FLOATS,
     Dim,
     Refuse,
     Result,
@@ -95,6 +96,12 @@ def reduced(site: Site, x: tvm.ir.Expr, axes: Sequence[int], kind: str) -> tvm.i
         return site.cast(reduced(site, site.cast(x, "int8"), axes, kind), "bool")
     if not is_float(dtype):
         return site.emit((relax.op.max if kind == "max" else relax.op.min)(x, list(axes), keepdims=True))
+    if dtype in NARROW_FLOATS:
+        return site.cast(reduced(site, site.cast(x, "float32"), axes, kind), dtype)
+    if len(parts := _neighbours(axes)) > 1:
+        for part in parts:
+            x = reduced(site, x, part, kind)
+        return x
     # TIR's own maximum starts from the least finite number, which is wrong for a row of infinities.
     start = float("-inf") if kind == "max" else float("inf")
     dims = shape_of(x)
@@ -114,6 +121,17 @@ def reduced(site: Site, x: tvm.ir.Expr, axes: Sequence[int], kind: str) -> tvm.i
         return te.compute(out, element, name=f"reduce_{kind}")
 
     return site.te(compute, x, name=f"reduce_{kind}")
+
+
+def _neighbours(axes: Sequence[int]) -> list[list[int]]:
+    """The axes in groups of those that follow each other."""
+    parts: list[list[int]] = []
+    for axis in sorted(axes):
+        if parts and parts[-1][-1] == axis - 1:
+            parts[-1].append(axis)
+        else:
+            parts.append([axis])
+    return parts
 
 
 def _by_kernel(site: Site, x: tvm.ir.Expr, axes: Sequence[int], kind: str) -> tvm.ir.Expr | None:

@@ -265,7 +265,7 @@ class GemmEmitter:
                 at = T.Bind(first + step)
                 row = T.Bind(at * const(height) - T.max(const(0), at - const(tall)))
                 here = part and part.moved(step * const(height * self.tile.vectors * self.vectors.lanes))
-                turn = (step, min(per_chunk, tiles)) if self.spec.packed else None
+                turn = (step, min(per_chunk, tiles)) if self.spec.packed and tiles > 1 else None
                 if tall == tiles or tall == 0:
                     self._tile(height if tall else height - 1, panel, row, item, here, turn)
                 else:
