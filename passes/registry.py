@@ -25,6 +25,7 @@ PASSES: dict[str, str] = {
     "dedupe-initializers": "graphwright.passes.prepare.dedupe_initializers:DedupeInitializers",
     "inline-functions": "graphwright.passes.prepare.inline_functions:InlineFunctions",
     "convert-opset": "graphwright.passes.prepare.convert_opset:ConvertOpset",
+    "standardise-contrib": "graphwright.passes.prepare.standardise_contrib:StandardiseContrib",
     "decompose": "graphwright.passes.prepare.decompose:Decompose",
     "recognise-layer-norm": "graphwright.passes.recognise.layer_norm:RecogniseLayerNorm",
     "recognise-rms-norm": "graphwright.passes.recognise.rms_norm:RecogniseRmsNorm",
@@ -34,6 +35,7 @@ PASSES: dict[str, str] = {
     "recognise-softmax": "graphwright.passes.recognise.softmax:RecogniseSoftmax",
     "recognise-rotary-embedding": "graphwright.passes.recognise.rotary_embedding:RecogniseRotaryEmbedding",
     "recognise-attention": "graphwright.passes.recognise.attention:RecogniseAttention",
+    "fused-attention": "graphwright.passes.attention.fused_attention:FusedAttention",
     "two-pass-softmax": "graphwright.passes.attention.two_pass_softmax:TwoPassSoftmax",
 }
 
@@ -48,9 +50,10 @@ PRESETS: dict[str, str] = {
     "default": "pin-shapes,infer-shapes,fold-constants,simplify,fold-batch-norm,cancel-transposes,"
     "dedupe-initializers,common-subexpressions,dead-code",
     # What a compiler needs: one opset, no functions, no constants as nodes, large operators, only those it has.
-    "compile": "inline-functions,pin-shapes,convert-opset,infer-shapes,fold-constants,simplify,infer-shapes,"
-    f"fold-constants,simplify,fold-batch-norm,{RECOGNISE},infer-shapes,fold-constants,cancel-transposes,"
-    "decompose,infer-shapes,fold-constants,simplify,lift-constants,dedupe-initializers,common-subexpressions,dead-code,infer-shapes",
+    "compile": "inline-functions,pin-shapes,standardise-contrib,convert-opset,infer-shapes,fold-constants,simplify,"
+    f"infer-shapes,fold-constants,simplify,fold-batch-norm,{RECOGNISE},infer-shapes,fold-constants,cancel-transposes,"
+    "decompose,infer-shapes,fold-constants,simplify,lift-constants,dedupe-initializers,common-subexpressions,dead-code,"
+    "infer-shapes",
     "none": "",
 }
 
