@@ -6,9 +6,9 @@ import numpy as np
 from tvm import relax
 
 from ..kernels.recurrent import FUNCTIONS, GATES, RecurrentSpec, pack_recurrence, recurrent, tensor_shapes
-from .kernels import for_kernels, named
+from .kernels import calls, for_kernels, named
 from .shapes import settled
-from .site import Refuse, Result, Site, const, converts, int64
+from .site import Refuse, Result, Site, const, converts
 
 CURE = "the pass decompose replaces it where the shapes are known (--pin NAME=SHAPE)"
 DEFAULTS = {"LSTM": ("Sigmoid", "Tanh", "Tanh"), "GRU": ("Sigmoid", "Tanh"), "RNN": ("Tanh",)}
@@ -62,15 +62,9 @@ def recurrence(site: Site) -> Result:
     inputs += [site.x(index) for present, index in given if present]
 
     kernel = recurrent(spec, isa, site.target.caches, threads)
-    function = site.bb.add_func(kernel, str(kernel.attrs["graphwright.op"]))
     sizes = {t: steps, b: batch}
     shapes = list(tensor_shapes(spec, isa, threads).values())[len(inputs) :]
-    types = [relax.TensorType([int64(sizes.get(d, d)) for d in shape], dtype) for shape, dtype in shapes]
-    tensors = [site.emit(i) for i in inputs]
-    results = site.emit(relax.call_tir(function, tensors, types[0] if len(types) == 1 else types))
-    if len(types) == 1:
-        return results
-    return [site.emit(relax.TupleGetItem(results, i)) for i in range(len(types))]
+    return calls(site, kernel, inputs, [([sizes.get(d, d) for d in shape], dtype) for shape, dtype in shapes])
 
 
 def _biases(bias: np.ndarray | None, spec: RecurrentSpec) -> tuple[np.ndarray, np.ndarray]:

@@ -15,7 +15,9 @@ from ..kernels import two_pass_softmax
 from ..kernels.log_softmax import log_softmax
 from ..kernels.reductions import EXACT, place_of_greatest
 from ..kernels.reductions import reduction as reduction_kernel
-from .kernels import call, named
+from ..kernels.top_k import MOST
+from ..kernels.top_k import top_k as top_k_kernel
+from .kernels import call, calls, named
 from .shapes import filled, reshaped
 from .site import (
     NARROW_FLOATS,
@@ -338,7 +340,16 @@ def top_k(site: Site) -> Result:
 
 
 def _top_k(site: Site, x: tvm.ir.Expr, count: int, axis: int) -> tuple[tvm.ir.Expr, tvm.ir.Expr]:
-    largest = bool(site.attr("largest", 1))
+    largest, dims = bool(site.attr("largest", 1)), shape_of(x)
+    length = dims[-1]
+    if site.target.is_cpu and dtype_of(x) == "float32" and axis == len(dims) - 1 and isinstance(length, int) and (
+        1 <= count <= min(MOST, length)
+    ):  # fmt: skip
+        (rows,) = named(dims[:-1])
+        kernel = top_k_kernel(rows, length, count, site.target.isa, site.target.cores, not largest)
+        out = [*dims[:-1], count]
+        values, places = calls(site, kernel, [x], [(out, "float32"), (out, "int64")])
+        return values, places
     both = site.emit(relax.op.topk(x, count, axis, "both", largest, "int64"))
     return site.emit(relax.TupleGetItem(both, 0)), site.emit(relax.TupleGetItem(both, 1))
 
