@@ -36,6 +36,7 @@ PASSES: dict[str, str] = {
     "recognise-rotary-embedding": "graphwright.passes.recognise.rotary_embedding:RecogniseRotaryEmbedding",
     "recognise-attention": "graphwright.passes.recognise.attention:RecogniseAttention",
     "fused-attention": "graphwright.passes.attention.fused_attention:FusedAttention",
+    "softmax-top-k": "graphwright.passes.attention.softmax_top_k:SoftmaxTopK",
     "two-pass-softmax": "graphwright.passes.attention.two_pass_softmax:TwoPassSoftmax",
 }
 

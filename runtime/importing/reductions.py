@@ -12,7 +12,7 @@ import tvm
 from tvm import relax, te, tirx
 
 from ..kernels import two_pass_softmax
-from ..kernels.log_softmax import log_softmax
+from ..kernels.log_softmax import log_softmax, log_sum_exp
 from ..kernels.reductions import EXACT, place_of_greatest
 from ..kernels.reductions import reduction as reduction_kernel
 from ..kernels.top_k import MOST
@@ -171,7 +171,14 @@ def mean(site: Site, x: tvm.ir.Expr, axes: Sequence[int]) -> tvm.ir.Expr:
 
 def _sum_exp(site: Site, x: tvm.ir.Expr, axes: Sequence[int]) -> tvm.ir.Expr:
     """log(sum(exp(x))), shifted by the maximum where that is finite."""
-    dtype = dtype_of(x)
+    dtype, dims = dtype_of(x), shape_of(x)
+    first = min(axes, default=0)
+    if site.target.is_cpu and dtype == "float32" and sorted(axes) == list(range(first, len(dims))) and axes:
+        rows, length = dims[:first] or (1,), product(dims[first:])
+        ((*before, row),) = named((*rows, length))
+        kernel = log_sum_exp(before, row, site.target.isa, site.target.cores)
+        y = call(site, kernel, [reshaped(site, x, [*rows, length])], rows)
+        return reshaped(site, y, [*dims[:first], *([1] * len(axes))])
     top = reduced(site, x, axes, "max")
     top = site.emit(relax.op.where(relax.op.isfinite(top), top, const(0, dtype)))
     total = reduced(site, site.emit(relax.op.exp(relax.op.subtract(x, top))), axes, "sum")
