@@ -13,6 +13,7 @@ from ..base import Contract, Pass, PassContext, PassReport
 from ..ops.two_pass_softmax import TWO_PASS_SOFTMAX
 
 ONE_AXIS = 13  # from this opset on Softmax is over one axis
+CHOOSING = ("ArgMax", "TopK")
 AXES_INPUT = 18  # from this opset on ReduceLogSumExp takes its axes as an input
 
 
@@ -43,23 +44,24 @@ class SoftmaxTopK(Pass):
         report = self.report()
         names: graph.Names | None = None
         for scope in graph.scopes(model):
-            for node in list(scope.graph):
-                source = graph.input_of(node, 0)
-                softmax = source.producer() if source is not None else None
-                if not graph.is_op(node, "ArgMax", "TopK") or softmax is None or not _is_softmax(softmax):
-                    continue
-                reason = _refusal(node, softmax, scope)
-                if reason is not None:
-                    report.skipped(node.op_type, graph.site(node), reason)
+            for softmax in [node for node in scope.graph if _is_softmax(node)]:
+                users = [user for user, _ in softmax.outputs[0].uses()]
+                reasons = [_refusal(user, softmax, scope) for user in users]
+                choosing = [(u, r) for u, r in zip(users, reasons, strict=True) if graph.is_op(u, *CHOOSING)]
+                if len(choosing) < len(users) or softmax.outputs[0].is_graph_output() or any(reasons):
+                    for user, reason in choosing:
+                        report.skipped(user.op_type, graph.site(user), reason or "the probabilities are used elsewhere")
                     continue
                 x = softmax.inputs[0]
                 assert x is not None
-                node.replace_input_with(0, x)
-                if node.op_type == "TopK":
-                    names = names or graph.Names(model)
-                    _probabilities(node, x, scope, names)
-                graph.remove_node(softmax)
-                report.changed(node.op_type, graph.site(node), f"reads {x.name}")
+                for user in users:
+                    user.replace_input_with(0, x)
+                    if user.op_type == "TopK":
+                        names = names or graph.Names(model)
+                        _probabilities(user, x, scope, names)
+                    report.changed(user.op_type, graph.site(user), f"reads {x.name}")
+                if users:
+                    graph.remove_node(softmax)
         return report
 
 
@@ -73,11 +75,11 @@ def _refusal(node: ir.Node, softmax: ir.Node, scope: graph.Scope) -> str | None:
         return "an attribute is a parameter of the function; run inline-functions first"
     if scope.opset < ONE_AXIS:
         return f"opset {scope.opset}: a softmax is over one axis from {ONE_AXIS} on; run convert-opset first"
-    x, probabilities = softmax.inputs[0], softmax.outputs[0]
+    x = softmax.inputs[0]
     if x is None or x.dtype != ir.DataType.FLOAT:
         return "it is not in float32, where rounding makes many probabilities equal"
-    if probabilities.is_graph_output() or len(probabilities.uses()) != 1 or softmax.graph is not node.graph:
-        return "the probabilities are used elsewhere"
+    if softmax.graph is not node.graph:
+        return "it is in a body, and the softmax outside"
     if node.op_type == "TopK" and not graph.attribute(node, "largest", 1):
         return "it takes the least probabilities"
     if node.op_type == "ArgMax" and graph.attribute(node, "select_last_index", 0):

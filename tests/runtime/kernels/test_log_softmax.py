@@ -1,4 +1,4 @@
-"""LogSoftmax and sums of exponentials against NumPy in float64: lengths on the boundaries, fixed and free, special rows."""
+"""LogSoftmax and sums of exponentials against NumPy in float64: lengths on boundaries, fixed and free, special rows."""
 
 from __future__ import annotations
 
