@@ -270,11 +270,13 @@ def _batch_norm(at: At) -> Layout | None:
 
 
 def _last_axes(at: At) -> Layout | None:
-    """Normalizations over the axes from one on: those have to stay."""
+    """Normalizations over the axes from one on: those have to stay, and scale and bias have no others."""
     if any(graph.is_used(value) for value in at.node.outputs[1:]):
         return None
     whole = _same(at)
     first = _axis_of(at, whole.rank, -1)
+    if any(at.rank(value) > whole.rank - first for value in at.node.inputs[1:] if value is not None):
+        return None  # broadcast to the axes in front
     outputs = whole.outputs + (None,) * (len(at.node.outputs) - 1)
     return Layout(
         whole.rank, whole.inputs, outputs, allows=lambda perm: perm[first:] == tuple(range(first, whole.rank))

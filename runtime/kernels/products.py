@@ -6,6 +6,7 @@ from typing import Any
 
 import tvm
 from tvm import relax, tirx
+from tvm.tirx.script import builder as T
 
 from ..elements import Size, expression, product, size_of
 from ..target import Target
@@ -22,15 +23,20 @@ def gemm(parameters: dict[str, Any], body: Body) -> None:
     a, b = body.inputs
     leading = body.out_shape[:-1]
     analyzer = tvm.sym.Analyzer()
+    nested = len(leading) > 2 and not all(isinstance(size, int) for size in leading[2:])
 
     def finish(value: Expr, row: Expr, column: Expr, there: int | None) -> None:
         axes = []
         for position, extent in enumerate(leading):
             later = product(leading[position + 1 :])
-            at = row if later == 1 else tirx.floordiv(row, expression(later, body.index))
             if extent == 1:
                 axes.append(tirx.const(0, body.index))
+            elif nested:
+                # Floors by sizes of the run, one inside another, are written out many times over; nothing is negative.
+                at = row if later == 1 else T.Bind(tirx.truncdiv(row, expression(later, body.index)))
+                axes.append(at if position == 0 else T.Bind(tirx.truncmod(at, expression(extent, body.index))))
             else:
+                at = row if later == 1 else tirx.floordiv(row, expression(later, body.index))
                 within = at if position == 0 else tirx.floormod(at, expression(extent, body.index))
                 axes.append(analyzer.simplify(within))
         body.store(value, [*axes, column], there)

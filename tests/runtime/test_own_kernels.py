@@ -332,3 +332,15 @@ def test_rows_of_a_table(integers: str) -> None:
     model = Model(f"g ({integers}[b,s] i) => (float[b,s,3,7] y) {{ y = Gather (table, i) }}", table=draw(11, 3, 7))
     assert model.kernels <= {"gather_rows", "reshape"} and "gather_rows" in model.kernels
     model.check({"i": np.array([[0, 10, -1], [5, 5, -11]], integers)}, {"i": np.zeros((0, 2), integers)})
+
+
+def test_a_product_with_three_leading_sizes_of_the_run_compiles() -> None:
+    """The place of a row, divided by sizes of the run, was written out so often that LLVM never came to an end."""
+    model = Model(
+        "g (float[n,h,w,40] x, float[n,24,h,w] r) => (float[n,24,h,w] y) "
+        "{ m = MatMul (x, w) t = Transpose <perm = [0, 3, 1, 2]> (m) y = Add (r, t) }",
+        w=draw(40, 24),
+    )
+    assert "gemm" in {op.split("_")[0] for op in model.kernels}
+    shapes = ((1, 1, 1), (2, 3, 5), (1, 7, 4), (3, 1, 9), (0, 2, 2), (1, 0, 3))
+    model.check(*({"x": draw(n, h, w, 40), "r": draw(n, 24, h, w)} for n, h, w in shapes))

@@ -436,3 +436,22 @@ def test_an_operator_between_two_transposes_takes_their_order(opset: int, text: 
     feeds = {"x": np.random.default_rng(0).integers(-4, 5, (2, 2, 4, 4)).astype(np.float32)}
     (expected,), (got,) = run(model, feeds), run(after, feeds)
     np.testing.assert_allclose(got, expected, rtol=0, atol=1e-6 * float(np.abs(expected).max()))
+
+
+@pytest.mark.parametrize("op_type", ["LayerNormalization", "RMSNormalization"])
+@pytest.mark.parametrize("shape", [(3, 2), (2, 3, 2)])
+def test_a_normalization_whose_scale_has_axes_in_front_stays(op_type: str, shape: tuple[int, ...]) -> None:
+    """Its scale is broadcast to the axes in front of the normalized ones, which therefore cannot change places."""
+    scale = helper.make_tensor("g", TensorProto.FLOAT, shape, range(1, 1 + int(np.prod(shape))))
+    nodes = [
+        helper.make_node("Transpose", ["x"], ["a"], perm=[1, 0, 2]),
+        helper.make_node(op_type, ["a", "g"], ["b"], axis=-1),
+        helper.make_node("Transpose", ["b"], ["y"], perm=[1, 0, 2]),
+    ]
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [3, 2, 2]) for name in ("x", "y")]
+    proto = helper.make_model(
+        helper.make_graph(nodes, "g", values[:1], values[1:], [scale]),
+        opset_imports=[helper.make_opsetid("", 23)], ir_version=10,
+    )  # fmt: skip
+    after, _ = cancelled(ir.from_proto(proto))
+    assert transposes(after) == 2
