@@ -399,6 +399,8 @@ def annotate(module: tvm.IRModule) -> tvm.IRModule:
         if isinstance(function, tirx.PrimFunc) and int((function.attrs or {}).get("op_pattern", 0)) in (1, 2, OPAQUE):
             if "tirx.is_scheduled" in function.attrs or ANCHOR in function.attrs:
                 continue
+            if not all(isinstance(p.ty, tirx.BufferType) for p in function.params):
+                continue  # it is given sizes as numbers, which FuseOps cannot hand on
             if relax.analysis.has_reshape_pattern(function):
                 result.update_func(variable, function.with_attr("op_pattern", OPAQUE))
                 continue

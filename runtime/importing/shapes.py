@@ -61,7 +61,15 @@ def reshaped(site: Site, expr: tvm.ir.Expr, dims: Sequence[Dim]) -> tvm.ir.Expr:
         # which it can write into a library but not read back.
         out, nothing = tuple(int64(d) for d in dims), tirx.const(0, dtype_of(expr))
         return site.te(lambda _: te.compute(out, lambda *i: nothing, name="empty"), expr, name="empty")
-    return site.emit(relax.op.reshape(expr, relax.ShapeExpr([int64(d) for d in dims])))
+    shape = relax.ShapeExpr([int64(d) for d in dims])
+    if site.target.is_cpu and not same(product(shape_of(expr)), product(dims)):
+        # Relax would copy, at places that it computes by divisions by several sizes, and hardly get through with them.
+        return site.emit(
+            relax.call_pure_packed(
+                "vm.builtin.reshape", site.emit(expr), shape, ty_args=relax.TensorType(shape, dtype_of(expr))
+            )
+        )
+    return site.emit(relax.op.reshape(expr, shape))
 
 
 def settled(site: Site, expr: tvm.ir.Expr, dims: dict[int, Dim]) -> tvm.ir.Expr:

@@ -21,6 +21,7 @@ import onnx
 import tvm
 from tvm import relax, te, tirx
 
+from ..kernels.rows import OPAQUE
 from ..target import Target
 
 Dim: TypeAlias = "int | tirx.Expr"
@@ -275,6 +276,8 @@ class Site:
         bound = {d for t in tensors for d in t.shape if isinstance(d, tirx.Var)}
         passed = [v for v in _free_variables([*tensors, *outs]) if v not in bound]
         kernel = te.create_prim_func([*tensors, *passed, *outs], "int64").without_attr("global_symbol")
+        if passed:
+            kernel = kernel.with_attr("op_pattern", OPAQUE)
         types = [relax.TensorType(list(out.shape), out.dtype) for out in outs]
         call = relax.call_tir(self.bb.add_func(kernel, name), [*args, *passed], types[0] if len(types) == 1 else types)
         return self.bb.emit(call)
