@@ -34,6 +34,7 @@ PASSES: dict[str, str] = {
     "recognise-rotary-embedding": "graphwright.passes.recognise.rotary_embedding:RecogniseRotaryEmbedding",
     "recognise-attention": "graphwright.passes.recognise.attention:RecogniseAttention",
     "two-pass-softmax": "graphwright.passes.attention.two_pass_softmax:TwoPassSoftmax",
+    "softplus-attention": "graphwright.passes.attention.softplus_attention:SoftplusAttention",
 }
 
 # Formulas in small operators become the standard's large ones: larger patterns may hold what smaller ones find.

@@ -26,6 +26,8 @@ from .shell import (
 )
 
 if TYPE_CHECKING:
+    from graphwright.passes.base import PassContext, TrainingJob, Weights
+
     from .config import Settings
 
 REPORTS = (".html", ".json")
@@ -78,11 +80,27 @@ def optimize_file(settings: Settings) -> dict[str, Any]:
             threads=settings.threads,
             observers=observers,
             progress=say,
+            trainer=_train,
         )
     done = summarize(str(model), result, census, settings.target, time.perf_counter() - start)
     if report is not None:
         write_report(done, report, overwrite=settings.overwrite)
     return done
+
+
+def _train(job: TrainingJob, ctx: PassContext) -> Weights:
+    """`models.fit.train`, imported when something is to be learned. Raises PassError where torch is not installed."""
+    from graphwright.passes.errors import PassError
+
+    try:
+        from graphwright.models import fit
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "torch":
+            raise
+        raise PassError(
+            "training needs torch, which is not installed: run `pip install 'graphwright[models]'`"
+        ) from error
+    return fit.train(job, ctx)
 
 
 def _calibration(settings: Settings, model: Path) -> Any:
@@ -92,7 +110,8 @@ def _calibration(settings: Settings, model: Path) -> Any:
 
     from .calibration import load_calibration
 
-    return load_calibration(Path(settings.calibration), io.load(model), settings.pin)
+    tokenizer = Path(settings.tokenizer) if settings.tokenizer else None
+    return load_calibration(Path(settings.calibration), io.load(model), settings.pin, tokenizer)
 
 
 def keep_input(model: Path, out: Path, overwrite: bool) -> None:
@@ -175,7 +194,9 @@ def show(done: dict[str, Any], as_json: bool) -> None:
 @click.option("-o", "--output", metavar="OUT",
               help="ONNX file (MODEL.opt.onnx), or with --target artifact folder (MODEL.TARGET).")  # fmt: skip
 @pin_option
-@click.option("--calibration", metavar="FILE.npz|DIR", help="Real inputs for calibration, training and verification.")
+@click.option("--calibration", metavar="FILE.npz|FILE.txt|DIR",
+              help="Real inputs for calibration, training and verification: arrays, lines of text, or images.")
+@click.option("--tokenizer", metavar="FILE.json", help="Turns a calibration text into tokens.")  # fmt: skip
 @click.option("--config", metavar="FILE.yaml", help="The same settings in a file; the command line goes first.")
 @click.option("--dry-run", is_flag=True, default=None,
               help="Which passes would change what, and why the others would not; writes nothing.")  # fmt: skip

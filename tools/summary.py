@@ -90,6 +90,7 @@ def summarize(source: str, result: Result, census: Census, target: str | None, s
         "native": _native(result.artifact),
         "verdict": result.verdict.to_json() if result.verdict else None,
         "unverified": result.unverified or ("dry run" if result.verdict is None else ""),
+        "quality": result.quality.to_json() if result.quality else None,
     }
 
 
@@ -173,6 +174,8 @@ def print_summary(data: Mapping[str, Any]) -> None:
     if data["native"]:
         print_native(data["native"])
     click.echo(verdict_line(data["verdict"], data["unverified"]))
+    if data.get("quality"):
+        click.echo(quality_line(data["quality"]))
     if data["output"]:
         click.echo(f"written: {data['output']}")
 
@@ -214,6 +217,14 @@ def print_native(native: Mapping[str, Any]) -> None:
 def _sites(sites: Sequence[str]) -> str:
     more = f" and {len(sites) - SITES_SHOWN} more" if len(sites) > SITES_SHOWN else ""
     return ", ".join(sites[:SITES_SHOWN]) + more
+
+
+def quality_line(quality: Mapping[str, Any]) -> str:
+    """What a learned model lost, on what, and what it was allowed to."""
+    drops = ", ".join(f"{name} {drop:.4f}" for name, drop in quality["drops"].items())
+    seen = "held-out samples" if quality["held_out"] else "samples that it has learned from"
+    budget = "no budget: measured only" if quality["budget"] is None else f"budget {quality['budget']:g}"
+    return f"quality: 1 - cosine of {drops} on {quality['samples']} {seen} ({budget})"
 
 
 def verdict_line(verdict: Mapping[str, Any] | None, unverified: str) -> str:
