@@ -197,11 +197,12 @@ class _Trainer:
         self.outputs = self._outputs()
         self.losses: dict[str, Loss] = {}
         self.said = 0.0
+        self.start, self.spent = time.perf_counter(), 0.0
         self.done: dict[str, dict[str, Any]] = {}
         self.print = self._fingerprint()
 
     def run(self) -> Weights:
-        job, start = self.job, time.perf_counter()
+        job = self.job
         self._resume()
         blocks = job.blocks
         whole = self._student([b.site for b in blocks])
@@ -224,7 +225,7 @@ class _Trainer:
             stats["steps"] = second.step
         stats["block_steps"] = first.step
         stats["drop"] = self._drop(student, weights)
-        stats["seconds"] = round(time.perf_counter() - start, 1)
+        stats["seconds"] = round(self._seconds(), 1)
         self.checkpoint.unlink(missing_ok=True)
         arrays = {name: _array(tensor, self.teacher.shared[name].dtype) for name, tensor in weights.items()}
         return Weights(arrays, tuple(b.site for b in chosen), job.record, stats)
@@ -421,6 +422,10 @@ class _Trainer:
             self.said = now
             self.ctx.progress(message)
 
+    def _seconds(self) -> float:
+        """Of this run and those that it goes on from."""
+        return self.spent + time.perf_counter() - self.start
+
     def _fingerprint(self) -> str:
         """What the result follows from: a checkpoint of anything else is of no use."""
         job = self.job
@@ -443,7 +448,7 @@ class _Trainer:
         try:
             found = torch.load(self.checkpoint, weights_only=True)
             if found["fingerprint"] == self.print:
-                self.done = found["done"]
+                self.done, self.spent = found["done"], found["seconds"]
                 log.warning("going on from the checkpoint %s", self.checkpoint)
                 return
         except Exception as error:  # whatever a damaged file raises
@@ -454,7 +459,7 @@ class _Trainer:
         self.done[stage.name] = stage.state()
         temporary = self.checkpoint.with_name(self.checkpoint.name + ".new")
         temporary.parent.mkdir(parents=True, exist_ok=True)
-        torch.save({"fingerprint": self.print, "done": self.done}, temporary)
+        torch.save({"fingerprint": self.print, "done": self.done, "seconds": self._seconds()}, temporary)
         os.replace(temporary, self.checkpoint)
 
     def _restored(self, name: str, weights: dict[str, Tensor]) -> _Stage:

@@ -169,7 +169,12 @@ def optimize(
     if dry_run:
         return Result(rewritten, tuple(reports), pipeline)
     # What was learned is in a file now, so that running the pipeline again learns nothing.
-    pipeline = Pipeline.parse(",".join(report.spec for report in reports))
+    pipeline = Pipeline(
+        tuple(
+            step if report.spec == str(step) else registry.parse_pass(report.spec)
+            for step, report in zip(pipeline, reports, strict=True)
+        )
+    )
     quality = None
     again = (lambda: io.load(where)) if where is not None else (lambda: original)
     if tried is not None:

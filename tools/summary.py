@@ -232,7 +232,7 @@ def verdict_line(verdict: Mapping[str, Any] | None, unverified: str) -> str:
     if verdict is None:
         return f"NOT VERIFIED: {unverified}"
     limits = [output["limit"] for output in verdict["outputs"] if output["limit"] is not None]
-    word = "equal" if verdict["ok"] else "DIFFERENT"
+    word = ("equal" if limits else "compared") if verdict["ok"] else "DIFFERENT"
     limit = f"limit {max(limits):.0e}" if limits else "no limit: measured only"
     line = (
         f"{word}: relative error {as_error(verdict['max_relative_error'])} ({limit}), absolute "

@@ -115,7 +115,9 @@ def test_the_weights_of_lssar_are_those_of_the_formula() -> None:
     st.integers(1, 3), st.integers(1, 9), st.integers(1, 20), st.integers(2, 9), st.integers(0, 2),
     st.sampled_from([1, 3, 15]), st.integers(0, 1 << 16),
 )  # fmt: skip
-def test_bodies_equal_their_oracles(h: int, rows: int, columns: int, d: int, causal: int, power: int, seed: int) -> None:
+def test_bodies_equal_their_oracles(
+    h: int, rows: int, columns: int, d: int, causal: int, power: int, seed: int
+) -> None:  # fmt: skip
     arrays = tensors(2, h, rows, columns, d, seed)
     random = np.random.default_rng(seed)
     arrays[3] = np.where(random.random((2, 1, 1, columns)) < 0.3, LOWEST, random.standard_normal()).astype(np.float32)
@@ -202,7 +204,7 @@ def test_weights_of_something_else_are_refused(tmp_path: Any) -> None:
     refused("holds no learned weights", WeightsError)
     record = step.record  # type: ignore[attr-defined]  # a learned pass
     for weights, message in (
-        (Weights({}, ("y",), "softplus-attention:variant=lssa"), "learned for softplus-attention:variant=lssa, not for"),
+        (Weights({}, ("y",), "softplus-attention:variant=lssa"), "learned for softplus-attention:variant=lssa, not"),
         (Weights({}, ("z",), record), "another model or preset: it has no attention 'z'"),
         (Weights({"w": np.zeros(2)}, ("y",), record), "this one has no weight 'w'"),
     ):
