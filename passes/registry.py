@@ -33,6 +33,7 @@ PASSES: dict[str, str] = {
     "recognise-softmax": "graphwright.passes.recognise.softmax:RecogniseSoftmax",
     "recognise-rotary-embedding": "graphwright.passes.recognise.rotary_embedding:RecogniseRotaryEmbedding",
     "recognise-attention": "graphwright.passes.recognise.attention:RecogniseAttention",
+    "recognise-softplus-attention": "graphwright.passes.recognise.softplus_attention:RecogniseSoftplusAttention",
     "two-pass-softmax": "graphwright.passes.attention.two_pass_softmax:TwoPassSoftmax",
     "softplus-attention": "graphwright.passes.attention.softplus_attention:SoftplusAttention",
 }

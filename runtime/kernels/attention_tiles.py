@@ -339,7 +339,7 @@ class TileEmitter:
                 exps = [v.exp(v.load(self.scores, place) - tops[w]) for place in places]
                 for place, e in zip(places, exps, strict=True):
                     v.store(self.scores, place, e)
-                T.buffer_store(sums[w], sums[w][v.at(0)] + added(exps), [v.at(0)])
+                T.buffer_store(sums[w], sums[w][v.at(0)] + _sum(exps), [v.at(0)])
         for w in range(self.used):
             T.buffer_store(self.sums, sums[w][v.at(0)], [v.at(self.tensors.const(w * lanes))])
 
@@ -406,8 +406,7 @@ class TileEmitter:
                 v.store(t.y, start + r * t.step("y", "s") + c * lanes, T.Bind(held), self._tail(c))
 
 
-def added(values: list[Expr]) -> Expr:
-    """The sum of vectors, by pairs."""
+def _sum(values: list[Expr]) -> Expr:
     while len(values) > 1:
         pairs = [T.Bind(a + b) for a, b in zip(values[::2], values[1::2], strict=False)]
         values = pairs + ([values[-1]] if len(values) % 2 else [])

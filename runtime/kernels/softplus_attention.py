@@ -9,8 +9,8 @@ It is `attention_tiles` with other weights. The scores need no running maximum, 
 
 softplus(s) = max(s, 0) + log1p(e^-|s|) and log1p(x) = 2 artanh(x / (2 + x)), whose series has reached float32 after
 seven terms. r divides by the row's maximum before the power, so nothing overflows; where all keys are equal
-t g = 1, and all get the weight 1. Rows of Q and K are scaled to length 1, and Q by log d · log N, before the kernel: those
-are elementwise operators over inputs, fused by the usual road. Q K' is never in memory.
+t g = 1, and all get the weight 1. Rows of Q and K are scaled to length 1, and Q by log d · log N, before the kernel:
+those are elementwise operators over inputs, fused by the usual road. Q K' is never in memory.
 
 Source: Gao and Spratling, arXiv 2501.13428.
 """
@@ -44,7 +44,7 @@ from ..lowering import lowers
 from ..target import InstructionSet, Target
 from .attention import attention_tensors, emit_tiles
 from .attention_spec import AttentionSpec, Causal, Mask
-from .attention_tiles import TileEmitter, added
+from .attention_tiles import TileEmitter
 from .two_pass_softmax import OPAQUE
 from .vector_tiles import VectorTiles
 from .vectors import Buffer, Expr
@@ -108,25 +108,21 @@ class SoftplusEmitter(TileEmitter):
             T.buffer_store(self.sums, zero, [here])
 
     def _exponentials(self, tiles: Expr, best: list[Buffer]) -> None:
-        """S = the weights of the block, and what they add to the sums."""
-        v, mk, lanes = self.vectors, self.tile.keys, self.vectors.lanes
-        with T.serial(tiles) as n:
+        """S = the weights of the block, and what they add to the sums. One key at a time: a weight is long already."""
+        v, lanes = self.vectors, self.vectors.lanes
+        with T.serial(tiles * self.tile.keys) as j:
             for w in range(self.used):
-                here = self._here(w)
-                places = [(n * mk + u) * self.stride + w * lanes for u in range(mk)]
-                scores = [v.load(self.scores, place) for place in places]
-                weights = [self._softplus(s) for s in scores]
+                here, place = self._here(w), j * self.stride + w * lanes
+                s = v.load(self.scores, place)
+                a = self._softplus(s)
                 if self.looking:
-                    seen = [T.Bind(T.Select(s > v.splat(SEEN), v.splat(1.0), v.splat(0.0))) for s in scores]
-                    T.buffer_store(self.counts, self.counts[here] + added(seen), [here])
-                    for a in weights:
-                        T.buffer_store(self.top, T.max(self.top[here], a), [here])
+                    seen = T.Select(s > v.splat(SEEN), v.splat(1.0), v.splat(0.0))
+                    T.buffer_store(self.counts, self.counts[here] + seen, [here])
+                    T.buffer_store(self.top, T.max(self.top[here], a), [here])
                 else:
-                    if self.power:
-                        weights = [self._reweighted(s, a, here) for s, a in zip(scores, weights, strict=True)]
-                    for place, p in zip(places, weights, strict=True):
-                        v.store(self.scores, place, p)
-                T.buffer_store(self.sums, self.sums[here] + added(weights), [here])
+                    a = self._reweighted(s, a, here) if self.power else a
+                    v.store(self.scores, place, a)
+                T.buffer_store(self.sums, self.sums[here] + a, [here])
 
     def _values(self, key: Expr, count: int | Expr) -> None:
         if not self.looking:
@@ -210,7 +206,8 @@ def _mask(bb: relax.BlockBuilder, mask: Any, sizes: list[Any]) -> tuple[Any, tup
         return None
     dims = _dims(mask)
     dims = [*[1] * (4 - len(dims)), *dims]
-    if len(dims) != 4 or not all((isinstance(d, int) and d == 1) or same(d, s) for d, s in zip(dims, sizes, strict=True)):
+    fits = all((isinstance(d, int) and d == 1) or same(d, s) for d, s in zip(dims, sizes, strict=False))
+    if len(dims) != 4 or not fits:
         raise ByBody("a size of the mask is not known to be that of the product")
     wide = bb.emit(relax.op.reshape(relax.op.astype(mask, "float32"), relax.ShapeExpr([_int64(d) for d in dims])))
     whole = [*dims[:3], sizes[3]]
@@ -278,7 +275,8 @@ def _lowered(bb: relax.BlockBuilder, inputs: list[Any], causal: int, power: int,
     if any(str(x.ty.dtype.dtype) != "float32" for x in (q, k, v)):
         raise ByBody("it is not in float32")
     (batch, heads, queries, size), (b, h, keys, width), (c, g, length, value_size) = (_dims(x) for x in (q, k, v))
-    if not all(isinstance(d, int) and d > 0 for d in (heads, size, value_size)) or not (heads == h == g and size == width):
+    known = all(isinstance(d, int) and d > 0 for d in (heads, size, value_size))
+    if not known or not (heads == h == g and size == width):
         raise ByBody("its heads or their sizes are not known, or not equal")
     if not (same(batch, b) and same(batch, c) and same(keys, length)) or keys == 0:
         raise ByBody("a size of the keys is not known to be that of the queries or values")
