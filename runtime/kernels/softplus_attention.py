@@ -142,12 +142,9 @@ class SoftplusEmitter(TileEmitter):
         v = self.vectors
         above = v.fma(a, self.gains[here], v.splat(0.0) - self.offsets[here])
         ratio = T.Bind(T.max(v.splat(0.0), above) * self.factors[here])
-        return T.Bind(T.Select(s > v.splat(SEEN), power_of(ratio, self.power), self._hidden(s)))
-
-    def _hidden(self, s: Expr) -> Expr:
-        """0 where a key is not seen, and NaN where its score is."""
-        v = self.vectors
-        return T.Select(s <= v.splat(SEEN), v.splat(0.0), s)
+        # A product, because it keeps the NaN of a score.
+        seen = T.Select(s > v.splat(SEEN), v.splat(1.0), v.splat(0.0))
+        return T.Bind(power_of(ratio, self.power) * seen)
 
 
 def power_of(x: Expr, power: int) -> Expr:
