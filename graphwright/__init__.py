@@ -47,12 +47,8 @@ def load(path: str | os.PathLike[str], *, threads: int | None = None) -> Session
 def optimize(model: Any, passes: str | Pipeline = "", **options: Any) -> Result:
     """Rewrite a model, compile it when a target is named, and check the result: `graphwright.runtime.driver.optimize`
     with its options. Learned passes are trained by `graphwright.models.fit`, which needs the extra `models`."""
+    from graphwright.models.trainer import train
     from graphwright.runtime import driver
-
-    def train(job: Any, ctx: Any) -> Any:
-        from graphwright.models import fit
-
-        return fit.train(job, ctx)
 
     return driver.optimize(model, passes, **{"trainer": train, **options})
 

@@ -26,8 +26,6 @@ from .shell import (
 )
 
 if TYPE_CHECKING:
-    from graphwright.passes.base import PassContext, TrainingJob, Weights
-
     from .config import Settings
 
 REPORTS = (".html", ".json")
@@ -38,6 +36,7 @@ def optimize_file(settings: Settings) -> dict[str, Any]:
 
     Raises a GraphwrightError; then nothing is left behind.
     """
+    from graphwright.models.trainer import train
     from graphwright.passes import io
     from graphwright.passes.pipeline import Dumper, Observer
     from graphwright.runtime import driver
@@ -80,27 +79,12 @@ def optimize_file(settings: Settings) -> dict[str, Any]:
             threads=settings.threads,
             observers=observers,
             progress=say,
-            trainer=_train,
+            trainer=train,
         )
     done = summarize(str(model), result, census, settings.target, time.perf_counter() - start)
     if report is not None:
         write_report(done, report, overwrite=settings.overwrite)
     return done
-
-
-def _train(job: TrainingJob, ctx: PassContext) -> Weights:
-    """`models.fit.train`, imported when something is to be learned. Raises PassError where torch is not installed."""
-    from graphwright.passes.errors import PassError
-
-    try:
-        from graphwright.models import fit
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] != "torch":
-            raise
-        raise PassError(
-            "training needs torch, which is not installed: run `pip install 'graphwright[models]'`"
-        ) from error
-    return fit.train(job, ctx)
 
 
 def _calibration(settings: Settings, model: Path) -> Any:
