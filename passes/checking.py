@@ -37,6 +37,8 @@ RUNTIME_DOMAINS = frozenset(
         "pkg.onnxscript.torch_lib",
     }
 )
+# Operators that onnxruntime has in the standard's domain, in every opset, and that its optimizer writes.
+RUNTIME_OPERATORS = frozenset({"LayerNormalization", "SimplifiedLayerNormalization"})
 
 
 def check_proto(proto: onnx.ModelProto, path: Path) -> None:
@@ -418,7 +420,7 @@ def _check_operator(node: ir.Node, version: int | None, path: Path) -> None:
         return
     if version is None:
         raise ModelError(f"{path}: {where} is {node.op_type} of ai.onnx, but the model imports no ai.onnx opset")
-    if not onnx.defs.has(node.op_type, version, ""):
+    if node.op_type not in RUNTIME_OPERATORS and not onnx.defs.has(node.op_type, version, ""):
         names = {s.name for s in onnx.defs.get_all_schemas() if not s.domain}
         raise ModelError(
             f"{path}: {where}: ai.onnx opset {version} has no operator {node.op_type!r}; "

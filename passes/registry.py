@@ -20,10 +20,12 @@ PASSES: dict[str, str] = {
     "dead-code": "graphwright.passes.prepare.dead_code:DeadCode",
     "common-subexpressions": "graphwright.passes.prepare.common_subexpressions:CommonSubexpressions",
     "simplify": "graphwright.passes.prepare.simplify:Simplify",
+    "cancel-transposes": "graphwright.passes.prepare.cancel_transposes:CancelTransposes",
     "lift-constants": "graphwright.passes.prepare.lift_constants:LiftConstants",
     "dedupe-initializers": "graphwright.passes.prepare.dedupe_initializers:DedupeInitializers",
     "inline-functions": "graphwright.passes.prepare.inline_functions:InlineFunctions",
     "convert-opset": "graphwright.passes.prepare.convert_opset:ConvertOpset",
+    "standardise-contrib": "graphwright.passes.prepare.standardise_contrib:StandardiseContrib",
     "decompose": "graphwright.passes.prepare.decompose:Decompose",
     "recognise-layer-norm": "graphwright.passes.recognise.layer_norm:RecogniseLayerNorm",
     "recognise-rms-norm": "graphwright.passes.recognise.rms_norm:RecogniseRmsNorm",
@@ -34,6 +36,8 @@ PASSES: dict[str, str] = {
     "recognise-rotary-embedding": "graphwright.passes.recognise.rotary_embedding:RecogniseRotaryEmbedding",
     "recognise-attention": "graphwright.passes.recognise.attention:RecogniseAttention",
     "recognise-softplus-attention": "graphwright.passes.recognise.softplus_attention:RecogniseSoftplusAttention",
+    "fused-attention": "graphwright.passes.attention.fused_attention:FusedAttention",
+    "softmax-top-k": "graphwright.passes.attention.softmax_top_k:SoftmaxTopK",
     "two-pass-softmax": "graphwright.passes.attention.two_pass_softmax:TwoPassSoftmax",
     "softplus-attention": "graphwright.passes.attention.softplus_attention:SoftplusAttention",
 }
@@ -46,12 +50,13 @@ RECOGNISE = (
 
 PRESETS: dict[str, str] = {
     # Cleans a model for any runtime.
-    "default": "pin-shapes,infer-shapes,fold-constants,simplify,fold-batch-norm,dedupe-initializers,"
-    "common-subexpressions,dead-code",
+    "default": "pin-shapes,infer-shapes,fold-constants,simplify,fold-batch-norm,cancel-transposes,"
+    "dedupe-initializers,common-subexpressions,dead-code",
     # What a compiler needs: one opset, no functions, no constants as nodes, large operators, only those it has.
-    "compile": "inline-functions,pin-shapes,convert-opset,infer-shapes,fold-constants,simplify,infer-shapes,"
-    f"fold-constants,simplify,fold-batch-norm,{RECOGNISE},infer-shapes,fold-constants,decompose,infer-shapes,"
-    "fold-constants,simplify,lift-constants,dedupe-initializers,common-subexpressions,dead-code,infer-shapes",
+    "compile": "inline-functions,pin-shapes,standardise-contrib,convert-opset,infer-shapes,fold-constants,simplify,"
+    f"infer-shapes,fold-constants,simplify,fold-batch-norm,{RECOGNISE},infer-shapes,fold-constants,cancel-transposes,"
+    "decompose,infer-shapes,fold-constants,simplify,lift-constants,dedupe-initializers,common-subexpressions,dead-code,"
+    "infer-shapes",
     "none": "",
 }
 

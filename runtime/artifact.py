@@ -102,6 +102,7 @@ class Manifest(_Strict):
     regions: list[RegionSpec]
     files: dict[str, FileSpec]
     verdict: dict[str, Any] | None = None
+    tuning: dict[str, Any] | None = None
     digest: str = ""  # of everything above; filled in when the manifest is written
 
     def own_digest(self) -> str:

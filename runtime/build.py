@@ -61,6 +61,7 @@ def build(
     overwrite: bool = False,
     distrust: Callable[[ir.Node], str] = lambda node: "",
     check: Callable[[Artifact], dict[str, Any] | None] = lambda artifact: None,
+    tuning: dict[str, Any] | None = None,
     progress: Callable[[str], None] = lambda message: None,
 ) -> Artifact:
     """Compile `model` (left untouched) for `target` into the folder `out`.
@@ -71,6 +72,7 @@ def build(
     distrust: why a node is not to be compiled by TVM, "" where it may be; onnxruntime runs it inside the artifact.
     check: sees the finished artifact before it takes its place; what it returns is recorded as the verdict, and what
     it raises leaves nothing behind.
+    tuning: what was found, for the manifest; the tiles are the target's.
     """
     model = model.clone()
     defaults = [value for value in model.graph.inputs if value.is_initializer()]
@@ -97,6 +99,7 @@ def build(
             outputs=[tensor_spec(value) for value in model.graph.outputs],
             regions=regions,
             files=file_specs(folder),
+            tuning=tuning,
         )
         manifest = write_manifest(manifest, folder)
         verdict = check(Artifact(manifest, folder))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import gc
 import logging
@@ -25,6 +26,7 @@ from .compare import Verdict
 from .feeds import Unfed
 from .reference import NoKernel
 from .target import Target
+from .tuner import Tuned, check_tunable, find_tiles
 
 if TYPE_CHECKING:
     from .artifact import Artifact
@@ -42,7 +44,7 @@ class Result:
     model: the rewritten graph. path: the ONNX file or artifact folder written, None for a dry run or a model that
     was not to be saved. verdict: the last comparison with the original, or of an artifact whose passes change the
     numbers, with the rewritten model; None when `unverified` says why there is none. quality: of a model with learned
-    passes, on the calibration inputs.
+    passes, on the calibration inputs. tuned: what is known about the tiles of its kernels; None where nobody asked.
     """
 
     model: ir.Model
@@ -53,6 +55,7 @@ class Result:
     verdict: Verdict | None = None
     unverified: str = ""
     quality: checks.Quality | None = None
+    tuned: Tuned | None = None
 
 
 def default_output(model: str | os.PathLike[str], target: str | None) -> Path:
@@ -117,6 +120,7 @@ def optimize(
     overwrite: bool = False,
     dry_run: bool = False,
     threads: int | None = None,
+    tune: float | None = None,
     observers: Sequence[Observer] = (),
     progress: Callable[[str], None] = lambda message: None,
     trainer: Callable[[TrainingJob, PassContext], Weights] | None = None,
@@ -128,12 +132,15 @@ def optimize(
     folder with a target; by default beside the model, and nowhere for an `onnx_ir.Model` without a target. pins:
     input name -> shape. calibration: input name -> arrays, one a sample. max_drop: error budget of lossy passes.
     threads: of the check and of the artifact's own; None for all. trainer: fits learned passes;
-    `graphwright.models.fit.train`.
+    `graphwright.models.fit.train`. tune: minutes in which tiles of kernels are measured
+    before the model is compiled with the best ones; what was found in earlier runs is used, and 0 measures nothing.
 
     Raises a GraphwrightError of graphwright.passes.errors; a VerificationError leaves nothing behind.
     """
     where = None if isinstance(model, ir.Model) else Path(model)
     goal = Target.named(target) if isinstance(target, str) else target
+    if tune is not None:
+        check_tunable(tune, goal)
     pipeline = plan(passes, preset, goal, pins or {})
     path = Path(out) if out is not None else default_output(where or "model.onnx", goal.name if goal else None)
     writes = not dry_run and (out is not None or where is not None or goal is not None)
@@ -195,6 +202,11 @@ def optimize(
         written = path if writes else None
         return Result(rewritten, tuple(reports), pipeline, None, written, verdict, unverified, quality)
 
+    tuned = None
+    if tune is not None:
+        tuned = find_tiles(rewritten, goal, tune, threads, progress)
+        goal = dataclasses.replace(goal, tuning=tuned.tuning)
+
     from .build import build
     from .culprit import find_wrong, judged
     from .device import NoAnswer
@@ -224,7 +236,7 @@ def optimize(
     def built(distrust: Callable[[ir.Node], str]) -> Artifact:
         return build(
             rewritten, goal, path, source=name, pipeline=str(pipeline), reports=reports, overwrite=overwrite,
-            distrust=distrust, check=check, progress=progress,
+            distrust=distrust, check=check, tuning=tuned.to_json() if tuned else None, progress=progress,
         )  # fmt: skip
 
     def built_around(error: VerificationError) -> Artifact:
@@ -252,4 +264,4 @@ def optimize(
         if not goal.is_cpu or isinstance(error.__cause__, NoAnswer):
             raise
         artifact = built_around(error)
-    return Result(rewritten, tuple(reports), pipeline, artifact, path, verdict, unverified, quality)
+    return Result(rewritten, tuple(reports), pipeline, artifact, path, verdict, unverified, quality, tuned)

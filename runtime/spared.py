@@ -11,6 +11,7 @@ from collections.abc import Iterable
 
 import onnx_ir as ir
 
+from ..passes import graph
 from .partition import reads
 
 UNKNOWN = "its height, width or length is known only at run time, where onnxruntime is faster; pin it to compile it"
@@ -42,6 +43,11 @@ def spared(model: ir.Model) -> dict[ir.Node, str]:
 
 
 def _reason(node: ir.Node) -> str | None:
+    """Why the node, or one in a body that it owns, is faster on onnxruntime."""
+    for body in graph.subgraphs(node):
+        for inner in body:
+            if reason := _reason(inner):
+                return reason
     if node.op_type not in CONVOLUTIONS or node.domain or node.inputs[0] is None or node.inputs[0].shape is None:
         return None
     if len(node.inputs[0].shape) > 4:

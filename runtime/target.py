@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..passes.base import Caches
 from ..passes.errors import TargetError, UsageError, did_you_mean
+from .tuning import Tuning
 from .tvm_import import import_tvm
 
 if TYPE_CHECKING:
@@ -88,7 +89,8 @@ class Target:
 
     kind: llvm, cuda, opencl or webgpu. triple, mcpu, mattr: LLVM's words for the CPU (of the host, for GPU
     kinds). zig: the `-target` of the linker. caches in bytes, of one core except the last level. cores: how
-    many threads an artifact uses when none are asked for. extra: further TVM target attributes.
+    many threads an artifact uses when none are asked for. extra: further TVM target attributes. tuning: tiles of
+    kernels that are not left to the templates' rules.
     """
 
     name: str
@@ -102,6 +104,7 @@ class Target:
     caches: Caches = field(default_factory=Caches)
     cores: int = 1
     extra: tuple[tuple[str, Any], ...] = field(default=())
+    tuning: Tuning = field(default=Tuning(), repr=False)
 
     @property
     def is_cpu(self) -> bool:
@@ -147,7 +150,9 @@ class Target:
             raise TargetError(f"target {self.name}: TVM refuses its attributes: {line}") from error
 
     def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        fields = dataclasses.asdict(self)
+        del fields["tuning"]
+        return {**fields, "tuning": self.tuning.to_json()} if self.tuning.tiles else fields
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Target:
@@ -156,6 +161,7 @@ class Target:
         values = {key: value for key, value in data.items() if key in known}
         values["isa"] = InstructionSet(**values["isa"])
         values["caches"] = Caches(**values["caches"])
+        values["tuning"] = Tuning.from_json(values.get("tuning", {}))
         values["mattr"] = tuple(values["mattr"])
         values["extra"] = tuple((key, value) for key, value in values["extra"])
         return cls(**values)

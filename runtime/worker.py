@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ..passes.errors import CompileError
+from .tuning import Measured, Tunable
 from .work import Work
 
 TIMEOUT = 3600.0  # seconds for one region
@@ -72,6 +73,17 @@ class Compiler:
     def refusals(self, model: Path, target: dict[str, Any], timeout: float = TIMEOUT) -> dict[int, str]:
         """Index of main-graph node -> why TVM cannot take it, by looking at each."""
         return self._ask(("refusals", str(model), target), timeout)
+
+    def tunables(self, model: Path, target: dict[str, Any], timeout: float = TIMEOUT) -> list[Tunable]:
+        """The kernels of an ONNX file whose tiles can be chosen."""
+        return self._ask(("tunables", str(model), target), timeout)
+
+    def measure(
+        self, kernel: Tunable, target: dict[str, Any], threads: int, seconds: float, timeout: float = 600.0
+    ) -> Measured:
+        """The tiles that a kernel could have, measured within about so many seconds."""
+        request = ("measure", kernel.template, kernel.spec, target, threads, seconds)
+        return self._ask(request, timeout)
 
     def probe(self, model: Path, target: dict[str, Any], folder: Path, timeout: float = 120.0) -> str | None:
         """Why a model (of one node) does not compile; None when it does."""
@@ -172,7 +184,25 @@ def _refusals(path: str, target_json: dict[str, Any]) -> dict[int, str]:
     return refusals(model, Target.from_json(target_json))
 
 
-REQUESTS: dict[str, Callable[..., Any]] = {"compile": _compile, "refusals": _refusals}
+def _tunables(path: str, target_json: dict[str, Any]) -> list[Tunable]:
+    from .target import Target
+    from .trials import tunables
+
+    return tunables(Path(path), Target.from_json(target_json))
+
+
+def _measure(
+    template: str, spec: dict[str, Any], target_json: dict[str, Any], threads: int, seconds: float
+) -> Measured:
+    from .target import Target
+    from .trials import measure
+
+    return measure(template, spec, Target.from_json(target_json), threads, seconds)
+
+
+REQUESTS: dict[str, Callable[..., Any]] = {
+    "compile": _compile, "refusals": _refusals, "tunables": _tunables, "measure": _measure
+}  # fmt: skip
 
 
 def _end_with(parent: int) -> None:

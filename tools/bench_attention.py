@@ -21,7 +21,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .turns import SETTLE, OnnxRuntime, Runner, medians, one_node, peak, print_head, print_row, take_turns, use_threads
+from graphwright.runtime.turns import medians, take_turns
+
+from .turns import SETTLE, OnnxRuntime, Runner, one_node, peak, print_head, print_row, use_threads
 
 if TYPE_CHECKING:
     import numpy as np

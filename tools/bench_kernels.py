@@ -24,7 +24,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from .turns import SETTLE, OnnxRuntime, Runner, one_node, peak, print_head, print_row, take_turns, untimed, use_threads
+from graphwright.runtime.turns import take_turns, untimed
+
+from .turns import SETTLE, OnnxRuntime, Runner, one_node, peak, print_head, print_row, use_threads
 
 if TYPE_CHECKING:
     import numpy as np
@@ -78,6 +80,7 @@ class Case:
 CASES = [
     *(Case("product", (n, n, n)) for n in (128, 256, 512, 1024, 2048)),
     *(Case("product", sizes) for sizes in ((128, 1536, 384), (128, 384, 1536), (197, 576, 192), (197, 384, 1536))),
+    *(Case("product", sizes) for sizes in ((1, 1000, 1280), (1, 4096, 4096), (8, 4096, 4096))),
     *(Case("direct", (c, c, n, n), 3) for c, n in ((64, 56), (128, 28), (256, 14), (512, 7))),
     Case("direct", (96, 24, 160, 160), 3),
     Case("direct", (128, 128, 56, 56), 3, 2),
@@ -127,7 +130,7 @@ def _convolution(case: Case, x: np.ndarray, weight: np.ndarray, target: Target, 
     import tvm
 
     from ..runtime.blocked import blocked_array
-    from ..runtime.kernels.conv import ConvSpec, conv, pack_weights
+    from ..runtime.kernels.conv import ConvSpec, ConvTile, conv, pack_weights
     from ..runtime.kernels.vectors import Vectors
 
     lanes, both = Vectors(target.isa).lanes, (case.pad, case.pad)
@@ -135,11 +138,12 @@ def _convolution(case: Case, x: np.ndarray, weight: np.ndarray, target: Target, 
         1, case.sizes[0], case.sizes[1], x.shape[2:], case.out, weight.shape[2:], (case.stride,) * 2, (1, 1), both,
         case.groups,
     )  # fmt: skip
-    function = conv(spec, target.isa, threads, case.kind, "conv", target.caches)
+    tile = ConvTile(case.kind)
+    function = conv(spec, target.isa, threads, tile, "conv", target.caches)
     compiled = tvm.compile(tvm.IRModule({"conv": function}), target.tvm())["conv"]
     bias = np.zeros(spec.out_blocks(lanes) * lanes, np.float32)
     y = np.zeros((1, spec.out_blocks(lanes) * lanes * math.prod(case.out)), np.float32)
-    packed = pack_weights(weight, spec, target.isa, case.kind)
+    packed = pack_weights(weight, spec, target.isa, tile)
     tensors = [tvm.runtime.tensor(a) for a in (blocked_array(x, lanes).reshape(1, -1), packed, bias, y)]
 
     def result() -> np.ndarray:

@@ -22,8 +22,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import turns
-from .turns import OnnxRuntime, Runner, aligned, medians, one_node, print_head, print_row, use_threads
+from graphwright.runtime.turns import medians, take_turns
+
+from .turns import SETTLE, OnnxRuntime, Runner, aligned, one_node, print_head, print_row, use_threads
 
 if TYPE_CHECKING:
     from ..runtime.kernels.softmax_passes import SoftmaxEmitter
@@ -121,7 +122,7 @@ def measure(shape: tuple[int, int], target: Target, threads: int, budget: float)
         runners[form]()
         errors[form] = float(np.abs(y / expected - 1).max())
     del e, expected
-    times = medians(turns.take_turns(runners, turns.SETTLE if threads > 1 else 0.0, budget))
+    times = medians(take_turns(runners, SETTLE if threads > 1 else 0.0, budget))
     count = math.prod(shape)
     ratios = {}
     for name in (*forms, *(["one thread"] if threads > 1 else [])):

@@ -8,8 +8,8 @@ import click
 from graphwright.passes.errors import ModelError
 
 from .shell import (
+    AtLeastZero,
     Command,
-    ErrorLimit,
     as_error,
     as_shape,
     print_json,
@@ -67,7 +67,7 @@ def compare_models(
 @click.argument("reference", metavar="A")
 @click.argument("candidate", metavar="B")
 @click.option("-i", "--input", "file", metavar="IN.npz", help="One array an input; made up when not given.")
-@click.option("--limit", type=ErrorLimit(), metavar="X",
+@click.option("--limit", type=AtLeastZero(), metavar="X",
               help="Largest error relative to the output's scale; by default 1e-4, 1e-2 for float16.")  # fmt: skip
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of inputs made up.")
 @click.option("--json", "json_file", metavar="FILE", help="Also write the result here as JSON; - is stdout.")

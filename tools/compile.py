@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from .optimize import optimize_file, show
-from .shell import Command, format_options, parse_pins, pin_option, threads_option, verbosity_options
+from .shell import Command, format_options, parse_pins, pin_option, threads_option, tune_option, verbosity_options
 
 
 @click.command(cls=Command, name="compile")
@@ -21,6 +21,7 @@ from .shell import Command, format_options, parse_pins, pin_option, threads_opti
 @click.option("--no-verify", "verify", flag_value=False, type=bool, default=True,
               help="Do not compare the artifact with the model.")  # fmt: skip
 @threads_option
+@tune_option
 @format_options
 @verbosity_options
 def command(pins: tuple[str, ...], as_json: bool, **given: Any) -> None:

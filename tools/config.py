@@ -62,6 +62,10 @@ class Settings(BaseModel):
     overwrite: bool = Field(default=False, description="Replace outputs that exist.")
     verify: bool = Field(default=True, description="Compare the result with the original.")
     threads: int | None = Field(default=None, ge=1, description="Threads of the check; default: all processors.")
+    tune: float | None = Field(
+        default=None, ge=0, allow_inf_nan=False,
+        description="Minutes in which tiles of kernels are measured before the model is compiled with the best ones.",
+    )  # fmt: skip
     dump: str | None = Field(
         default=None, description="Save the model after every pass that changed it to this folder."
     )

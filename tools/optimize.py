@@ -13,14 +13,15 @@ import click
 from graphwright.passes.errors import OutputError, UsageError
 
 from .shell import (
+    AtLeastZero,
     Command,
-    ErrorLimit,
     format_options,
     parse_pins,
     pin_option,
     print_json,
     progress,
     threads_option,
+    tune_option,
     verbosity,
     verbosity_options,
 )
@@ -77,6 +78,7 @@ def optimize_file(settings: Settings) -> dict[str, Any]:
             overwrite=settings.overwrite,
             dry_run=settings.dry_run,
             threads=settings.threads,
+            tune=settings.tune,
             observers=observers,
             progress=say,
             trainer=train,
@@ -193,11 +195,12 @@ def show(done: dict[str, Any], as_json: bool) -> None:
     help="Processes for passes that evaluate many candidates (1).",
 )
 @click.option("--backend", type=click.Choice(["local", "ray", "dask"]), help="Where these processes run (local).")
-@click.option("--max-drop", type=ErrorLimit(), metavar="X", help="Error budget of lossy and learned passes.")
+@click.option("--max-drop", type=AtLeastZero(), metavar="X", help="Error budget of lossy and learned passes.")
 @click.option("--overwrite", is_flag=True, default=None, help="Replace outputs that exist.")
 @click.option("--no-verify", "verify", flag_value=False, type=bool, default=None,
               help="Do not compare the result with the original.")  # fmt: skip
 @threads_option
+@tune_option
 @click.option("--dump", metavar="DIR", help="Save the model after every pass that changed it.")
 @format_options
 @verbosity_options

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .shell import as_bytes, as_error, write_json, write_text
-from .summary import verdict_line
+from .summary import tuning_line, verdict_line
 
 PAGE = """<!doctype html>
 <html lang="en">
@@ -72,6 +72,8 @@ onnxruntime these:</p>
 <td><code>{{ f.sites|join(", ") }}</code></td></tr>
 {% endfor %}</table>{% endif %}{% endif %}
 
+{% if tuning %}<p>{{ tuning }}</p>{% endif %}
+
 {% if data.verdict %}
 <h2>Outputs against the original</h2>
 <table><tr><th>output</th><th>shape</th><th class="number">relative error</th><th class="number">absolute</th>
@@ -114,6 +116,7 @@ def html(data: Mapping[str, Any]) -> str:
         name=Path(data["model"]).name,
         data=data,
         verdict=verdict_line(data["verdict"], data["unverified"]),
+        tuning=tuning_line(data["tuning"]) if data["tuning"] else "",
         operators=operators,
         largest=max((count for row in operators for count in row[1:]), default=1),
     )

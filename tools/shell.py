@@ -211,7 +211,7 @@ def threads_option(function: F) -> F:
     )(function)
 
 
-class ErrorLimit(click.FloatRange):
+class AtLeastZero(click.FloatRange):
     """A number of at least zero."""
 
     def __init__(self) -> None:
@@ -222,6 +222,12 @@ class ErrorLimit(click.FloatRange):
         if number != number:
             self.fail(f"{value!r} is not in the range x>=0.", param, ctx)
         return number
+
+
+tune_option = click.option(
+    "--tune", type=AtLeastZero(), metavar="MINUTES",
+    help="Measure tiles of kernels for so long and compile with the best; 0: use what earlier runs found.",
+)  # fmt: skip
 
 
 def parse_pins(pins: Sequence[str]) -> dict[str, tuple[int, ...]]:

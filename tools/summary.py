@@ -88,6 +88,7 @@ def summarize(source: str, result: Result, census: Census, target: str | None, s
         "file_bytes": {"before": _size([Path(source), *census.files]), "after": _written(result)},
         "passes": passes,
         "native": _native(result.artifact),
+        "tuning": result.tuned.to_json() if result.tuned else None,
         "verdict": result.verdict.to_json() if result.verdict else None,
         "unverified": result.unverified or ("dry run" if result.verdict is None else ""),
         "quality": result.quality.to_json() if result.quality else None,
@@ -173,6 +174,8 @@ def print_summary(data: Mapping[str, Any]) -> None:
     click.echo()
     if data["native"]:
         print_native(data["native"])
+    if data["tuning"]:
+        click.echo(tuning_line(data["tuning"]))
     click.echo(verdict_line(data["verdict"], data["unverified"]))
     if data.get("quality"):
         click.echo(quality_line(data["quality"]))
@@ -225,6 +228,19 @@ def quality_line(quality: Mapping[str, Any]) -> str:
     seen = "held-out samples" if quality["held_out"] else "samples that it has learned from"
     budget = "no budget: measured only" if quality["budget"] is None else f"budget {quality['budget']:g}"
     return f"quality: 1 - cosine of {drops} on {quality['samples']} {seen} ({budget})"
+def tuning_line(tuning: Mapping[str, Any]) -> str:
+    """What the kernels gained by other tiles than their rule's, and what is left to measure."""
+    if not tuning["kernels"]:
+        return "tuned: no kernel of this model has tiles to choose from; fix sizes with --pin"
+    left = tuning["kernels"] - tuning["known"]
+    if not tuning["known"]:
+        return f"tuned: none was measured of {count_of(left, 'kernel')}; give --tune more minutes"
+    line = (
+        f"tuned: {tuning['faster']} of {count_of(tuning['kernels'], 'kernel')} get another tile; those measured take "
+        f"{tuning['tuned_ms']:.3g} instead of {tuning['rule_ms']:.3g} ms alone "
+        f"({tuning['rule_ms'] / tuning['tuned_ms']:.2f} times as fast)"
+    )
+    return f"{line}; {count_of(left, 'kernel')} not measured yet" if left else line
 
 
 def verdict_line(verdict: Mapping[str, Any] | None, unverified: str) -> str:

@@ -1,11 +1,9 @@
-"""What the benchmarks of kernels share: runners that take turns in one process, and onnxruntime as one of them."""
+"""What the benchmarks of kernels share: the number of threads, onnxruntime as a runner, the peak, and tables."""
 
 from __future__ import annotations
 
 import json
 import os
-import random
-import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -17,7 +15,6 @@ if TYPE_CHECKING:
     from ..runtime.target import Target
 
 SETTLE = 0.003  # seconds after which the other library's threads have stopped spinning
-TURN = 0.003  # seconds that one runner is timed before the next has its turn
 STEPS = 40_000  # of the loop that measures the peak
 
 Runner = Callable[[], object]
@@ -31,49 +28,6 @@ def use_threads(threads: int) -> None:
     os.environ["TVM_NUM_THREADS"] = str(threads)
     os.environ.setdefault("TVM_THREAD_POOL_SPIN_COUNT", SPIN_COUNT)
     os.environ.setdefault("TVM_BIND_THREADS", "0")
-
-
-def take_turns(runners: Mapping[str, Runner], settle: float, budget: float) -> dict[str, list[list[float]]]:
-    """Seconds of every run of each runner, turn by turn.
-
-    A turn is as many runs as take about TURN seconds, after a third as many that are not timed: they bring back the
-    runner's data and wake its threads. The order of the runners is another one in each turn, since each finds the
-    caches as the one before it left them.
-    """
-    repeats = {}
-    for name, run in runners.items():
-        run()
-        start = time.perf_counter()
-        run()
-        repeats[name] = max(1, min(50, int(TURN / max(1e-9, time.perf_counter() - start))))
-    times: dict[str, list[list[float]]] = {name: [] for name in runners}
-    order, shuffle = list(runners), random.Random(0).shuffle
-    start = time.perf_counter()
-    while min(map(len, times.values())) < 9 or time.perf_counter() - start < budget:
-        for name in order:
-            run = runners[name]
-            if settle:
-                time.sleep(settle)
-            for _ in range(untimed(repeats[name])):
-                run()
-            turn = []
-            for _ in range(repeats[name]):
-                begin = time.perf_counter()
-                run()
-                turn.append(time.perf_counter() - begin)
-            times[name].append(turn)
-        shuffle(order)
-    return times
-
-
-def untimed(repeats: int) -> int:
-    """Runs at the beginning of a turn that are not timed, where so many are."""
-    return -(-repeats // 3)
-
-
-def medians(times: Mapping[str, list[list[float]]]) -> dict[str, list[float]]:
-    """Of each turn."""
-    return {name: [sorted(turn)[len(turn) // 2] for turn in turns] for name, turns in times.items()}
 
 
 def aligned(array: np.ndarray) -> np.ndarray:

@@ -27,14 +27,14 @@ class Body:
 
     def op(self, op_type: str, *inputs: str | None, out: str | None = None, **attributes: Any) -> str:
         """Add a node with one output and return its name."""
-        return self.ops(op_type, *inputs, outputs=[out or self._fresh(op_type)], **attributes)[0]
+        return self.ops(op_type, *inputs, outputs=[out or self.fresh(op_type)], **attributes)[0]
 
     def ops(self, op_type: str, *inputs: str | None, outputs: Sequence[str] | int, **attributes: Any) -> list[str]:
         """Add a node with several outputs: their names, or how many."""
         from onnx import helper
 
         if isinstance(outputs, int):
-            outputs = [self._fresh(op_type) for _ in range(outputs)]
+            outputs = [self.fresh(op_type) for _ in range(outputs)]
         given = ["" if name is None else name for name in inputs]
         while given and not given[-1]:
             given.pop()
@@ -46,24 +46,28 @@ class Body:
         array = np.asarray(value, dtype.numpy())
         key = (array.tobytes(), array.shape, dtype)
         if key not in self._constants:
-            name = self._fresh("constant")
+            name = self.fresh("constant")
             tensor = ir.to_proto(ir.Tensor(array, dtype=dtype, name=name))
             self._constants[key] = self.op("Constant", out=name, value=tensor)
         return self._constants[key]
 
-    def _fresh(self, stem: str) -> str:
+    def fresh(self, stem: str) -> str:
         self._count += 1
         return f"{stem.lower()}{self._count}"
 
-    def function(self, node: ir.Node) -> ir.Function:
-        """The body as a function of the node's inputs whose outputs are the node's named ones, in order."""
+    def function(self, node: ir.Node, outputs: Sequence[int] | None = None) -> ir.Function:
+        """The body as a function of the node's inputs whose outputs are the node's named ones, or those given, in
+        order."""
         from onnx import helper
+
+        if outputs is None:
+            outputs = [i for i, value in enumerate(node.outputs) if value.name]
 
         proto = helper.make_function(
             "graphwright.decomposed",
             node.op_type,
             [f"input{i}" for i in range(len(node.inputs))],
-            [f"output{i}" for i, value in enumerate(node.outputs) if value.name],
+            [f"output{i}" for i in outputs],
             self._nodes,
             [helper.make_opsetid("", self.opset)],
         )

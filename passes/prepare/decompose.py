@@ -38,11 +38,14 @@ WITH_BODY = frozenset(
 )  # fmt: skip
 
 # Operators that are left whole for targets of that name, or whose name begins with it and a dash: there is a kernel.
-_ON_CPUS = frozenset({"Attention", "RotaryEmbedding", "Swish"})
+_ON_CPUS = frozenset({"Attention", "GRU", "LSTM", "RNN", "RotaryEmbedding", "Swish"})
 KERNELS: dict[str, frozenset[str]] = dict.fromkeys(("cpu", "arm64", "armv7", "riscv64"), _ON_CPUS)
 # Whether a kernel takes the form of a node, for operators of which it does not take every form.
 FORMS: dict[str, Callable[[ir.Node], bool]] = {
     "Attention": transformer.fused_attention,
+    "GRU": recurrent.recurrent_kernel,
+    "LSTM": recurrent.recurrent_kernel,
+    "RNN": recurrent.recurrent_kernel,
     "RotaryEmbedding": transformer.rotary_kernel,
 }
 
@@ -54,10 +57,10 @@ class Decompose(Pass):
         {  Y = Swish (X)  }        ->   {  s = Sigmoid (X)
                                            Y = Mul (X, s)  }
 
-    LSTM, GRU and RNN are unrolled when their number of steps is fixed (all directions, activations, peepholes,
-    clip, sequence lengths, both layouts). QLinearConv, QLinearMatMul and ConvInteger become float operators on
-    the same whole numbers. Attention, RotaryEmbedding, Swish, Celu and other standard operators that the
-    standard defines by a body get that body, or a shorter one where they have their usual form.
+    LSTM, GRU and RNN that no kernel takes (weights that are computed, clip, peepholes, batch first, unusual
+    activations) are unrolled when their number of steps is fixed. QLinearConv, QLinearMatMul and ConvInteger
+    become float operators on the same whole numbers. Attention, RotaryEmbedding, Swish, Celu and other standard
+    operators that the standard defines by a body get that body, or a shorter one where they have their usual form.
     Operators in a form that the target has a kernel for, and those named by `keep`, stay.
     Left alone, with the reason: recurrences of free length or of more than max_steps steps, and bodies that
     need what is not known. Meant for compiling: onnxruntime has kernels for these operators.

@@ -14,6 +14,7 @@ from .. import graph
 from ..base import Contract, Pass, PassContext, PassReport
 from ..errors import ModelError
 from ..io import has_map
+from .equal_dims import MADE, name_equal_dims
 from .protobuf import light_proto
 
 if TYPE_CHECKING:
@@ -34,9 +35,10 @@ class InferShapes(Pass):
     Nothing but annotations changes. Bodies of If, Loop and Scan are annotated too; function bodies are not, since
     their shapes differ from call to call. What follows from the inputs, numbers and their symbols, replaces what the
     model declares for a value, outputs included; where nothing follows, the declaration counts, for the nodes that
-    read the value too. A Reshape to another number of elements, which can never run, is an error. Weights are not
-    read. Computed shapes are not followed in models that compute with vectors of millions of numbers, which would be
-    taken for shapes.
+    read the value too. A size that onnx can only give a name of its own gets the name or number of the size that it
+    equals, where that follows from a Reshape, Range, Slice or broadcast. A Reshape to another number of elements,
+    which can never run, is an error. Weights are not read. Computed shapes are not followed in models that compute
+    with vectors of millions of numbers, which would be taken for shapes.
     """
 
     name: ClassVar[str] = "infer-shapes"
@@ -62,6 +64,7 @@ class InferShapes(Pass):
             _check_reshapes(model, inferred.graph)
             if _Merge(model, inferred, names=False).kept:
                 inferred = onnx.shape_inference.infer_shapes(light_proto(model), strict_mode=False, data_prop=follows)
+            name_equal_dims(inferred)
             _Merge(model, inferred, names=True)
         except (onnx.shape_inference.InferenceError, RuntimeError) as error:
             report.skipped("infer", model.graph.name, " ".join(str(error).split())[:200])
@@ -191,7 +194,7 @@ class _Merge:
         """The inferred number, else a symbol of the inputs, else what is declared, else a name."""
         if inferred.HasField("dim_value"):
             return inferred.dim_value
-        own = None if isinstance(declared, int) else declared.value
+        own = None if isinstance(declared, int) or MADE.fullmatch(declared.value or "") else declared.value
         known = isinstance(declared, int) or own is not None
         if inferred.dim_param in self._symbols:
             replaced = isinstance(declared, int) or own is None or own in self._symbols

@@ -35,6 +35,29 @@ FUNCTIONS: dict[str, tuple[str, float | None, float | None]] = {
 }
 
 
+KERNEL_FUNCTIONS = frozenset({"relu", "sigmoid", "tanh"})
+
+
+def recurrent_kernel(node: ir.Node) -> bool:
+    """Whether the recurrent kernel takes the form: float32, constant weights, steps first, no clip and no peepholes,
+    the same usual functions in both directions. Any number of steps and sequences, and lengths of sequences."""
+    if graph.has_references(node):
+        return False
+    x, w, r, bias, _, _, _, peepholes = [*node.inputs, *[None] * 8][:8]
+    if any(v is None or v.dtype != ir.DataType.FLOAT for v in (x, w, r)) or graph.rank(x) != 3:
+        return False
+    if not all(graph.is_constant(v) for v in (w, r)) or not (bias is None or graph.is_constant(bias)):
+        return False
+    if peepholes is not None or any(graph.attribute(node, a, 0) for a in ("layout", "clip", "input_forget")):
+        return False
+    directions = 2 if graph.attribute(node, "direction", "forward") == "bidirectional" else 1
+    try:
+        functions = _activations(node, directions)
+    except Refusal:
+        return False
+    return len(set(functions)) == 1 and {f.name for f in functions[0]} <= KERNEL_FUNCTIONS
+
+
 @dataclass(frozen=True)
 class Activation:
     name: str

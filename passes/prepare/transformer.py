@@ -15,34 +15,51 @@ LARGEST_TRIANGLE = 1024 * 1024  # numbers in a causal mask that is written as a 
 
 
 def fused_attention(node: ir.Node) -> bool:
-    """Whether the fused kernel takes the form: float32, known heads and head sizes, a mask for all keys."""
+    """Whether the fused kernel takes the form of an Attention."""
+    return not_fused(node) is None
+
+
+def not_fused(node: ir.Node) -> str | None:
+    """Why the fused kernel does not take an Attention: float32, known heads and head sizes, a mask for all keys.
+
+    None: it takes it.
+    """
     if graph.has_references(node):
-        return False
+        return "its attributes are parameters of the function; run inline-functions first"
     q, k, v, mask, past, past_value, lengths = [*node.inputs, *[None] * 7][:7]
     attribute = graph.attribute
-    kinds = {value.dtype if value is not None else None for value in (q, k, v)}
-    shapes = [list(value.shape) if value is not None and value.shape is not None else [] for value in (q, k, v)]
-    windows = attribute(node, "left_window_size", -1), attribute(node, "right_window_size", -1)
-    if kinds != {ir.DataType.FLOAT} or windows != (-1, -1) or lengths is not None:
-        return False
+    values = {"query": q, "key": k, "value": v}
+    for name, value in values.items():
+        if value is None or value.dtype != ir.DataType.FLOAT:
+            kind = "unknown type" if value is None or value.dtype is None else value.dtype.name.lower()
+            return f"the {name} is of {kind}; the kernel takes float32"
+    shapes = [list(value.shape) if value is not None and value.shape is not None else [] for value in values.values()]
+    if (attribute(node, "left_window_size", -1), attribute(node, "right_window_size", -1)) != (-1, -1):
+        return "it sees a window"
+    if lengths is not None:
+        return "it is told how many keys there are"
     if attribute(node, "softcap", 0.0) < 0 or attribute(node, "softmax_precision", 1) not in (0, 1):
-        return False
-    for shape, name in zip(shapes, ("q_num_heads", "kv_num_heads", "kv_num_heads"), strict=True):
-        heads = shape[1] if len(shape) == 4 else attribute(node, name, 0) if len(shape) == 3 else None
+        return "its softmax is in another precision"
+    for name, shape, option in zip(values, shapes, ("q_num_heads", "kv_num_heads", "kv_num_heads"), strict=True):
+        heads = shape[1] if len(shape) == 4 else attribute(node, option, 0) if len(shape) == 3 else None
         if not isinstance(heads, int) or not heads or not isinstance(shape[-1], int):
-            return False
+            return f"the heads or head sizes of the {name} are not known; run infer-shapes, or pin shapes"
     (*_, queries, _), (*_, keys, _) = shapes[:2]
     cached = past is not None
-    if cached != (past_value is not None) or any(output.name for output in node.outputs[3 if cached else 1 :]):
-        return False
+    if cached != (past_value is not None):
+        return "it has only one of a past key and a past value"
+    if any(output.name for output in node.outputs[3 if cached else 1 :]):
+        return "its products, or keys without a past, are results"
     if cached and attribute(node, "is_causal", 0) and not graph.same_dim(queries, keys):
-        return False
+        return f"it has {keys} new keys for {queries} queries, a past, and is causal"
     if mask is None:
-        return True
+        return None
     if mask.dtype not in (ir.DataType.FLOAT, ir.DataType.BOOL) or mask.shape is None or not len(mask.shape):
-        return False
+        return "the type or rank of its mask is not known; run infer-shapes first"
     columns = mask.shape[-1]
-    return cached or not isinstance(keys, int) or not isinstance(columns, int) or columns in (1, keys)
+    if cached or not isinstance(keys, int) or not isinstance(columns, int) or columns in (1, keys):
+        return None
+    return f"its mask has {columns} columns for {keys} keys"
 
 
 def rotary_kernel(node: ir.Node) -> bool:

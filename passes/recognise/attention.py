@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -10,10 +11,11 @@ import numpy as np
 import onnx_ir as ir
 
 from .. import graph
-from ..base import Contract
+from ..base import Contract, PassContext, PassReport
 from ..graph import same_dim
 from .masks import ABSORBS, is_causal
 from .matching import Found, Recogniser, Refused, Writer, made_by, only_user, operands, producer, same, scalar, user
+from .sizes import read_sizes_elsewhere
 
 ALL_AXES = 13  # from this opset on Softmax is over one axis
 SWAPPED = {3: (0, 2, 1), 4: (0, 1, 3, 2)}  # rank -> the last two axes change places
@@ -50,6 +52,20 @@ class RecogniseAttention(Recogniser):
     contract: ClassVar[Contract] = Contract.ROUNDING
     opset: ClassVar[int] = 23
 
+    def run(self, model: ir.Model, ctx: PassContext) -> PassReport:
+        names: graph.Names | None = None
+        moved = []
+        for scope in graph.scopes(model):
+            for node in [node for node in scope.graph if graph.is_op(node, "Softmax")]:
+                for shape, product in _measured(node):
+                    names = names or graph.Names(model)
+                    source = functools.partial(_size_source, product)
+                    moved += read_sizes_elsewhere(shape, source, scope, names)
+        report = super().run(model, ctx)
+        for site in moved:
+            report.changed("size", site, "read from query or key, not from their product")
+        return report
+
     def rule(self, node: ir.Node) -> str:
         return "attention"
 
@@ -66,6 +82,39 @@ class RecogniseAttention(Recogniser):
             raise Refused("softmax is not of a product with a scale and masks")
         site = _site(node, last, scores)
         return Found("attention", last, site.leaves, site.write)
+
+
+def _measured(softmax: ir.Node) -> list[tuple[ir.Node, ir.Node]]:
+    """The Shape nodes that read scores between their product and the softmax, each with the product."""
+    scores = None if graph.has_references(softmax) else _read(softmax.inputs[0])
+    if scores is None or scores.product.outputs[0].shape is None:
+        return []
+    found: list[tuple[ir.Node, ir.Node]] = []
+    value: ir.Value | None = scores.product.outputs[0]
+    while value is not None:
+        users = [node for node, _ in value.uses()]
+        found += [(node, scores.product) for node in users if graph.is_op(node, "Shape")]
+        others = [node for node in users if not graph.is_op(node, "Shape")]
+        alike = len(others) == 1 and graph.is_op(others[0], "Cast", "Mul", "Div", "Add", "Where")
+        following = others[0].outputs[0] if alike else None
+        value = following if graph.same_shape(following, value) else None
+    return found
+
+
+def _size_source(product: ir.Node, axis: int) -> tuple[ir.Value, int] | None:
+    """A value that is not made for the product alone, and its axis with the size of this axis of the product."""
+    whole = product.outputs[0]
+    last = axis == len(whole.shape or ()) - 1
+    value = product.inputs[1 if last else 0]
+    if value is None or value.shape is None or whole.shape is None or len(value.shape) != len(whole.shape):
+        return None
+    if not last and axis != len(whole.shape) - 2 and not same_dim(value.shape[axis], whole.shape[axis]):
+        return None
+    node = value.producer()
+    if graph.is_op(node, "Transpose") and node is not None and node.inputs[0] is not None:
+        perm = graph.attribute(node, "perm")
+        return None if perm is None else (node.inputs[0], int(perm[axis]))
+    return value, axis
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,17 @@ def call(
     site: Site, kernel: tirx.PrimFunc, inputs: Sequence[tvm.ir.Expr], dims: Sequence[Dim], dtype: str = "float32"
 ) -> tvm.ir.Expr:
     """The kernel's output, of these dimensions."""
+    return calls(site, kernel, inputs, [(dims, dtype)])[0]
+
+
+def calls(
+    site: Site, kernel: tirx.PrimFunc, inputs: Sequence[tvm.ir.Expr], outputs: Sequence[tuple[Sequence[Dim], str]]
+) -> list[tvm.ir.Expr]:
+    """The kernel's outputs, each of the given dimensions and element type."""
     function = site.bb.add_func(kernel, str(kernel.attrs["graphwright.op"]))
-    out = relax.TensorType([int64(d) for d in dims], dtype)
-    return site.emit(relax.call_tir(function, [site.emit(i) for i in inputs], out))
+    types = [relax.TensorType([int64(d) for d in dims], dtype) for dims, dtype in outputs]
+    tensors = [site.emit(i) for i in inputs]
+    results = site.emit(relax.call_tir(function, tensors, types[0] if len(types) == 1 else types))
+    if len(types) == 1:
+        return [results]
+    return [site.emit(relax.TupleGetItem(results, i)) for i in range(len(types))]

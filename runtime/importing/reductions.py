@@ -12,12 +12,15 @@ import tvm
 from tvm import relax, te, tirx
 
 from ..kernels import two_pass_softmax
-from ..kernels.log_softmax import log_softmax
+from ..kernels.log_softmax import log_softmax, log_sum_exp
 from ..kernels.reductions import EXACT, place_of_greatest
 from ..kernels.reductions import reduction as reduction_kernel
-from .kernels import call, named
+from ..kernels.top_k import MOST
+from ..kernels.top_k import top_k as top_k_kernel
+from .kernels import call, calls, named
 from .shapes import filled, reshaped
 from .site import (
+    NARROW_FLOATS,
     Dim,
     Refuse,
     Result,
@@ -95,6 +98,12 @@ def reduced(site: Site, x: tvm.ir.Expr, axes: Sequence[int], kind: str) -> tvm.i
         return site.cast(reduced(site, site.cast(x, "int8"), axes, kind), "bool")
     if not is_float(dtype):
         return site.emit((relax.op.max if kind == "max" else relax.op.min)(x, list(axes), keepdims=True))
+    if dtype in NARROW_FLOATS:
+        return site.cast(reduced(site, site.cast(x, "float32"), axes, kind), dtype)
+    if len(parts := _neighbours(axes)) > 1:
+        for part in parts:
+            x = reduced(site, x, part, kind)
+        return x
     # TIR's own maximum starts from the least finite number, which is wrong for a row of infinities.
     start = float("-inf") if kind == "max" else float("inf")
     dims = shape_of(x)
@@ -114,6 +123,17 @@ def reduced(site: Site, x: tvm.ir.Expr, axes: Sequence[int], kind: str) -> tvm.i
         return te.compute(out, element, name=f"reduce_{kind}")
 
     return site.te(compute, x, name=f"reduce_{kind}")
+
+
+def _neighbours(axes: Sequence[int]) -> list[list[int]]:
+    """The axes in groups of those that follow each other."""
+    parts: list[list[int]] = []
+    for axis in sorted(axes):
+        if parts and parts[-1][-1] == axis - 1:
+            parts[-1].append(axis)
+        else:
+            parts.append([axis])
+    return parts
 
 
 def _by_kernel(site: Site, x: tvm.ir.Expr, axes: Sequence[int], kind: str) -> tvm.ir.Expr | None:
@@ -151,7 +171,14 @@ def mean(site: Site, x: tvm.ir.Expr, axes: Sequence[int]) -> tvm.ir.Expr:
 
 def _sum_exp(site: Site, x: tvm.ir.Expr, axes: Sequence[int]) -> tvm.ir.Expr:
     """log(sum(exp(x))), shifted by the maximum where that is finite."""
-    dtype = dtype_of(x)
+    dtype, dims = dtype_of(x), shape_of(x)
+    first = min(axes, default=0)
+    if site.target.is_cpu and dtype == "float32" and sorted(axes) == list(range(first, len(dims))) and axes:
+        rows, length = dims[:first] or (1,), product(dims[first:])
+        ((*before, row),) = named((*rows, length))
+        kernel = log_sum_exp(before, row, site.target.isa, site.target.cores)
+        y = call(site, kernel, [reshaped(site, x, [*rows, length])], rows)
+        return reshaped(site, y, [*dims[:first], *([1] * len(axes))])
     top = reduced(site, x, axes, "max")
     top = site.emit(relax.op.where(relax.op.isfinite(top), top, const(0, dtype)))
     total = reduced(site, site.emit(relax.op.exp(relax.op.subtract(x, top))), axes, "sum")
@@ -320,7 +347,16 @@ def top_k(site: Site) -> Result:
 
 
 def _top_k(site: Site, x: tvm.ir.Expr, count: int, axis: int) -> tuple[tvm.ir.Expr, tvm.ir.Expr]:
-    largest = bool(site.attr("largest", 1))
+    largest, dims = bool(site.attr("largest", 1)), shape_of(x)
+    length = dims[-1]
+    if site.target.is_cpu and dtype_of(x) == "float32" and axis == len(dims) - 1 and isinstance(length, int) and (
+        1 <= count <= min(MOST, length)
+    ):  # fmt: skip
+        (rows,) = named(dims[:-1])
+        kernel = top_k_kernel(rows, length, count, site.target.isa, site.target.cores, not largest)
+        out = [*dims[:-1], count]
+        values, places = calls(site, kernel, [x], [(out, "float32"), (out, "int64")])
+        return values, places
     both = site.emit(relax.op.topk(x, count, axis, "both", largest, "int64"))
     return site.emit(relax.TupleGetItem(both, 0)), site.emit(relax.TupleGetItem(both, 1))
 

@@ -20,7 +20,7 @@ from tvm.tirx.script import builder as T
 from ...passes.base import Caches
 from ..target import InstructionSet
 from . import conv_depthwise, conv_direct, winograd
-from .conv_spec import ConvSpec, Emission, Finish
+from .conv_spec import ConvSpec, ConvTile, Emission, Finish
 from .vectors import Buffer, Expr, Vectors
 
 SYMBOL = "conv"
@@ -64,23 +64,28 @@ def choose_algorithm(spec: ConvSpec, isa: InstructionSet, caches: Caches) -> tup
     return "winograd", f"estimated {gain:.2f} times as fast as the direct form"
 
 
+def choose_tile(spec: ConvSpec, isa: InstructionSet, caches: Caches) -> ConvTile:
+    """The algorithm that should be the fastest; the rest is left to its rules."""
+    return ConvTile(choose_algorithm(spec, isa, caches)[0])
+
+
 def _memory(taps: int, spec: ConvSpec) -> float:
     """Cycles until the weights have come from memory, half of them hidden behind arithmetic."""
     return 4 * taps * spec.in_channels * spec.out_channels / 12
 
 
-def pack_weights(weight: np.ndarray, spec: ConvSpec, isa: InstructionSet, algorithm: str) -> np.ndarray:
-    """(O, I / groups, kernel height, kernel width) weights as the algorithm's kernel reads them, on one axis."""
+def pack_weights(weight: np.ndarray, spec: ConvSpec, isa: InstructionSet, tile: ConvTile) -> np.ndarray:
+    """(O, I / groups, kernel height, kernel width) weights as the kernel of that tile reads them, on one axis."""
     expected = (spec.out_channels, spec.in_channels // spec.groups, *spec.kernel)
     if weight.shape != expected:
         raise ValueError(f"weights of shape {weight.shape}, expected {expected}")
-    return TEMPLATES[algorithm].pack(weight, spec, isa)
+    return TEMPLATES[tile.algorithm].pack(weight, spec, isa, tile)
 
 
 def emit(
     vectors: Vectors,
     spec: ConvSpec,
-    algorithm: str,
+    tile: ConvTile,
     x: Buffer,
     w: Buffer,
     finish: Finish,
@@ -88,19 +93,20 @@ def emit(
     index: str,
     caches: Caches | None = None,
 ) -> None:
-    """Emit the convolution of flat buffers `x` and `w` (from `pack_weights`) into the IR builder that is open.
+    """Emit the convolution of flat buffers `x` and `w` into the IR builder that is open.
 
-    index: integer type of offsets, wide enough for all of them. threads: what the kernel may count on.
+    w: from `pack_weights` with the same tile. index: integer type of offsets, wide enough for all of them.
+    threads: what the kernel may count on.
     """
     emission = Emission(vectors, spec, x, w, finish, threads, index)
-    TEMPLATES[algorithm].emit(emission, caches or Caches())
+    TEMPLATES[tile.algorithm].emit(emission, tile, caches or Caches())
 
 
 def conv(
     spec: ConvSpec,
     isa: InstructionSet,
     threads: int = 1,
-    algorithm: str | None = None,
+    tile: ConvTile | None = None,
     name: str | None = None,
     caches: Caches | None = None,
 ) -> tirx.PrimFunc:
@@ -111,11 +117,11 @@ def conv(
     if reason := supported(spec, isa):
         raise ValueError(reason)
     vectors, caches = Vectors(isa), caches or Caches()
-    algorithm = algorithm or choose_algorithm(spec, isa, caches)[0]
+    tile = tile or choose_tile(spec, isa, caches)
     lanes, (height, width) = vectors.lanes, spec.out_size
     blocks = spec.out_blocks(lanes)
     shape = (spec.out_channels, spec.in_channels // spec.groups, *spec.kernel)
-    count = pack_weights(np.zeros(shape, np.float32), spec, isa, algorithm).size
+    count = pack_weights(np.zeros(shape, np.float32), spec, isa, tile).size
     sizes = (spec.image(lanes), blocks * height * width * lanes)
     small = spec.batch is not None and max(count, spec.batch * max(sizes)) < 1 << 30
     index = "int32" if small else "int64"
@@ -137,8 +143,10 @@ def conv(
             vectors.store(y, at * lanes, value + bias[vectors.at(block * lanes)])
 
         with T.sblock("root"), vectors.prelude():
-            emit(vectors, spec, algorithm, x, w, finish, threads, index, caches)
+            emit(vectors, spec, tile, x, w, finish, threads, index, caches)
     return builder.get()
 
 
-__all__ = ["ConvSpec", "Finish", "choose_algorithm", "conv", "emit", "pack_weights", "supported"]
+__all__ = [
+    "ConvSpec", "ConvTile", "Finish", "choose_algorithm", "choose_tile", "conv", "emit", "pack_weights", "supported"
+]  # fmt: skip

@@ -21,13 +21,13 @@ from tvm.tirx.script import builder as T
 
 from ...passes.base import Caches
 from ..target import InstructionSet
-from .conv_spec import Accumulators, ConvSpec, Emission, axis, split_evenly, taps_inside
+from .conv_spec import Accumulators, ConvSpec, ConvTile, Emission, axis, split_evenly, taps_inside
 from .vectors import Expr, Vectors
 
 WRITTEN_OUT = 9  # taps up to which kernel rows are written out
 
 
-def pack(weight: np.ndarray, spec: ConvSpec, isa: InstructionSet) -> np.ndarray:
+def pack(weight: np.ndarray, spec: ConvSpec, isa: InstructionSet, tile: ConvTile) -> np.ndarray:
     """(C, 1, kernel height, kernel width) weights as the kernel reads them, one axis."""
     lanes = Vectors(isa).lanes
     padded = axis(weight.reshape(spec.out_channels, spec.taps), 0, spec.out_blocks(lanes) * lanes)
@@ -44,10 +44,10 @@ def widest(isa: InstructionSet, spec: ConvSpec) -> int:
 class DepthwiseEmitter:
     """Emits one depthwise convolution into the IR builder that is open."""
 
-    def __init__(self, emission: Emission) -> None:
+    def __init__(self, emission: Emission, tile: ConvTile) -> None:
         self.e, self.spec, self.lanes = emission, emission.spec, emission.lanes
         columns = self.spec.out_size[1]
-        widths = split_evenly(columns, -(-columns // widest(emission.vectors.isa, self.spec)))
+        widths = split_evenly(columns, -(-columns // (tile.width or widest(emission.vectors.isa, self.spec))))
         starts = itertools.accumulate(widths, initial=0)
         self.tiles: list[tuple[int, int, int]] = []  # (start, width, count) of equal neighbours
         for start, width in zip(starts, widths, strict=False):
@@ -192,5 +192,5 @@ class DepthwiseEmitter:
             self.e.finish(acc.get(0, j), (n, block, row, column + j))
 
 
-def emit(emission: Emission, caches: Caches) -> None:
-    DepthwiseEmitter(emission).emit()
+def emit(emission: Emission, tile: ConvTile, caches: Caches) -> None:
+    DepthwiseEmitter(emission, tile).emit()

@@ -28,11 +28,12 @@ from tvm.tirx.script import builder as T
 
 from ...passes.base import Caches
 from ..target import InstructionSet
-from .conv_spec import Accumulators, ConvSpec, Emission, axis, split_evenly, taps_inside
+from .conv_spec import Accumulators, ConvSpec, ConvTile, Emission, axis, split_evenly, taps_inside
 from .gemm import loads_cost
 from .vectors import Expr, Vectors
 
 UNROLL = 4  # input channels of one turn of the innermost loop
+BY_RULE = ConvTile("direct")
 SHARED = 16  # tiles that read the same weights from which on these are brought into the first cache
 
 
@@ -82,17 +83,25 @@ def widest(isa: InstructionSet, vectors: int) -> int:
 
 
 @functools.cache
-def tiling(spec: ConvSpec, isa: InstructionSet) -> Tiling:
-    """The tiling with the fewest cycles by a plain model of two multiply-adds and two loads a cycle."""
+def tiling(spec: ConvSpec, isa: InstructionSet, tile: ConvTile = BY_RULE) -> Tiling:
+    """The one with the fewest cycles of those that a tile leaves open."""
+    return tilings(spec, isa, tile)[0]
+
+
+def tilings(spec: ConvSpec, isa: InstructionSet, tile: ConvTile = BY_RULE) -> list[Tiling]:
+    """Tilings that a tile leaves open, that with the fewest cycles first, by a plain model of two multiply-adds and two
+    loads a cycle."""
     lanes = Vectors(isa).lanes
     blocks = spec.out_blocks(lanes) // spec.groups
     steps = spec.taps * spec.in_channels // spec.groups
     pixels = math.prod(spec.out_size)
     shapes = [(pixels // w, w) for w in range(1, pixels + 1) if pixels % w == 0] if flat(spec) else [spec.out_size]
-    best: tuple[float, Tiling] | None = None
+    found: list[tuple[float, Tiling]] = []
     for vectors, (rows, columns) in itertools.product(range(1, min(4, blocks) + 1), shapes):
-        most = widest(isa, vectors)
-        if flat(spec) and columns > most and columns != spec.out_size[1]:
+        if tile.vectors not in (None, vectors) or tile.columns not in (None, columns):
+            continue
+        most = tile.width or widest(isa, vectors)
+        if flat(spec) and columns > widest(isa, vectors) and columns != spec.out_size[1]:
             continue
         panels = -(-blocks // vectors)
         last = blocks - (panels - 1) * vectors
@@ -103,11 +112,9 @@ def tiling(spec: ConvSpec, isa: InstructionSet) -> Tiling:
             cost += count * each * rows
         # A shorter last panel and a second width are code of their own.
         cost *= 1 + 0.01 * (last != vectors) + 0.01 * (len(set(widths)) - 1)
-        if best is None or cost < best[0]:
-            tiles, cycles = tuple(_tiles(spec, widths)), cost * spec.groups
-            best = cost, Tiling(vectors, panels, last, rows, columns, tiles, cycles)
-    assert best is not None
-    return best[1]
+        tiles = tuple(_tiles(spec, widths))
+        found.append((cost, Tiling(vectors, panels, last, rows, columns, tiles, cost * spec.groups)))
+    return [each for _, each in sorted(found, key=lambda pair: pair[0])]
 
 
 def step_cycles(width: int, vectors: int) -> float:
@@ -146,9 +153,9 @@ def _taps(spec: ConvSpec, start: int, width: int) -> tuple[Taps, ...]:
     return tuple(result)
 
 
-def pack(weight: np.ndarray, spec: ConvSpec, isa: InstructionSet) -> np.ndarray:
+def pack(weight: np.ndarray, spec: ConvSpec, isa: InstructionSet, tile: ConvTile) -> np.ndarray:
     """OIHW weights as the kernel reads them, one axis."""
-    lanes, plan = Vectors(isa).lanes, tiling(spec, isa)
+    lanes, plan = Vectors(isa).lanes, tiling(spec, isa, tile)
     out_each, in_each = spec.out_channels // spec.groups, spec.in_channels // spec.groups
     in_padded = -(-in_each // lanes) * lanes if spec.blocked_input else in_each
     out_padded = -(-out_each // lanes) * lanes
@@ -178,28 +185,38 @@ class Split:
     chunk: int
 
 
-def split(spec: ConvSpec, plan: Tiling, lanes: int, caches: Caches, threads: int) -> Split:
-    """Rows whose input stays in half of the second cache, then even shares for threads with the least traffic."""
+def splits(
+    spec: ConvSpec, plan: Tiling, lanes: int, caches: Caches, threads: int, tile: ConvTile = BY_RULE
+) -> list[Split]:
+    """Those that a tile leaves open, of rows whose input stays in half of the second cache: first even shares for
+    threads with the least traffic."""
     in_each = spec.in_channels // spec.groups
     row_bytes = 4 * in_each * math.prod(spec.in_size) / plan.rows
     most = max(1, min(plan.rows, int(caches.l2 / 2 / max(1.0, row_bytes)))) if plan.panels > 1 else plan.rows
     weights = 4 * in_each * spec.taps * lanes * plan.vectors  # bytes of a panel
     outer = (spec.batch or 1) * spec.groups
     ideal = outer * plan.rows * plan.panels / threads
-    best: tuple[tuple[float, float], int, int] | None = None
+    found: list[tuple[tuple[float, float], int, int]] = []
     for rows in range(1, most + 1):
         row_blocks = -(-plan.rows // rows)
-        if -(-plan.rows // row_blocks) != rows:
+        if -(-plan.rows // row_blocks) != rows or tile.rows not in (None, rows):
             continue
         for panel_blocks in range(1, min(plan.panels, 4 * threads) + 1):
             panels = -(-plan.panels // panel_blocks)
+            if tile.panels not in (None, panels):
+                continue
             share = -(-outer * row_blocks * panel_blocks // threads) * rows * panels
             traffic = row_blocks * plan.panels * weights + panel_blocks * plan.rows * row_bytes
-            key = (round(share / ideal * 20), traffic)
-            if best is None or key < best[0]:
-                best = key, rows, panels
-    assert best is not None
-    _, rows, panels = best
+            found.append(((round(share / ideal * 20), traffic), rows, panels))
+    ordered = dict.fromkeys((rows, panels) for _, rows, panels in sorted(found, key=lambda each: each[0]))
+    return [_split(spec, plan, lanes, caches, weights, rows, panels) for rows, panels in ordered]
+
+
+def _split(
+    spec: ConvSpec, plan: Tiling, lanes: int, caches: Caches, weights: int, rows: int, panels: int
+) -> Split:
+    """weights: bytes of those of a panel."""
+    in_each = spec.in_channels // spec.groups
     blocks = -(-in_each // lanes) if spec.blocked_input else 1
     chunk = blocks
     uses = rows * sum(tiles.count for tiles in plan.tiles)
@@ -213,10 +230,10 @@ def split(spec: ConvSpec, plan: Tiling, lanes: int, caches: Caches, threads: int
 class DirectEmitter:
     """Emits one direct convolution into the IR builder that is open."""
 
-    def __init__(self, emission: Emission, caches: Caches) -> None:
+    def __init__(self, emission: Emission, tile: ConvTile, caches: Caches) -> None:
         self.e, self.spec, self.lanes = emission, emission.spec, emission.lanes
-        self.plan = tiling(self.spec, emission.vectors.isa)
-        self.split = split(self.spec, self.plan, self.lanes, caches, emission.threads)
+        self.plan = tiling(self.spec, emission.vectors.isa, tile)
+        self.split = splits(self.spec, self.plan, self.lanes, caches, emission.threads, tile)[0]
         each = self.spec.in_channels // self.spec.groups
         self.in_channels = each  # of a group
         blocked = self.spec.blocked_input
@@ -422,5 +439,5 @@ class DirectEmitter:
                 acc.add_product(j, v, value, row[v])
 
 
-def emit(emission: Emission, caches: Caches) -> None:
-    DirectEmitter(emission, caches).emit()
+def emit(emission: Emission, tile: ConvTile, caches: Caches) -> None:
+    DirectEmitter(emission, tile, caches).emit()

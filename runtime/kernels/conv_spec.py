@@ -73,6 +73,22 @@ class ConvSpec:
 
 
 @dataclass(frozen=True)
+class ConvTile:
+    """How a convolution is computed: the algorithm, and what else is not left to its rule (None).
+
+    vectors, width: output vectors and most output pixels of a tile. columns: pixels of what tiles cut as one row, where
+    pixels may lie in any rows. rows, panels: of one task.
+    """
+
+    algorithm: str
+    vectors: int | None = None
+    width: int | None = None
+    columns: int | None = None
+    rows: int | None = None
+    panels: int | None = None
+
+
+@dataclass(frozen=True)
 class Emission:
     """What every part of an emitted convolution needs."""
 

@@ -24,7 +24,7 @@ from ...passes.base import Caches
 from ..target import InstructionSet
 from . import conv
 from .conv_direct import UNROLL, widest
-from .conv_spec import Accumulators, ConvSpec, Emission, Finish, axis, split_evenly
+from .conv_spec import Accumulators, ConvSpec, ConvTile, Emission, Finish, axis, split_evenly
 from .vectors import Buffer, Expr, Vectors
 
 # store(vector of outputs along a row, (n, c, h, w) of the first, how many exist or None for all)
@@ -123,6 +123,13 @@ def parts(spec: TransposedSpec, isa: InstructionSet) -> list[Part]:
     return found
 
 
+def convolutions(spec: TransposedSpec, isa: InstructionSet) -> list[ConvSpec]:
+    """Those that have tiles of their own; none for the narrow form."""
+    if narrow(spec, isa):
+        return []
+    return [part.spec for part in parts(spec, isa) if part.spec is not None]
+
+
 def _whole(channels: int, lanes: int) -> int:
     return -(-channels // lanes) * lanes
 
@@ -155,8 +162,13 @@ def narrow(spec: TransposedSpec, isa: InstructionSet) -> bool:
 # --- weights ----------------------------------------------------------------------------------------------------
 
 
-def pack(weight: np.ndarray, spec: TransposedSpec, isa: InstructionSet, caches: Caches) -> list[np.ndarray]:
-    """(I, O / groups, kernel height, kernel width) weights as the kernels of the parts read them."""
+def pack(
+    weight: np.ndarray, spec: TransposedSpec, isa: InstructionSet, tiles: Sequence[ConvTile]
+) -> list[np.ndarray]:
+    """(I, O / groups, kernel height, kernel width) weights as the kernels of `convolutions` read them.
+
+    tiles: of each.
+    """
     expected = (spec.in_channels, spec.out_channels // spec.groups, *spec.kernel)
     if weight.shape != expected:
         raise ValueError(f"weights of shape {weight.shape}, expected {expected}")
@@ -172,7 +184,7 @@ def pack(weight: np.ndarray, spec: TransposedSpec, isa: InstructionSet, caches: 
         cuts = np.cumsum([count * lanes for _, count in _panels(spec, lanes)])[:-1]
         panels = np.concatenate([panel.reshape(-1) for panel in np.split(flat, cuts, axis=1)])
         return [np.ascontiguousarray(panels, np.float32)]
-    packed = []
+    packed, chosen = [], iter(tiles)
     for part in parts(spec, isa):
         if part.spec is None:
             continue
@@ -182,8 +194,7 @@ def pack(weight: np.ndarray, spec: TransposedSpec, isa: InstructionSet, caches: 
         ]
         if part.phases > 1:
             pieces = [axis(piece, 0, _whole(spec.out_channels, lanes)) for piece in pieces]
-        algorithm, _ = conv.choose_algorithm(part.spec, isa, caches)
-        packed.append(conv.pack_weights(np.concatenate(pieces), part.spec, isa, algorithm))
+        packed.append(conv.pack_weights(np.concatenate(pieces), part.spec, isa, next(chosen)))
     return packed
 
 
@@ -191,19 +202,19 @@ def pack(weight: np.ndarray, spec: TransposedSpec, isa: InstructionSet, caches: 
 
 
 def emit(
-    vectors: Vectors, spec: TransposedSpec, x: Buffer, weights: Sequence[Buffer], finish: Finish, threads: int,
-    index: str, caches: Caches,
+    vectors: Vectors, spec: TransposedSpec, tiles: Sequence[ConvTile], x: Buffer, weights: Sequence[Buffer],
+    finish: Finish, threads: int, index: str, caches: Caches,
 ) -> None:  # fmt: skip
     """Emit into the IR builder that is open; `finish` gets every output once. x: flat; weights: from `pack`, flat."""
-    given = iter(weights)
+    given = iter(zip(tiles, weights, strict=True))
     for part in parts(spec, vectors.isa):
         if part.spec is None:
             _zeros(vectors, spec, part, finish, index)
             continue
         blocks = -(-spec.out_channels // vectors.lanes)
         placed = _placed(spec, part, blocks, finish, index)
-        algorithm, _ = conv.choose_algorithm(part.spec, vectors.isa, caches)
-        conv.emit(vectors, part.spec, algorithm, x, next(given), placed, threads, index, caches)
+        tile, w = next(given)
+        conv.emit(vectors, part.spec, tile, x, w, placed, threads, index, caches)
 
 
 def _placed(spec: TransposedSpec, part: Part, blocks: int, finish: Finish, index: str) -> Finish:

@@ -19,15 +19,15 @@ from ..target import Target
 from ..templates import Body, anchor, template
 from . import conv as kernels
 from . import conv_transposed, moves
-from .conv import ConvSpec
+from .conv import ConvSpec, ConvTile
 from .conv_transposed import TransposedSpec
 from .vectors import Expr, Vectors
 
 
 @template("conv", per_item=True)
 def conv(parameters: dict[str, Any], body: Body) -> None:
-    """parameters: the fields of ConvSpec, the algorithm, and whether rows are the spec's columns."""
-    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in parameters["spec"].items()}
+    """parameters: the fields of ConvSpec and of ConvTile, and whether rows are the spec's columns."""
+    spec, tile = ConvSpec(**tuples(parameters["spec"])), ConvTile(**parameters["tile"])
     x, w = body.inputs
     lanes = body.vectors.lanes
     drop = 3 - (len(body.out_shape) - 2)  # 1 where the convolution has one spatial axis
@@ -39,16 +39,20 @@ def conv(parameters: dict[str, Any], body: Body) -> None:
 
     assert lanes == body.out_shape[-1]
     kernels.emit(
-        body.vectors, ConvSpec(**fields), parameters["algorithm"], x, w, finish, body.target.cores, body.index,
-        body.target.caches,
+        body.vectors, spec, tile, x, w, finish, body.target.cores, body.index, body.target.caches
     )  # fmt: skip
+
+
+def tuples(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of a spec as they were before JSON."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
 
 
 @template("conv-transposed", per_item=True)
 def transposed(parameters: dict[str, Any], body: Body) -> None:
-    """parameters: the fields of TransposedSpec."""
-    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in parameters.items()}
-    spec = TransposedSpec(**fields)
+    """parameters: the fields of TransposedSpec, and of the ConvTile of each convolution in it."""
+    spec = TransposedSpec(**tuples(parameters["spec"]))
+    tiles = [ConvTile(**tile) for tile in parameters["tiles"]]
     x, *weights = body.inputs
     common = (body.target.cores, body.index)
     if conv_transposed.narrow(spec, body.vectors.isa):
@@ -66,7 +70,7 @@ def transposed(parameters: dict[str, Any], body: Body) -> None:
         n, block, *at = place
         body.store(value, [n, block, *at[drop:], tirx.const(0, body.index)], None)
 
-    conv_transposed.emit(body.vectors, spec, x, weights, finish, *common, body.target.caches)
+    conv_transposed.emit(body.vectors, spec, tiles, x, weights, finish, *common, body.target.caches)
 
 
 Pack = Callable[[Any], Any]  # a tensor (N, C, ...) -> in blocks
@@ -124,6 +128,12 @@ def _sizes(call: Any, blocked: Any | None) -> _Sizes | None:
     return _Sizes(weight, out, fields)
 
 
+def chosen_tile(spec: ConvSpec, target: Target) -> ConvTile:
+    """The tuned one; by rule where there is none."""
+    tuned = target.tuning.find("conv", vars(spec))
+    return ConvTile(**tuned) if tuned else kernels.choose_tile(spec, target.isa, target.caches)
+
+
 def _one_column(fields: Mapping[str, Any]) -> bool:
     sizes = (fields["in_size"], fields["out_size"], fields["kernel"], fields["strides"])
     return all(size[1] == 1 for size in sizes) and fields["pads"][1] == 0
@@ -152,15 +162,15 @@ def convolution(
     if kernels.supported(spec, target.isa) is not None:
         return None
     lanes = Vectors(target.isa).lanes
-    algorithm, _ = kernels.choose_algorithm(spec, target.isa, target.caches)
-    key = (call.args[1], spec, algorithm)
+    tile = chosen_tile(spec, target)
+    key = (call.args[1], spec, tile)
     if key not in packed:
-        packed[key] = relax.const(kernels.pack_weights(sizes.weight, spec, target.isa, algorithm), "float32")
+        packed[key] = relax.const(kernels.pack_weights(sizes.weight, spec, target.isa, tile), "float32")
     source = pack(call.args[0]) if spec.blocked_input else call.args[0]
     kind = relax.TensorType(blocked_shape(sizes.out, lanes), "float32")
     taps = math.prod(spec.kernel) * spec.in_channels // spec.groups
     flops = sizes.flops(spec.batch * math.prod(sizes.out[1:]) * taps)
-    parameters = {"spec": vars(spec), "algorithm": algorithm, "swapped": swapped}
+    parameters = {"spec": vars(spec), "tile": vars(tile), "swapped": swapped}
     return anchor(bb, "conv", parameters, [source, packed[key]], kind, flops)
 
 
@@ -175,11 +185,14 @@ def transposed_convolution(
     if conv_transposed.supported(spec, target.isa) is not None:
         return None
     source = pack(call.args[0]) if spec.blocked_input else call.args[0]
-    weights = conv_transposed.pack(sizes.weight, spec, target.isa, target.caches)
+    inner = conv_transposed.convolutions(spec, target.isa)
+    tiles = [chosen_tile(each, target) for each in inner]
+    weights = conv_transposed.pack(sizes.weight, spec, target.isa, tiles)
     narrow = conv_transposed.narrow(spec, target.isa)
     kind = relax.TensorType(sizes.out if narrow else blocked_shape(sizes.out, lanes), "float32")
     inputs = [source, *(relax.const(w, "float32") for w in weights)]
-    return anchor(bb, "conv-transposed", vars(spec), inputs, kind, sizes.flops(spec.multiply_adds)), not narrow
+    parameters = {"spec": vars(spec), "tiles": [vars(tile) for tile in tiles]}
+    return anchor(bb, "conv-transposed", parameters, inputs, kind, sizes.flops(spec.multiply_adds)), not narrow
 
 
 # --- layouts ----------------------------------------------------------------------------------------------------

@@ -11,8 +11,10 @@ Names: m, n, k rows, columns, depth; a, b, y flat buffers; tile: rows x vectors 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 from tvm import tirx
@@ -20,7 +22,7 @@ from tvm.tirx.script import builder as T
 
 from ...passes.base import Caches
 from ..target import InstructionSet
-from .vectors import Buffer, Expr, Vectors
+from .vectors import LINE, Buffer, Expr, Vectors
 
 # Bytes below which a buffer of scope "global" stays on the stack, where LLVM turns it into registers.
 REGISTER_BUFFER = 1024
@@ -29,6 +31,8 @@ PARALLEL = 1 << 17
 UNROLL = 4  # steps of k that are written out
 FEW = 8  # tiles of A in the second cache, and times that B is read, from which on the depth is cut into parts
 MANY = 256  # rows from which on a panel that is too wide for the first cache is read often enough
+NEAR = 2  # tiles of a panel up to which none asks for the next one: it would be gone again before it is read
+SOON = 512  # elements ahead that are asked for instead
 SUMS = 1 << 18  # elements of the sums that wait between two parts of the depth
 
 # Called with a vector of results, its row and first column, and how many of its lanes exist (None: all).
@@ -59,10 +63,11 @@ class GemmSpec:
 
 @dataclass(frozen=True)
 class GemmTile:
-    """Rows and vectors of accumulators."""
+    """Rows and vectors of accumulators. depth: steps of k of one part, 0: all at once, None: as the sizes ask for."""
 
     rows: int
     vectors: int
+    depth: int | None = None
 
 
 def loads_cost(rows: int, vectors: int) -> float:
@@ -72,27 +77,42 @@ def loads_cost(rows: int, vectors: int) -> float:
 
 
 def choose_tile(rows: int | None, columns: int, isa: InstructionSet, lanes: int) -> GemmTile:
-    """The tile that keeps the most accumulators and wastes the fewest, for a machine of `isa.registers` registers.
+    """The tile that keeps the most accumulators and wastes the fewest, for a machine of `isa.registers` registers."""
+    return tiles(rows, columns, isa, lanes)[0]
+
+
+def tiles(
+    rows: int | None, columns: int, isa: InstructionSet, lanes: int, shorter: Sequence[int] = (0,)
+) -> list[GemmTile]:
+    """Tiles, the one that should take the fewest cycles first. shorter: by how many rows than fit.
 
     The accumulators, the vectors of B of one step and the element of A that meets them fit into registers.
     """
     total = -(-columns // lanes)
-    best, best_cost = GemmTile(1, 1), float("inf")
-    for vectors in (1, 2, 3, 4, 6, 8):
-        if vectors > max(1, total):
-            break
-        most = (isa.registers - 1 - vectors) // vectors
-        if most < 1:
-            break
+    costs: dict[GemmTile, float] = {}
+    for vectors, less in itertools.product((1, 2, 3, 4, 6, 8), shorter):
+        most = (isa.registers - 1 - vectors) // vectors - less
+        if vectors > max(1, total) or most < 1:
+            continue
         height = most if rows is None else -(-rows // -(-rows // most)) if rows else 1
         # Per step of k: an FMA a cycle and unit, a load a cycle and unit, latency hidden by eight accumulators.
         work = max(height * vectors, height + vectors, min(8, 2 * isa.registers // 4))
-        tiles = -(-total // vectors) * (1 if rows is None else -(-rows // height)) / height ** (rows is None)
+        count = -(-total // vectors) * (1 if rows is None else -(-rows // height)) / height ** (rows is None)
         wide = isa.registers >= 32 and (rows is None or rows >= MANY)
-        cost = work * tiles * (loads_cost(height, vectors) if wide else 1 + 0.02 * abs(vectors - 2))
-        if cost < best_cost:
-            best, best_cost = GemmTile(height, vectors), cost
-    return best
+        costs[GemmTile(height, vectors)] = work * count * (
+            loads_cost(height, vectors) if wide else 1 + 0.02 * abs(vectors - 2)
+        )
+    return sorted(costs, key=costs.__getitem__)
+
+
+def part_of_depth(rows: int, inner: int, tile: GemmTile, caches: Caches) -> int | None:
+    """Steps of k of one part, where all of a packed B would come from far away many times: a part of A that stays in
+    half of the second cache has few rows. None elsewhere."""
+    most = caches.l2 // 2 // (4 * tile.rows)  # steps of k times tiles
+    if most >= FEW * inner or -(-rows // tile.rows) * inner < FEW * most:
+        return None
+    parts = -(-inner * 2 * FEW // most)
+    return -(-inner // (parts * UNROLL)) * UNROLL
 
 
 def panels(columns: int, tile: GemmTile, lanes: int) -> list[tuple[int, int]]:
@@ -182,15 +202,12 @@ class GemmEmitter:
     # -- depth in parts --------------------------------------------------------------------------------------
 
     def part_of_depth(self) -> int | None:
-        """Steps of k of one part, where all of B would come from far away many times: a part of A that stays in half of
-        the second cache has few rows. None elsewhere."""
+        """Steps of k of one part; None where all of it is one."""
         if not (self.spec.packed and isinstance(self.rows, int) and isinstance(self.inner, int)):
             return None
-        most = self.caches.l2 // 2 // (4 * self.tile.rows)  # steps of k times tiles
-        if most >= FEW * self.inner or -(-self.rows // self.tile.rows) * self.inner < FEW * most:
-            return None
-        parts = -(-self.inner * 2 * FEW // most)
-        return -(-self.inner // (parts * UNROLL)) * UNROLL
+        if self.tile.depth is not None:
+            return self.tile.depth or None
+        return part_of_depth(self.rows, self.inner, self.tile, self.caches)
 
     def _deep(self, cuts: Sequence[tuple[int, int]], depth: int) -> None:
         """The product in parts of the depth: a part of A stays in the second cache while all panels of a task go
@@ -291,6 +308,12 @@ class GemmEmitter:
                 self._tile(size, panel, before, item)
             size //= 2
 
+    def _near(self, start: Expr, group: int, step: int, k: Expr) -> None:
+        """Ask for what is read soon, where few tiles read a panel and most of it is far away."""
+        at = T.Bind(start + k * self.const(step) + self.const(SOON))
+        for line in range(0, group, LINE):
+            self.vectors.prefetch(self.b, at + self.const(line))
+
     def _tile(
         self, height: int, panel: _Panel, row: Expr, item: Expr, part: _Part | None = None,
         turn: tuple[Expr, int] | None = None,
@@ -333,8 +356,11 @@ class GemmEmitter:
         if turn is not None and isinstance(self.inner, int):
             begin = T.Bind(b_start + part.start * const(b_step)) if part else b_start
             total = (part.depth if part else self.inner) // UNROLL * UNROLL * b_step
-            ask = v.ahead(self.b, begin, total, UNROLL * b_step, *turn, const)
-            ahead = ask and (lambda k: ask(begin + k * const(b_step)))
+            if turn[1] > NEAR:
+                ask = v.ahead(self.b, begin, total, UNROLL * b_step, *turn, const)
+                ahead = ask and (lambda k: ask(begin + k * const(b_step)))
+            elif 4 * self.inner * spec.columns > self.caches.l2:
+                ahead = partial(self._near, b_start, UNROLL * b_step, b_step)
         if part is None:
             repeat(self.inner, UNROLL, step, self.index, ahead)
             finish()

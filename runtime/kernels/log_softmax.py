@@ -1,4 +1,7 @@
-"""LogSoftmax of float32 rows: x - (m + log of the sum of e^(x - m)), m the row's maximum."""
+"""LogSoftmax and the logarithm of the sum of exponentials of float32 rows, m being the row's maximum:
+
+    LSE = m + log of the sum of e^(x - m),   Y = (x - m) - log of the sum of e^(x - m)
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,44 @@ GROUP = 4  # vectors of one turn
 WEIGHT = 4
 
 
+def _log_total(v: Vectors, x: Buffer, start: Expr, length: int | Expr, most: Expr, index: str) -> Expr:
+    """log of the sum of e^(x - most) over a row, in every lane."""
+
+    def term(total: Expr, at: Expr, part: Expr | int | None) -> Expr:
+        value = v.load(x, at, count_of(part, index), NEGATIVE_INFINITY)
+        return total + v.exp(value - v.splat(most))
+
+    return T.Bind(functions.log(v, v.splat(row_total(v, length, start, index, term))))
+
+
+def log_sum_exp(
+    rows: Shape, length: Size, isa: InstructionSet, threads: int = 1, name: str | None = None
+) -> tirx.PrimFunc:
+    """A kernel (X, Y) -> None: the LSE of each row of X (*rows, length); infinite where an element is, or all are -inf.
+
+    name: of the exported symbol; None for a function that only its own module calls.
+    """
+
+    def write(v: Vectors, buffers: dict[str, Buffer], size: Callable[[Size], int | Expr], index: str) -> None:
+        count, width = number_of(rows, size), size(length)
+        x, y = buffers["x"], buffers["y"]
+
+        def emit(row: Expr) -> None:
+            start = T.Bind(row * width)
+            most = row_most(v, width, start, index, x)
+            total = T.Bind(v.splat(most) + _log_total(v, x, start, width, most, index))
+            # inf - inf is no number, though the sum is infinite.
+            top = v.splat(most)
+            v.store(y, row, v.choose("eq", top, v.splat(math.inf), top, total), tirx.const(1, index))
+
+        each_row(count, count * width * WEIGHT, threads, index, emit)
+
+    known = [d for d in (*rows, length) if isinstance(d, int)]
+    flops = 20 * math.prod(known) if len(known) == len(rows) + 1 else None
+    tensors: dict[str, tuple[Shape, str]] = {"x": ((*rows, length), "float32"), "y": (tuple(rows), "float32")}
+    return flat_kernel(name or "log_sum_exp", tensors, isa, write, name is not None, flops)
+
+
 def log_softmax(shape: Shape, isa: InstructionSet, threads: int = 1, name: str | None = None) -> tirx.PrimFunc:
     """A kernel (X, Y) -> None over the last axis of a shape.
 
@@ -34,13 +75,7 @@ def log_softmax(shape: Shape, isa: InstructionSet, threads: int = 1, name: str |
         def emit(number: Expr) -> None:
             start = T.Bind(number * length)
             most = row_most(v, length, start, index, x)
-
-            def term(total: Expr, at: Expr, part: Expr | int | None) -> Expr:
-                value = v.load(x, at, count_of(part, index), NEGATIVE_INFINITY)
-                return total + v.exp(value - v.splat(most))
-
-            total = row_total(v, length, start, index, term)
-            shift = T.Bind(functions.log(v, v.splat(total)))
+            shift = _log_total(v, x, start, length, most, index)
 
             def output(offsets: list[Expr], part: Expr | int | None) -> None:
                 for offset in offsets:

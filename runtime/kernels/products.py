@@ -10,16 +10,15 @@ from tvm import relax, tirx
 from ..elements import Size, expression, product, size_of
 from ..target import Target
 from ..templates import Body, anchor, template
-from .gemm import GemmEmitter, GemmSpec, choose_tile, pack
+from .gemm import GemmEmitter, GemmSpec, GemmTile, choose_tile, pack
 from .vectors import Expr, Vectors
 
 
 @template("gemm")
 def gemm(parameters: dict[str, Any], body: Body) -> None:
-    """A (..., M, K) · B (K, N) packed or (..., K, N) in place. parameters: those of GemmSpec."""
-    spec = GemmSpec(**parameters)
+    """A (..., M, K) · B (K, N) packed or (..., K, N) in place. parameters: the fields of GemmSpec and of GemmTile."""
+    spec, tile = GemmSpec(**parameters["spec"]), GemmTile(**parameters["tile"])
     v = body.vectors
-    tile = choose_tile(spec.rows, spec.columns, body.target.isa, v.lanes)
     a, b = body.inputs
     leading = body.out_shape[:-1]
     analyzer = tvm.sym.Analyzer()
@@ -41,6 +40,12 @@ def gemm(parameters: dict[str, Any], body: Body) -> None:
     height, inner, count = (_number(size) for size in (rows, body.shapes[0][-1], batch))
     target = body.target
     GemmEmitter(v, spec, tile, height, inner, count, a, b, finish, target.cores, target.caches, body.index).emit()
+
+
+def chosen_tile(spec: GemmSpec, target: Target) -> GemmTile:
+    """The tuned one; by rule where there is none."""
+    tuned = target.tuning.find("gemm", vars(spec))
+    return GemmTile(**tuned) if tuned else choose_tile(spec.rows, spec.columns, target.isa, Vectors(target.isa).lanes)
 
 
 def _number(size: Size) -> Expr | int:
@@ -78,15 +83,15 @@ def matmul(bb: relax.BlockBuilder, a: Any, b: Any, target: Target, packed: dict[
     weight = b.value.numpy() if isinstance(b, tvm.ir.GenericConst) and shared_b else None
     known = [size if isinstance(size, int) else None for size in (height, inner, count)]
     spec = GemmSpec(known[0], known[1], columns, weight is not None, known[2], shared_a, shared_b)
+    lanes = Vectors(target.isa).lanes
+    tile = chosen_tile(spec, target)
     if weight is not None:
-        lanes = Vectors(target.isa).lanes
-        tile = choose_tile(spec.rows, columns, target.isa, lanes)
         key = (b, tile.vectors)
         if key not in packed:
             packed[key] = relax.const(pack(weight.reshape(weight.shape[-2:]), tile, lanes), "float32")
         b = packed[key]
     out = relax.TensorType([expression(d) for d in (*batch, rows, columns)], "float32")
-    return anchor(bb, "gemm", vars(spec), [a, b], out, spec.flops)
+    return anchor(bb, "gemm", {"spec": vars(spec), "tile": vars(tile)}, [a, b], out, spec.flops)
 
 
 def _padded(dims: list[Size], other: list[Size]) -> list[Size]:

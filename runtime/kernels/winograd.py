@@ -25,9 +25,10 @@ from tvm.tirx.script import builder as T
 from ...passes.base import Caches
 from ..target import InstructionSet
 from .conv_direct import UNROLL, step_cycles, widest
-from .conv_spec import Accumulators, ConvSpec, Emission, axis, split_evenly
+from .conv_spec import Accumulators, ConvSpec, ConvTile, Emission, axis, split_evenly
 from .vectors import Buffer, Expr, Vectors
 
+BY_RULE = ConvTile("winograd")
 POSITIONS = 16
 # G of F(2, 3): the transform of three weights to four.
 WEIGHTS = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])
@@ -46,16 +47,18 @@ def refusal(spec: ConvSpec) -> str | None:
     return None if spec.blocked_input else "a plain input"
 
 
-@functools.cache
-def vectors_of(spec: ConvSpec, isa: InstructionSet) -> int:
-    """Output vectors of a panel: the number that leaves the fewest empty in the last one, the larger the better."""
+def vectors_of(spec: ConvSpec, isa: InstructionSet, tile: ConvTile) -> int:
+    """Output vectors of a panel: by rule the number that leaves the fewest empty in the last one, the larger the
+    better."""
+    if tile.vectors is not None:
+        return tile.vectors
     blocks = spec.out_blocks(Vectors(isa).lanes)
     return min((3, 2, 1) if isa.registers < 32 else (2, 3, 1, 4), key=lambda v: -(-blocks // v) * v)
 
 
-def pack(weight: np.ndarray, spec: ConvSpec, isa: InstructionSet) -> np.ndarray:
+def pack(weight: np.ndarray, spec: ConvSpec, isa: InstructionSet, tile: ConvTile) -> np.ndarray:
     """OIHW weights transformed and packed, one axis."""
-    lanes, vectors = Vectors(isa).lanes, vectors_of(spec, isa)
+    lanes, vectors = Vectors(isa).lanes, vectors_of(spec, isa, tile)
     blocks = spec.out_blocks(lanes)
     transformed = np.einsum("pi,ocij,qj->pqco", WEIGHTS, weight.astype(np.float64), WEIGHTS)
     transformed = transformed.reshape(POSITIONS, spec.in_channels, spec.out_channels)
@@ -78,38 +81,47 @@ class Plan:
 
 
 @functools.cache
-def plan(spec: ConvSpec, isa: InstructionSet, caches: Caches, threads: int) -> Plan:
-    lanes, vectors = Vectors(isa).lanes, vectors_of(spec, isa)
+def plan(spec: ConvSpec, isa: InstructionSet, caches: Caches, threads: int, tile: ConvTile = BY_RULE) -> Plan:
+    """The one with the fewest cycles of those that a tile leaves open."""
+    return plans(spec, isa, caches, threads, tile)[0]
+
+
+def plans(
+    spec: ConvSpec, isa: InstructionSet, caches: Caches, threads: int, tile: ConvTile = BY_RULE
+) -> list[Plan]:
+    """Those that a tile leaves open, that with the fewest cycles first."""
+    lanes, vectors = Vectors(isa).lanes, vectors_of(spec, isa, tile)
     high, wide = -(-spec.out_size[0] // 2), -(-spec.out_size[1] // 2)
     in_blocks, panels = spec.in_blocks(lanes), -(-spec.out_blocks(lanes) // vectors)
-    best: Plan | None = None
+    found: list[Plan] = []
     for row_blocks, panel_blocks in itertools.product(range(1, high + 1), range(1, min(panels, 2 * threads) + 1)):
         rows, each = -(-high // row_blocks), -(-panels // panel_blocks)
         if -(-high // rows) != row_blocks or -(-panels // each) != panel_blocks:
             continue
+        if tile.rows not in (None, rows) or tile.panels not in (None, each):
+            continue
         tiles = rows * wide
         if tiles * POSITIONS * in_blocks * lanes * 4 > caches.l2 / 2 and rows > 1:
             continue
-        widths = split_evenly(tiles, -(-tiles // widest(isa, vectors)))
+        widths = split_evenly(tiles, -(-tiles // (tile.width or widest(isa, vectors))))
         product = sum(spec.in_channels * step_cycles(w, vectors) + 2 * w * vectors + 20 for w in widths)
         # Weights come from the second cache or further away, at 16 bytes a cycle.
         product = max(product, spec.in_channels * vectors * lanes * 4 / 16)
         panel = POSITIONS * product + tiles * vectors * OUTPUT_CYCLES
         task = tiles * in_blocks * INPUT_CYCLES + each * panel
         cycles = -(-(spec.batch or 1) * row_blocks * panel_blocks // threads) * task
-        if best is None or cycles < best.cycles:
-            best = Plan(rows, row_blocks, tuple(widths), each, panel_blocks, cycles)
-    assert best is not None
-    return best
+        found.append(Plan(rows, row_blocks, tuple(widths), each, panel_blocks, cycles))
+    return sorted(found, key=lambda each: each.cycles)
 
 
 class WinogradEmitter:
     """Emits one convolution into the IR builder that is open."""
 
-    def __init__(self, emission: Emission, caches: Caches) -> None:
+    def __init__(self, emission: Emission, tile: ConvTile, caches: Caches) -> None:
         self.e, self.spec, self.lanes = emission, emission.spec, emission.lanes
         isa = emission.vectors.isa
-        self.vectors, self.plan = vectors_of(self.spec, isa), plan(self.spec, isa, caches, emission.threads)
+        self.vectors = vectors_of(self.spec, isa, tile)
+        self.plan = plan(self.spec, isa, caches, emission.threads, tile)
         self.in_blocks, self.out_blocks = self.spec.in_blocks(self.lanes), self.spec.out_blocks(self.lanes)
         self.panels = -(-self.out_blocks // self.vectors)
         self.high, self.wide = (-(-size // 2) for size in self.spec.out_size)
@@ -309,5 +321,5 @@ def _transform_output(m: list[Value]) -> list[Value]:
     return [T.Bind(m[0] + m[1] + m[2]), T.Bind(m[1] - m[2] - m[3])]
 
 
-def emit(emission: Emission, caches: Caches) -> None:
-    WinogradEmitter(emission, caches).emit()
+def emit(emission: Emission, tile: ConvTile, caches: Caches) -> None:
+    WinogradEmitter(emission, tile, caches).emit()

@@ -320,6 +320,20 @@ def test_not_a_number_is_true() -> None:
     same(*run_one("Cast", [SPECIAL], to=onnx.TensorProto.BOOL))
 
 
+@pytest.mark.parametrize("op", ["ReduceMax", "ReduceMin"])
+@pytest.mark.parametrize("dtype, axes", [("float", "0, 2"), ("float16", "1, 2"), ("float16", "0, 2")])
+def test_extremes_of_any_axes_keep_nan(op: str, dtype: str, axes: str) -> None:
+    model = parse(
+        f'<ir_version: 8, opset_import: ["" : 17]> g ({dtype}[3, 4, 20] x) => (y) '
+        f"{{ y = {op} <axes = [{axes}], keepdims = 0> (x) }}"
+    )
+    x = np.random.default_rng(0).standard_normal((3, 4, 20)).astype("float32" if dtype == "float" else dtype)
+    x[1, 2, 3], x[0, 0, 19], x[2, 1] = np.nan, np.nan, -np.inf
+    take = np.max if op == "ReduceMax" else np.min
+    (y,) = compiled(model)({"x": x})
+    np.testing.assert_array_equal(y, take(x, tuple(int(a) for a in axes.split(","))))
+
+
 @pytest.mark.parametrize("op", ["Max", "Min"])
 def test_extremes_hand_on_nan_from_either_side(op: str) -> None:
     same(*run_one(op, [SPECIAL, SPECIAL[::-1].copy(), np.ones(7, np.float32)]))
@@ -439,7 +453,8 @@ def test_long_sums_of_float16_are_added_up_in_float32(op: str) -> None:
     ("text", "reason"),
     [
         ("(float[A, B, 8] x, float[1, 32, 8] w, float[1, 32, 8] r) => (y) { y = LSTM <hidden_size = 8> (x, w, r) }",
-         "no converter; the pass decompose replaces it where the shapes are known (--pin NAME=SHAPE)"),
+         "its weights are computed at run time; "
+         "the pass decompose replaces it where the shapes are known (--pin NAME=SHAPE)"),
         ("(float[1, 1, N, 8] x) => (y) { y = MaxPool <kernel_shape = [3, 3], strides = [2, 2], ceil_mode = 1> (x) }",
          "ceil_mode on a dynamic axis; fixed input shapes (--pin NAME=SHAPE) may cure it"),
         ("(float[3] x) => (y) { y = my.domain.Thing (x) }",

@@ -257,7 +257,7 @@ def test_the_steps_of_a_recurrence_are_joined_right(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     text = (
         "(float[7,2,20] x) => (float[7,2,48] y, float[2,2,24] h, float[2,2,24] c) {"
-        '  t, h, c = LSTM<hidden_size = 24, direction = "bidirectional">(x, w, r)'
+        '  t, h, c = LSTM<hidden_size = 24, direction = "bidirectional", clip = 9.0>(x, w, r)'
         "  u = Transpose<perm = [0,2,1,3]>(t)  y = Reshape(u, s) }"
     )
     model = parser.parse_model(f"{HEADER}\ng {text}")

@@ -93,3 +93,18 @@ def test_an_artifact_takes_any_size(tmp_path: Path) -> None:
 def test_devices_without_onnxruntime_compile_all(tmp_path: Path) -> None:
     artifact = build(net("2, 3, h, w"), Target.named("arm64"), tmp_path / "out")
     assert [region.runtime for region in artifact.manifest.regions] == ["tvm"]
+
+
+@pytest.mark.parametrize(("size", "expected"), [("n", {"y": UNKNOWN}), ("9", {})])
+def test_a_branch_with_such_a_convolution_is_left_alone_as_a_whole(size: str, expected: dict[str, str]) -> None:
+    text = f"""<ir_version: 8, opset_import: ["" : 17]>
+    g (bool c, float[1, 2, {size}] x) => (float[1, 2, {size}] y)
+      <float[2, 2, 3] w = {{1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12}}>
+    {{
+      y = If (c) <
+        then_branch = g1 () => (float[1, 2, {size}] t) {{ t = Conv <pads = [1, 1]> (x, w) }},
+        else_branch = g2 () => (float[1, 2, {size}] e) {{ e = Relu(x) }}
+      >
+    }}"""
+    model = ir.from_proto(onnx.shape_inference.infer_shapes(parser.parse_model(text)))
+    assert found(model) == expected

@@ -149,13 +149,13 @@ def test_doctor_tells_what_stays(cli: Cli, write: Callable[..., Path]) -> None:
 
 @pytest.mark.tvm
 def test_doctor_cures_operators(cli: Cli, write: Callable[..., Path]) -> None:
-    """TVM has no LSTM; a function of the model becomes its nodes."""
+    """There is no kernel for an LSTM with clip; a function of the model becomes its nodes."""
     header = '<ir_version: 10, opset_import: ["" : 20, "local" : 1]>'
     body = '<domain: "local", opset_import: ["" : 20]> Twice (a) => (b) { b = Add(a, a) }'
     path = write(
         "agraph (float[3,1,4] x) => (float[3,1,1,2] y) "
         "<float[1,8,4] w = {" + ", ".join(["0.1"] * 32) + "}, float[1,8,2] r = {" + ", ".join(["0.2"] * 16) + "}>"
-        "{ d = local.Twice(x)  y = LSTM<hidden_size=2>(d, w, r) }" + body,
+        "{ d = local.Twice(x)  y = LSTM<hidden_size=2, clip=3.0>(d, w, r) }" + body,
         header=header,
     )
     found = findings(cli, path)

@@ -18,7 +18,7 @@ from graphwright.passes import io
 from graphwright.passes.base import Change, Contract, PassReport, Skip
 from graphwright.runtime.compare import compare
 from graphwright.tools.optimize import spread
-from graphwright.tools.summary import Census, group_reasons, verdict_line
+from graphwright.tools.summary import Census, group_reasons, tuning_line, verdict_line
 
 Cli = Callable[..., Result]
 SIMPLIFY = ("--preset", "none", "--passes", "simplify")
@@ -211,3 +211,59 @@ def test_skips_are_shown_with_their_reason(capsys: pytest.CaptureFixture[str]) -
         "a     fired  r     done",
         "b     no     r     axis 0 is not the last",
     ]
+
+
+@pytest.mark.tvm
+def test_tune_measures_says_what_it_gained_and_goes_on(
+    cli: Cli, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from graphwright.runtime import tuner
+    from graphwright.runtime.worker import Compiler
+
+    monkeypatch.setattr(tuner, "cache_dir", lambda: tmp_path / "cache")
+    common: tuple[object, ...] = ("compile", model, "--pin", "x=2x8", "--overwrite", "-o", tmp_path / "a")
+    common = (*common, "--report", tmp_path / "report.html")
+    first = cli(*common, "--tune", "0.05", "-v")
+    assert re.search(r"tune -{20} 0 of 1 kernels, 0 faster, 0:0\d left", first.stderr)
+    line = r"^tuned: [01] of 1 kernel get another tile; those measured take \S+ instead of \S+ ms alone \(.* as fast\)$"
+    assert re.search(line, first.stdout, re.M)
+    assert re.search(r"<p>tuned: [01] of 1 kernel get", (tmp_path / "report.html").read_text())
+    monkeypatch.setattr(Compiler, "measure", None)
+    again = json.loads(cli(*common, "--tune", "0.05", "--format", "json").stdout)["tuning"]
+    assert (again["kernels"], again["known"], again["measured"]) == (1, 1, 0)
+    assert 0 < again["tuned_ms"] <= again["rule_ms"]
+    assert json.loads(cli(*common, "--format", "json").stdout)["tuning"] is None
+
+
+@pytest.mark.tvm
+def test_interrupted_tuning_ends_as_everything_else_does(
+    cli: Cli, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from graphwright.runtime import tuner
+    from graphwright.runtime.worker import Compiler
+
+    def interrupted(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tuner, "cache_dir", lambda: tmp_path / "cache")
+    monkeypatch.setattr(Compiler, "measure", interrupted)
+    result = cli("compile", model, "--pin", "x=2x8", "-o", tmp_path / "a", "--tune", "1", expect=130)
+    assert result.stderr.endswith("error: interrupted\n") and not (tmp_path / "a").exists()
+
+
+def test_tune_is_refused_in_one_line_where_nothing_can_be_measured(cli: Cli, model: Path) -> None:
+    result = cli("optimize", model, "--target", "cuda", "--tune", "1", expect=1)
+    assert result.stderr == "error: --tune: target cuda does not run on this machine; leave --tune out for it\n"
+    result = cli("optimize", model, "--tune", "1", expect=2)
+    assert result.stderr == "error: --tune measures compiled kernels; name a --target\n"
+    assert "x>=0" in cli("optimize", model, "--target", "cuda", "--tune", "-1", expect=2).stderr
+
+
+def test_the_line_about_tuning_says_what_is_left() -> None:
+    found = {"kernels": 5, "known": 3, "measured": 1, "faster": 2, "rule_ms": 3.0, "tuned_ms": 2.0}
+    assert tuning_line(found) == (
+        "tuned: 2 of 5 kernels get another tile; those measured take 2 instead of 3 ms alone (1.50 times as fast); "
+        "2 kernels not measured yet"
+    )
+    assert "none was measured" in tuning_line({**found, "known": 0, "faster": 0, "rule_ms": 0.0, "tuned_ms": 0.0})
+    assert "fix sizes with --pin" in tuning_line({**found, "kernels": 0})

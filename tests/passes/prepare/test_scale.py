@@ -21,7 +21,8 @@ from onnx import TensorProto, helper
 
 PREPARE = [
     "pin-shapes", "infer-shapes", "fold-constants", "dead-code", "common-subexpressions", "simplify",
-    "lift-constants", "dedupe-initializers", "inline-functions", "convert-opset", "decompose",
+    "lift-constants", "dedupe-initializers", "inline-functions", "convert-opset", "decompose", "cancel-transposes",
+    "standardise-contrib",
 ]  # fmt: skip
 
 

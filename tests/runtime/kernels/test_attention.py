@@ -24,13 +24,6 @@ INF = np.float32(np.inf)
 Arrays = dict[str, np.ndarray]
 
 
-def runnable(name: str) -> Target:
-    target = Target.named(name)
-    if not target.runs_here:
-        pytest.skip(f"this processor cannot run {name}")
-    return target
-
-
 def spec(**fields: Any) -> Any:
     from graphwright.runtime.kernels.attention_spec import AttentionSpec, Causal, Layout, Mask
 
@@ -139,7 +132,7 @@ KEYS = [1, 3, 4, 5, 7, 8, 9, 16, 17, 63, 64, 65, 127, 128, 129, 197, 257, 300]
 
 @pytest.mark.parametrize("queries", SIZES)
 @pytest.mark.parametrize("name", X86)
-def test_static_lengths(name: str, queries: int) -> None:
+def test_static_lengths(runnable: Callable[[str], Target], name: str, queries: int) -> None:
     for keys in (1, 5, 8, 67, 128, 197):
         description = spec(queries=queries, keys=keys)
         check(runnable(name), description, draw(description))
@@ -147,7 +140,7 @@ def test_static_lengths(name: str, queries: int) -> None:
 
 @pytest.mark.parametrize("causal", ["no", "start", "end"])
 @pytest.mark.parametrize("name", X86)
-def test_dynamic_lengths(name: str, causal: str) -> None:
+def test_dynamic_lengths(runnable: Callable[[str], Target], name: str, causal: str) -> None:
     description = spec(batch=None, causal=causal)
     for queries in SIZES:
         for keys in KEYS:
@@ -156,7 +149,7 @@ def test_dynamic_lengths(name: str, causal: str) -> None:
 
 @pytest.mark.parametrize("queries", [1, 5, 33])
 @pytest.mark.parametrize("name", X86)
-def test_heads_in_columns_beside_other_things(name: str, queries: int) -> None:
+def test_heads_in_columns_beside_other_things(runnable: Callable[[str], Target], name: str, queries: int) -> None:
     """What stands between them, here NaN, is not read: queries, keys and values of one projection, heads together or
     each head's three together."""
     from graphwright.runtime.kernels.attention_spec import Columns
@@ -175,7 +168,7 @@ def test_heads_in_columns_beside_other_things(name: str, queries: int) -> None:
 )
 @pytest.mark.parametrize("queries", [1, 20])
 @pytest.mark.parametrize("name", X86)
-def test_head_sizes(name: str, queries: int, size: int, value_size: int) -> None:
+def test_head_sizes(runnable: Callable[[str], Target], name: str, queries: int, size: int, value_size: int) -> None:
     description = spec(queries=queries, keys=37, head_size=size, value_size=value_size, scale=size**-0.5)
     check(runnable(name), description, draw(description))
 
@@ -186,7 +179,7 @@ def test_head_sizes(name: str, queries: int, size: int, value_size: int) -> None
 )
 @pytest.mark.parametrize("queries", [1, 3, 53, None])
 @pytest.mark.parametrize("name", X86)
-def test_layouts(name: str, queries: int | None, layouts: str) -> None:
+def test_layouts(runnable: Callable[[str], Target], name: str, queries: int | None, layouts: str) -> None:
     target = runnable(name)
     q, k, v, y = layouts.split()
     description = spec(batch=2, queries=queries, keys=queries and 75, q=q, k=k, v=v, y=y, heads=4, kv_heads=2)
@@ -201,7 +194,9 @@ def test_layouts(name: str, queries: int | None, layouts: str) -> None:
 @pytest.mark.parametrize("causal", ["no", "end"])
 @pytest.mark.parametrize("queries", [1, 4, 53])
 @pytest.mark.parametrize("name", WIDE)
-def test_masks(name: str, queries: int, causal: str, mask: str, axes: tuple[bool, bool, bool]) -> None:
+def test_masks(
+    runnable: Callable[[str], Target], name: str, queries: int, causal: str, mask: str, axes: tuple[bool, bool, bool]
+) -> None:
     target = runnable(name)
     description = spec(batch=2, queries=queries, keys=139, mask=mask, mask_axes=axes, causal=causal)
     check(target, description, draw(description))
@@ -221,7 +216,7 @@ def test_grouped_heads(causal: str, queries: int, heads: int, kv_heads: int) -> 
 
 @pytest.mark.parametrize("queries", [1, 50])
 @pytest.mark.parametrize("name", X86)
-def test_softcap(name: str, queries: int) -> None:
+def test_softcap(runnable: Callable[[str], Target], name: str, queries: int) -> None:
     description = spec(queries=queries, keys=60, softcap=5.0, scale=2.0, mask="keep", mask_axes=(False, False, True))
     check(runnable(name), description, draw(description))
 
@@ -229,7 +224,7 @@ def test_softcap(name: str, queries: int) -> None:
 @pytest.mark.parametrize("queries", [2, 30])
 @pytest.mark.parametrize("zero_rows", [True, False])
 @pytest.mark.parametrize("name", WIDE)
-def test_queries_that_see_no_key(name: str, zero_rows: bool, queries: int) -> None:
+def test_queries_that_see_no_key(runnable: Callable[[str], Target], name: str, zero_rows: bool, queries: int) -> None:
     """They give 0 as the standard's Attention does, or NaN as a softmax does; masked by the lowest float, the mean."""
     target = runnable(name)
     masked = spec(queries=queries, keys=40, mask="added", mask_axes=(False, False, True), zero_rows=zero_rows)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -27,13 +27,6 @@ from graphwright.runtime.kernels.channels import pieces  # noqa: E402
 HEADER = '<ir_version: 10, opset_import: ["" : 20]>'
 TARGET = Target.named("cpu")
 X86 = ["cpu-avx512", "cpu-avx2", "cpu-baseline"]
-
-
-def runnable(name: str) -> Target:
-    target = Target.named(name)
-    if not target.runs_here:
-        pytest.skip(f"this processor cannot run {name}")
-    return target
 
 
 def draw(*shape: int) -> np.ndarray:
@@ -82,7 +75,9 @@ def compare(text: str, target: Target = TARGET, **weights: np.ndarray) -> list[s
 @pytest.mark.parametrize("places", [(1,), (3,), (7,), (8,), (9,), (4, 4), (5, 7), (16, 17)])
 @pytest.mark.parametrize("channels", [1, 7, 8, 9, 15, 16, 17, 24, 33])
 @pytest.mark.parametrize("name", ["cpu-avx512", "cpu-avx2"])
-def test_into_blocks_and_out(name: str, channels: int, places: tuple[int, ...]) -> None:
+def test_into_blocks_and_out(
+    runnable: Callable[[str], Target], name: str, channels: int, places: tuple[int, ...]
+) -> None:
     target = runnable(name)
     lanes = max(4, target.isa.lanes(32))
     x = draw(2, channels, *places)
@@ -121,7 +116,7 @@ def test_every_lane_is_made_of_the_right_channel(ranges, lanes) -> None:
 
 @pytest.mark.parametrize("channels", [(8, 8), (24, 24), (3, 5, 9), (1, 1, 1, 1), (17, 16, 15), (40, 7)])
 @pytest.mark.parametrize("name", X86)
-def test_concat_of_convolutions(name: str, channels: tuple[int, ...]) -> None:
+def test_concat_of_convolutions(runnable: Callable[[str], Target], name: str, channels: tuple[int, ...]) -> None:
     weights = {f"w{i}": draw(c, 8, 1, 1) for i, c in enumerate(channels)}
     convs = "  ".join(f"c{i} = Conv(x, w{i})" for i in range(len(channels)))
     names = ", ".join(f"c{i}" for i in range(len(channels)))
@@ -146,7 +141,7 @@ def test_concat_along_one_axis_of_the_image() -> None:
 
 @pytest.mark.parametrize("sizes", [(8, 24), (16, 16), (5, 27), (1, 30, 1), (4, 4, 4, 20)])
 @pytest.mark.parametrize("name", X86)
-def test_split_between_convolutions(name: str, sizes: tuple[int, ...]) -> None:
+def test_split_between_convolutions(runnable: Callable[[str], Target], name: str, sizes: tuple[int, ...]) -> None:
     names = [f"s{i}" for i in range(len(sizes))]
     weights = {f"w{i}": draw(8, c, 1, 1) for i, c in enumerate(sizes)}
     convs = "  ".join(f"c{i} = Conv({n}, w{i})" for i, n in enumerate(names))

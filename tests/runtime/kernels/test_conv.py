@@ -18,7 +18,9 @@ pytestmark = [pytest.mark.tvm, pytest.mark.torch]
 
 from graphwright.runtime.kernels.conv import (  # noqa: E402
     ConvSpec,
+    ConvTile,
     choose_algorithm,
+    choose_tile,
     conv,
     pack_weights,
     supported,
@@ -50,13 +52,6 @@ def same(kernel: int) -> tuple[int, int, int, int]:
     return (kernel // 2,) * 4
 
 
-def runnable(name: str) -> Target:
-    target = Target.named(name)
-    if not target.runs_here:
-        pytest.skip(f"this processor cannot run {name}")
-    return target
-
-
 def block(x: np.ndarray, lanes: int) -> np.ndarray:
     """(N, C, H, W) -> (N, ceil(C/L), H, W, L); lanes beyond C hold a number that must not matter."""
     n, c, h, w = x.shape
@@ -74,10 +69,10 @@ def unblock(y: np.ndarray, channels: int) -> np.ndarray:
 def kernel(spec: ConvSpec, target: Target, threads: int = 2, algorithm: str | None = None) -> Kernel:
     import tvm
 
-    function = conv(spec, target.isa, threads, algorithm, "conv", target.caches)
+    tile = ConvTile(algorithm) if algorithm else choose_tile(spec, target.isa, target.caches)
+    function = conv(spec, target.isa, threads, tile, "conv", target.caches)
     compiled = tvm.compile(tvm.IRModule({"conv": function}), target.tvm())["conv"]
     lanes, blocks = Vectors(target.isa).lanes, spec.out_blocks(Vectors(target.isa).lanes)
-    chosen = algorithm or choose_algorithm(spec, target.isa, target.caches)[0]
 
     def run(x: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> np.ndarray:
         stored = block(x, lanes) if spec.blocked_input else x
@@ -85,7 +80,7 @@ def kernel(spec: ConvSpec, target: Target, threads: int = 2, algorithm: str | No
         y = np.full((len(x), blocks, *spec.out_size, lanes), 12345.0, np.float32)
         given_bias = np.zeros(blocks * lanes, np.float32)
         given_bias[: len(bias)] = bias
-        packed = pack_weights(weight, spec, target.isa, chosen)
+        packed = pack_weights(weight, spec, target.isa, tile)
         images = (len(x), -1) if len(x) else (0, spec.image(lanes))
         flat = [stored.reshape(images), packed, given_bias, y.reshape(len(x), int(np.prod(y.shape[1:])))]
         arguments = [tvm.runtime.tensor(a) for a in flat]
@@ -187,25 +182,25 @@ WINOGRAD = {
 
 @pytest.mark.parametrize("case", DIRECT)
 @pytest.mark.parametrize("name", X86)
-def test_direct(name: str, case: str) -> None:
+def test_direct(runnable: Callable[[str], Target], name: str, case: str) -> None:
     check(DIRECT[case], runnable(name), algorithm="direct")
 
 
 @pytest.mark.parametrize("case", DEPTHWISE)
 @pytest.mark.parametrize("name", X86)
-def test_depthwise(name: str, case: str) -> None:
+def test_depthwise(runnable: Callable[[str], Target], name: str, case: str) -> None:
     check(DEPTHWISE[case], runnable(name), algorithm="depthwise")
 
 
 @pytest.mark.parametrize("case", WINOGRAD)
 @pytest.mark.parametrize("name", X86)
-def test_winograd(name: str, case: str) -> None:
+def test_winograd(runnable: Callable[[str], Target], name: str, case: str) -> None:
     check(WINOGRAD[case], runnable(name), algorithm="winograd")
 
 
 @pytest.mark.parametrize("channels", [1, 15, 16, 17, 31, 33, 80, 112])
 @pytest.mark.parametrize("name", WIDE)
-def test_channels_that_do_not_fill_vectors(name: str, channels: int) -> None:
+def test_channels_that_do_not_fill_vectors(runnable: Callable[[str], Target], name: str, channels: int) -> None:
     target = runnable(name)
     check(spec_of((channels, 16), (7, 9), (3, 3), pads=same(3)), target)
     check(spec_of((16, channels), (7, 9), (1, 1)), target)
@@ -223,7 +218,7 @@ def test_widths_around_tiles(width: int) -> None:
 
 @pytest.mark.parametrize("case", ["3x3", "1x1", "stride 2", "plain input"])
 @pytest.mark.parametrize("name", WIDE)
-def test_batch_known_at_run_time(name: str, case: str) -> None:
+def test_batch_known_at_run_time(runnable: Callable[[str], Target], name: str, case: str) -> None:
     target = runnable(name)
     spec = dataclasses.replace(DIRECT[case], batch=None)
     for images in (1, 3):
@@ -250,7 +245,7 @@ def test_threads_share_rows_and_panels(threads: int) -> None:
 
 
 @pytest.mark.parametrize("name", X86)
-def test_weights_larger_than_the_cache(name: str) -> None:
+def test_weights_larger_than_the_cache(runnable: Callable[[str], Target], name: str) -> None:
     """Sums wait in memory while one part of the input channels after the other is added for all pixels."""
     target = dataclasses.replace(runnable(name), caches=Caches(4 << 10, 64 << 10, 1 << 20))
     check(spec_of((160, 96), (9, 20), (3, 3), pads=same(3)), target)
@@ -268,7 +263,9 @@ SIZES = st.integers(1, 20)
     st.tuples(*[st.integers(0, 4)] * 4), st.tuples(st.integers(1, 2), st.integers(1, 2)),
     st.sampled_from(["blocked", "plain", "depthwise", "winograd"]), st.sampled_from(X86), st.integers(1, 3),
 )  # fmt: skip
-def test_any_convolution(channels, size, window, strides, pads, dilations, kind, name, batch) -> None:
+def test_any_convolution(
+    runnable: Callable[[str], Target], channels, size, window, strides, pads, dilations, kind, name, batch
+) -> None:
     if kind == "winograd":
         window, strides, dilations = (3, 3), (1, 1), (1, 1)
     assume(all(size[i] + pads[i] + pads[i + 2] > (window[i] - 1) * dilations[i] for i in (0, 1)))
@@ -304,7 +301,7 @@ def test_choice_names_its_reason() -> None:
 
 def test_weights_of_another_shape_are_refused() -> None:
     with pytest.raises(ValueError, match=r"expected \(48, 32, 3, 3\)"):
-        pack_weights(np.zeros((48, 32, 1, 1), np.float32), DIRECT["3x3"], Target.named("cpu").isa, "direct")
+        pack_weights(np.zeros((48, 32, 1, 1), np.float32), DIRECT["3x3"], Target.named("cpu").isa, ConvTile("direct"))
 
 
 @pytest.mark.parametrize("name", ["arm64", "armv7", "riscv64"])
@@ -316,5 +313,5 @@ def test_other_machines_compile(name: str) -> None:
         (DIRECT["3x3"], "direct"), (DIRECT["plain input"], "direct"), (DEPTHWISE["3x3"], "depthwise"),
         (WINOGRAD["odd"], "winograd"),
     ]:  # fmt: skip
-        function = conv(spec, target.isa, 2, algorithm, "conv", target.caches)
+        function = conv(spec, target.isa, 2, ConvTile(algorithm), "conv", target.caches)
         assert tvm.compile(tvm.IRModule({"conv": function}), target.tvm())

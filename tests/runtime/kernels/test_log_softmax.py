@@ -1,4 +1,4 @@
-"""LogSoftmax against NumPy in float64: lengths on the boundaries, fixed and free, special rows."""
+"""LogSoftmax and sums of exponentials against NumPy in float64: lengths on boundaries, fixed and free, special rows."""
 
 from __future__ import annotations
 
@@ -17,13 +17,6 @@ X86 = ["cpu-avx512", "cpu-avx2", "cpu-baseline"]
 # Vectors have 4, 8 or 16 lanes, turns are of 4 of them, sums of 2^13 or 2^14 elements begin anew.
 LENGTHS = sorted({1, 2, 100} | {n + d for n in (4, 8, 16, 64, 128, 256, 1 << 13, 1 << 14) for d in (-1, 0, 1)})
 INF = np.float32(np.inf)
-
-
-def runnable(name: str) -> Target:
-    target = Target.named(name)
-    if not target.runs_here:
-        pytest.skip(f"this processor cannot run {name}")
-    return target
 
 
 @functools.cache
@@ -61,7 +54,7 @@ def draw(*shape: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", X86)
-def test_lengths(name: str) -> None:
+def test_lengths(runnable: Callable[[str], Target], name: str) -> None:
     target = runnable(name)
     for length in LENGTHS:
         check(kernel(target, ("n", "m")), draw(3, length))
@@ -80,7 +73,7 @@ def test_shapes_and_threads() -> None:
 
 
 @pytest.mark.parametrize("name", X86)
-def test_special_rows(name: str) -> None:
+def test_special_rows(runnable: Callable[[str], Target], name: str) -> None:
     x = draw(6, 19)
     x[0, 3] = -INF
     x[1, :] = -INF
@@ -96,3 +89,38 @@ def test_a_shift_changes_nothing(data: np.ndarray, shift: float) -> None:
     run, x = kernel(Target.named("cpu"), ("n", "m")), data[None]
     np.testing.assert_allclose(run(x + np.float32(shift)), run(x), rtol=0, atol=1e-5)
     assert abs(np.exp(run(x).astype(np.float64)).sum() - 1) < 1e-5
+
+
+@functools.cache
+def sums(target: Target, rows: tuple[int | str, ...], length: int | str, threads: int = 1) -> Callable[..., np.ndarray]:
+    import tvm
+    from graphwright.runtime.kernels.log_softmax import log_sum_exp
+
+    function = log_sum_exp(rows, length, target.isa, threads, "log_sum_exp")
+    compiled = tvm.compile(tvm.IRModule({"log_sum_exp": function}), target.tvm())["log_sum_exp"]
+
+    def run(x: np.ndarray) -> np.ndarray:
+        y = tvm.runtime.tensor(np.full(x.shape[:-1], 12345.0, np.float32))
+        compiled(tvm.runtime.tensor(x), y)
+        return y.numpy()
+
+    return run
+
+
+def check_sums(run: Callable[..., np.ndarray], x: np.ndarray) -> None:
+    wide = x.astype(np.float64)
+    top = np.nan_to_num(wide.max(axis=-1, keepdims=True, initial=-np.inf), nan=0, posinf=0, neginf=0)
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+        expected = (np.log(np.exp(wide - top).sum(axis=-1, keepdims=True)) + top)[..., 0]
+    np.testing.assert_allclose(run(x), expected, rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", X86)
+def test_sums_of_exponentials(runnable: Callable[[str], Target], name: str) -> None:
+    target = runnable(name)
+    for length in (*LENGTHS, 0):
+        check_sums(sums(target, ("n",), "m"), draw(3, length))
+    x = draw(6, 19)
+    x[0, 3], x[1, :], x[2, 18], x[3, 4], x[4, :] = -INF, -INF, INF, np.nan, 3e38
+    check_sums(sums(target, (6,), 19), x)
+    check_sums(sums(target, ("a", 3), 30, 2), draw(200, 3, 30))

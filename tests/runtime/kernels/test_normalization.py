@@ -25,13 +25,6 @@ LENGTHS = sorted({1, 2, 100, 197} | {n + d for n in (4, 16, 64, 256, 1 << 14) fo
 Kernel = Callable[..., np.ndarray]
 
 
-def runnable(name: str) -> Target:
-    target = Target.named(name)
-    if not target.runs_here:
-        pytest.skip(f"this processor cannot run {name}")
-    return target
-
-
 @functools.cache
 def kernel(
     target: Target, rows: tuple[int | str, ...], row: tuple[int, ...], centred: bool, bias: bool, threads: int = 1
@@ -77,7 +70,7 @@ def draw(*shape: int, offset: float = 0.0) -> np.ndarray:
 
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("name", X86)
-def test_row_lengths(name: str, length: int) -> None:
+def test_row_lengths(runnable: Callable[[str], Target], name: str, length: int) -> None:
     for centred, bias in ((True, True), (False, False)):
         check(runnable(name), draw(3, length, offset=0.5), (length,), centred, bias)
 
@@ -122,7 +115,7 @@ def test_a_mean_that_is_large_against_the_deviation(length: int) -> None:
 
 @pytest.mark.parametrize("special", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("name", X86)
-def test_special_rows_stay_in_their_row(name: str, special: float) -> None:
+def test_special_rows_stay_in_their_row(runnable: Callable[[str], Target], name: str, special: float) -> None:
     x = draw(3, 35)
     x[1, 34] = special
     y = kernel(runnable(name), ("n",), (35,), True, False)(x, np.ones(35, np.float32))

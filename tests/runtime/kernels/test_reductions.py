@@ -21,13 +21,6 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {"sum": np.sum, "mean": np.mean, "max
 INF = np.float32(np.inf)
 
 
-def runnable(name: str) -> Target:
-    target = Target.named(name)
-    if not target.runs_here:
-        pytest.skip(f"this processor cannot run {name}")
-    return target
-
-
 @functools.cache
 def built(target: Target, maker: str, *arguments: Any, **more: Any) -> Callable[..., Any]:
     import tvm
@@ -59,7 +52,7 @@ def check(kernel: Callable[..., Any], kind: str, x: np.ndarray) -> None:
 
 @pytest.mark.parametrize("kind", FUNCTIONS)
 @pytest.mark.parametrize("name", X86)
-def test_rows(name: str, kind: str) -> None:
+def test_rows(runnable: Callable[[str], Target], name: str, kind: str) -> None:
     target = runnable(name)
     for length in LENGTHS:
         check(built(target, "reduction", kind, ("n",), ("k",), (1,)), kind, draw(3, length, 1))
@@ -70,7 +63,7 @@ def test_rows(name: str, kind: str) -> None:
 @pytest.mark.parametrize("inner", [2, 7, 8, 31, 32, 33, 64, 100, 384])
 @pytest.mark.parametrize("kind", FUNCTIONS)
 @pytest.mark.parametrize("name", X86)
-def test_columns(name: str, kind: str, inner: int) -> None:
+def test_columns(runnable: Callable[[str], Target], name: str, kind: str, inner: int) -> None:
     kernel = built(runnable(name), "reduction", kind, ("n",), ("k",), (inner,))
     for length in (1, 2, 197, 255, 256, 257, 600):
         check(kernel, kind, draw(2, length, inner))
@@ -95,7 +88,7 @@ def test_threads_and_nothing() -> None:
 @pytest.mark.parametrize("kind", FUNCTIONS)
 @pytest.mark.parametrize("inner", [1, 20])
 @pytest.mark.parametrize("name", X86)
-def test_special_elements(name: str, inner: int, kind: str) -> None:
+def test_special_elements(runnable: Callable[[str], Target], name: str, inner: int, kind: str) -> None:
     x = draw(45, 41, inner)
     for row in range(41):
         x[row, row, 0] = np.nan
@@ -108,7 +101,7 @@ def test_special_elements(name: str, inner: int, kind: str) -> None:
 
 @pytest.mark.parametrize("least", [False, True])
 @pytest.mark.parametrize("name", X86)
-def test_places_of_greatest_elements(name: str, least: bool) -> None:
+def test_places_of_greatest_elements(runnable: Callable[[str], Target], name: str, least: bool) -> None:
     pick = np.argmin if least else np.argmax
     for length in (1, 3, 8, 31, 32, 33, 64, 129, 1000):
         kernel = built(runnable(name), "place_of_greatest", ("n",), length, least=least)

@@ -18,13 +18,6 @@ TOLERANCE = 1e-6  # three roundings
 X86 = ["cpu-avx512", "cpu-avx2", "cpu-baseline"]
 
 
-def runnable(name: str) -> Target:
-    target = Target.named(name)
-    if not target.runs_here:
-        pytest.skip(f"this processor cannot run {name}")
-    return target
-
-
 def spec(**fields: Any) -> Any:
     from graphwright.runtime.kernels.rotary import RotarySpec
 
@@ -85,7 +78,7 @@ def check(target: Target, description: Any, batch: int = 2, length: int = 5, thr
 )
 @pytest.mark.parametrize("neighbours", [False, True])
 @pytest.mark.parametrize("name", X86)
-def test_sizes_of_heads(name: str, neighbours: bool, size: int, rotary: int) -> None:
+def test_sizes_of_heads(runnable: Callable[[str], Target], name: str, neighbours: bool, size: int, rotary: int) -> None:
     check(runnable(name), spec(size=size, rotary=rotary, neighbours=neighbours))
 
 

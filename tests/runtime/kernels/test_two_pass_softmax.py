@@ -30,13 +30,6 @@ INF, LOWEST = np.float32(np.inf), np.finfo(np.float32).min
 Kernel = Callable[[np.ndarray], np.ndarray]
 
 
-def runnable(name: str) -> Target:
-    target = Target.named(name)
-    if not target.runs_here:
-        pytest.skip(f"this processor cannot run {name}")
-    return target
-
-
 @functools.cache
 def kernel(target: Target, shape: tuple[int | None, ...], form: Form = Form.AUTO, threads: int = 2) -> Kernel:
     import tvm
@@ -64,7 +57,7 @@ def check(run: Kernel, x: np.ndarray, tolerance: float = TOLERANCE) -> None:
 
 @pytest.mark.parametrize("form", list(Form))
 @pytest.mark.parametrize("name", X86)
-def test_dynamic_shapes_match_numpy(name: str, form: Form) -> None:
+def test_dynamic_shapes_match_numpy(runnable: Callable[[str], Target], name: str, form: Form) -> None:
     run = kernel(runnable(name), (None, None), form)
     for length in LENGTHS:
         data = rows_of(max(ROWS), length)
@@ -74,13 +67,13 @@ def test_dynamic_shapes_match_numpy(name: str, form: Form) -> None:
 
 @pytest.mark.parametrize("length", [1, 2, 7, 15, 16, 17, 64, 100, 197, 256, 257, 1000, BLOCK, BLOCK + 1, PAIRS + 1])
 @pytest.mark.parametrize("name", X86)
-def test_static_shapes_match_numpy(name: str, length: int) -> None:
+def test_static_shapes_match_numpy(runnable: Callable[[str], Target], name: str, length: int) -> None:
     check(kernel(runnable(name), (3, length)), rows_of(3, length))
 
 
 @pytest.mark.parametrize("length", [1, 31, PAIRS - 1, PAIRS, PAIRS + 1])
 @pytest.mark.parametrize("name", X86)
-def test_two_pass_form_is_exact_to_float32(name: str, length: int) -> None:
+def test_two_pass_form_is_exact_to_float32(runnable: Callable[[str], Target], name: str, length: int) -> None:
     check(kernel(runnable(name), (2, length), Form.TWO_PASS), rows_of(2, length), 5e-7)
 
 
@@ -116,7 +109,7 @@ def test_threads_share_rows_and_blocks(form: Form, shape: tuple[int, ...]) -> No
 
 
 @pytest.mark.parametrize("name", X86)
-def test_streamed_output_at_any_alignment(name: str) -> None:
+def test_streamed_output_at_any_alignment(runnable: Callable[[str], Target], name: str) -> None:
     """A result larger than the last cache is streamed; rows of odd length start at every alignment."""
     import dataclasses
 
@@ -130,7 +123,9 @@ def test_streamed_output_at_any_alignment(name: str) -> None:
 
 @pytest.mark.parametrize("length", [BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK + 5])
 @pytest.mark.parametrize("name", X86)
-def test_long_rows_of_a_large_result_are_streamed_from_scratch_memory(name: str, length: int) -> None:
+def test_long_rows_of_a_large_result_are_streamed_from_scratch_memory(
+    runnable: Callable[[str], Target], name: str, length: int
+) -> None:
     """The three-pass form where one row fits the last-level cache and all of them do not."""
     import dataclasses
 
@@ -179,7 +174,7 @@ def specials(length: int) -> np.ndarray:
 @pytest.mark.parametrize("length", [2, 7, 16, 300, BLOCK + 3, 2 * PAIRS + 5])
 @pytest.mark.parametrize("form", list(Form))
 @pytest.mark.parametrize("name", X86)
-def test_special_rows_equal_onnxruntime(name: str, form: Form, length: int) -> None:
+def test_special_rows_equal_onnxruntime(runnable: Callable[[str], Target], name: str, form: Form, length: int) -> None:
     x = specials(length)
     run = kernel(runnable(name), (None, None), form)
     got, expected = run(x), onnxruntime_softmax(x)

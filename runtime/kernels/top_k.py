@@ -1,0 +1,111 @@
+"""TopK of float32 rows: one pass with a short sorted list of the best so far.
+
+A block of vectors whose greatest element is below the last of the list is passed over; of others each element that is
+above it is inserted. Of random numbers a row of n elements takes about k·log(n/k) insertions. Equal elements stay in
+the order of their places. NaN counts as infinity, or as minus infinity where the least are asked for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from tvm import tirx
+from tvm.tirx.script import builder as T
+
+from ..target import InstructionSet
+from .rows import Shape, Size, count_of, each_row, flat_kernel, number_of, tree
+from .vectors import NEGATIVE_INFINITY, Buffer, Expr, Vectors
+
+GROUP = 8  # vectors of a block
+MOST = 256  # elements of the list: an insertion moves up to all of them
+# Work of an element against that of a sum, insertions included.
+WEIGHT = 2
+
+
+def top_k(
+    rows: Shape, length: int, count: int, isa: InstructionSet, threads: int = 1, least: bool = False,
+    name: str | None = None,
+) -> tirx.PrimFunc:  # fmt: skip
+    """A kernel (X, values, places) -> None: the `count` greatest elements of each row of X (*rows, length), the
+    greatest first, and their places as int64.
+
+    least: the least elements, the least first. count: from 1 to MOST, at most `length`. name: of the exported symbol;
+    None for a function that only its own module calls.
+    """
+    if not 1 <= count <= min(MOST, length):
+        raise ValueError(f"count is {count}; expected 1 to {min(MOST, length)}")
+    tensors: dict[str, tuple[Shape, str]] = {
+        "x": ((*rows, length), "float32"),
+        "values": ((*rows, count), "float32"),
+        "places": ((*rows, count), "int64"),
+    }
+
+    def write(v: Vectors, buffers: dict[str, Buffer], size: Callable[[Size], int | Expr], index: str) -> None:
+        number = number_of(rows, size)
+        each_row(number, number * length * WEIGHT, threads, index, lambda row: _row(v, buffers, row, length, count,
+                                                                                    least, index))  # fmt: skip
+
+    known = math.prod(d if isinstance(d, int) else 0 for d in rows)
+    flops = None if any(isinstance(d, str) for d in rows) else known * length
+    return flat_kernel(name or "top_k", tensors, isa, write, name is not None, flops)
+
+
+def _row(
+    v: Vectors, buffers: dict[str, Buffer], row: Expr, length: int, count: int, least: bool, index: str
+) -> None:
+    x, lanes, size = buffers["x"], v.lanes, GROUP * v.lanes
+    start = T.Bind(row * tirx.const(length, index))
+    # The list begins with a sentinel, at which every search ends.
+    best = T.alloc_buffer((count + 1,), "float32", scope="global")
+    found = T.alloc_buffer((count + 1,), "int32", scope="global")
+    keys = T.alloc_buffer((lanes,), "float32", scope="global")
+    at = T.alloc_buffer((1,), "int32", scope="global")
+    with T.serial(T.int32(count + 1)) as j:
+        T.buffer_store(best, T.float32(NEGATIVE_INFINITY), [j])
+        T.buffer_store(found, T.int32(0), [j])
+    T.buffer_store(best, T.float32(math.inf), [T.int32(0)])
+
+    def insert(key: Expr, place: Expr) -> None:
+        T.buffer_store(at, T.min(place, T.int32(count - 1)) + T.int32(1), [T.int32(0)])
+        with T.While(best[at[0] - T.int32(1)] < key):
+            T.buffer_store(best, best[at[0] - T.int32(1)], [at[0]])
+            T.buffer_store(found, found[at[0] - T.int32(1)], [at[0]])
+            T.buffer_store(at, at[0] - T.int32(1), [T.int32(0)])
+        T.buffer_store(best, key, [at[0]])
+        T.buffer_store(found, place, [at[0]])
+
+    def block(first: Expr, elements: int) -> None:
+        """first: place of the block's first element."""
+        vectors = []
+        for j in range(-(-elements // lanes)):
+            part = elements - j * lanes if elements < (j + 1) * lanes else None
+            value = v.load(x, start + T.Cast(index, first) + j * lanes, count_of(part, index), NEGATIVE_INFINITY)
+            value = T.Bind(v.splat(0.0) - value) if least else value
+            unordered = NEGATIVE_INFINITY if least else math.inf
+            vectors.append(v.choose("ne", value, value, v.splat(unordered), value))
+
+        def above(values: list[Expr], place: Expr) -> Expr:
+            """Whether one of the values belongs into the list."""
+            return tirx.any(v.greatest(tree(T.max, values)) > best[T.int32(count)], place < T.int32(count))
+
+        with T.If(above([*vectors], first)), T.Then():
+            for j, value in enumerate(vectors):
+                here = T.Bind(first + T.int32(j * lanes))
+                with T.If(above([value], here)), T.Then():
+                    v.store(keys, T.int32(0), value)
+                    with T.serial(T.int32(min(lanes, elements - j * lanes))) as lane:
+                        key, place = T.Bind(keys[lane]), T.Bind(here + lane)
+                        with T.If(tirx.any(key > best[T.int32(count)], place < T.int32(count))), T.Then():
+                            insert(key, place)
+
+    if length // size:
+        with T.serial(T.int32(length // size)) as turn:
+            block(T.Bind(turn * T.int32(size)), size)
+    if length % size:
+        block(T.int32(length - length % size), length % size)
+    to = T.Bind(row * tirx.const(count, index))
+    with T.serial(T.int32(count)) as j:
+        place = T.Bind(found[j + T.int32(1)])
+        T.buffer_store(buffers["values"], x[start + T.Cast(index, place)], [to + T.Cast(index, j)])
+        T.buffer_store(buffers["places"], T.Cast("int64", place), [to + T.Cast(index, j)])
