@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from graphwright.passes.pipeline import Pipeline
     from graphwright.runtime.artifact import Artifact
-    from graphwright.runtime.driver import Result, optimize
+    from graphwright.runtime.driver import Result
     from graphwright.runtime.session import Session
     from graphwright.runtime.target import Target
 
@@ -28,7 +28,6 @@ _HOMES = {
     "Result": "graphwright.runtime.driver",
     "Session": "graphwright.runtime.session",
     "Target": "graphwright.runtime.target",
-    "optimize": "graphwright.runtime.driver",
 }
 
 
@@ -45,10 +44,17 @@ def load(path: str | os.PathLike[str], *, threads: int | None = None) -> Session
     return Session(path, threads=threads)
 
 
+def optimize(model: Any, passes: str | Pipeline = "", **options: Any) -> Result:
+    """Rewrite a model, compile it when a target is named, and check the result: `graphwright.runtime.driver.optimize`
+    with its options. Learned passes are trained by `graphwright.models.fit`, which needs the extra `models`."""
+    from graphwright.models.trainer import train
+    from graphwright.runtime import driver
+
+    return driver.optimize(model, passes, **{"trainer": train, **options})
+
+
 def compile(
     model: Any, target: str | Target = "cpu", out: str | os.PathLike[str] | None = None, **options: Any
 ) -> Result:
     """`optimize` with the exact default passes only: see there for the options."""
-    from graphwright.runtime.driver import optimize
-
     return optimize(model, target=target, out=out, **options)

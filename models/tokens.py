@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from . import assets
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from tokenizers import Tokenizer
 
 
@@ -46,3 +48,7 @@ def smollm2() -> Tokenizer:
         ]
     )
     return tokenizer
+
+
+# Model of `registry` -> its tokenizer.
+TOKENIZERS: dict[str, Callable[[], Tokenizer]] = {"minilm": minilm, "smollm2": smollm2}

@@ -5,11 +5,13 @@ from __future__ import annotations
 import enum
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from . import spec
+from .errors import PassError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -98,7 +100,9 @@ class PassContext:
 
     pins: input name -> shape (ints), from --pin. calibration: input name -> list of arrays, one per sample.
     target: the target's name, or None when only the ONNX file is rewritten. seed: of every random choice.
-    dry_run: report as usual; the caller throws the model away.
+    dry_run: report as usual, learn nothing; the caller throws the model away. trainer: fits what a learned pass asks
+    for (`graphwright.models.fit.train`); None where nothing can be trained. output: what the result is called;
+    learned weights are written beside it. overwrite: whether they may replace a file.
     """
 
     pins: Mapping[str, Sequence[int]] = field(default_factory=dict)
@@ -108,6 +112,10 @@ class PassContext:
     seed: int = 0
     max_drop: float | None = None
     progress: Callable[[str], None] = field(default=lambda message: None, repr=False)
+    dry_run: bool = False
+    trainer: Callable[[TrainingJob, PassContext], Weights] | None = field(default=None, repr=False)
+    output: Path = Path("model")
+    overwrite: bool = False
 
 
 @dataclass(frozen=True)
@@ -121,7 +129,7 @@ class Pass(ABC):
     contract: ClassVar[Contract]
 
     def needs(self) -> frozenset[str]:
-        """What must be in the context: a subset of {"calibration", "target"}."""
+        """What must be in the context: a subset of {"calibration", "target", "recovery"}."""
         return frozenset()
 
     @abstractmethod
@@ -149,4 +157,150 @@ class RulePass(Pass):
 
         report = self.report()
         apply_rules(self.rules(), model, report)
+        return report
+
+
+class Recover(enum.Enum):
+    """How a learned pass recovers what the rewrite loses."""
+
+    NONE = "none"  # not at all
+    BLOCKS = "blocks"  # each block by itself, on the inputs that it has in the original
+    FULL = "full"  # the blocks, then the whole model
+
+
+class Train(enum.Enum):
+    """What may change besides what the pass replaces."""
+
+    BLOCKS = "blocks"  # the weights of the blocks
+    ALL = "all"  # after the blocks, every weight of products, sums and normalizations
+
+
+class Loss(enum.Enum):
+    """How far an output is from the original's. AUTO: by what the original gives."""
+
+    AUTO = "auto"
+    COSINE = "cosine"  # 1 - cosine of rows: embeddings
+    KL = "kl"  # Kullback-Leibler divergence of the softmax of rows: logits
+    MSE = "mse"  # mean squared error over the variance: everything else
+
+
+@dataclass(frozen=True)
+class Block:
+    """A part of a graph that can learn by itself: from `inputs` to `output`, names that original and rewritten graph
+    share. site: what is replaced in it. weights: the initializers in it that may change."""
+
+    site: str
+    inputs: tuple[str, ...]
+    output: str
+    weights: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class TrainingJob:
+    """What a trainer needs: the original is the teacher, the rewritten graph the student.
+
+    student: the teacher rewritten at some sites, whose initializers have the teacher's names. weights: those that may
+    change when the whole model learns, beyond the blocks'. keep: at how many sites the student may stay the original,
+    where its damage is greatest. outputs: those that count; empty: all of floats. record: the options that the weights
+    are for.
+    """
+
+    teacher: ir.Model
+    blocks: tuple[Block, ...]
+    student: Callable[[Collection[str]], ir.Model]
+    record: str
+    weights: tuple[str, ...] = ()
+    keep: int = 0
+    outputs: tuple[str, ...] = ()
+    loss: Loss = Loss.AUTO
+    block_steps: int = 0
+    steps: int = 0
+    batch: int = 32
+    rate: float = 1e-4
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What was learned: initializer -> array, the sites that are replaced, and figures of the training. `record`: the
+    options they are for."""
+
+    arrays: Mapping[str, np.ndarray]
+    sites: tuple[str, ...]
+    record: str
+    stats: Mapping[str, int | float | str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class LearnedPass(Pass):
+    """A pass that puts another function in the place of what it finds, and learns to make it behave the same.
+
+    `prepare` says what there is to learn, a trainer outside learns it, `convert` rewrites with the result. The weights
+    are kept in a file, and the pass reports itself with `weights=FILE`: a run of that spec trains nothing and gives
+    the same bytes.
+    """
+
+    contract: ClassVar[Contract] = Contract.LEARNED
+
+    weights: str | None = None  # a file that an earlier run has written; nothing is trained
+    recover: Recover = Recover.FULL  # none, blocks or full
+    train: Train = Train.BLOCKS  # what may change: blocks, or all
+    block_steps: int = 400  # steps of the blocks
+    steps: int = 800  # steps of the whole model
+    batch: int = 32  # samples of a step
+    rate: float = 2e-4  # learning rate of the whole model; blocks take five times that
+    loss: Loss = Loss.AUTO  # of the outputs: auto, cosine, kl or mse
+    outputs: tuple[str, ...] = ()  # outputs that count, joined by +; by default all of floats
+
+    def __post_init__(self) -> None:
+        for name, least in (("block_steps", 0), ("steps", 0), ("batch", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}, must be at least {least}")
+        if not 0 < self.rate < 1:
+            raise ValueError(f"rate is {self.rate}, must be between 0 and 1")
+
+    def needs(self) -> frozenset[str]:
+        return frozenset() if self.weights or self.recover is Recover.NONE else frozenset({"recovery"})
+
+    @property
+    @abstractmethod
+    def record(self) -> str:
+        """The options that learned weights depend on, as text: weights of another record do not fit."""
+
+    @abstractmethod
+    def prepare(self, model: ir.Model, ctx: PassContext) -> TrainingJob:
+        """What there is to learn; the model stays as it is. Without blocks nothing is trained."""
+
+    @abstractmethod
+    def convert(self, model: ir.Model, weights: Weights | None, ctx: PassContext) -> PassReport:
+        """Rewrite the model with learned weights, or with None as it is: every site, nothing learned."""
+
+    def run(self, model: ir.Model, ctx: PassContext) -> PassReport:
+        from . import io
+        from .weights import load_weights, save_weights
+
+        if self.weights:
+            weights = load_weights(Path(self.weights))
+            if weights.record != self.record:
+                raise PassError(f"{self.weights}: learned for {weights.record}, not for {self.record}")
+            report = self.convert(model, weights, ctx)
+            report.stats.update(weights.stats)
+            return report
+        if self.recover is Recover.NONE or ctx.dry_run:
+            return self.convert(model, None, ctx)
+        if ctx.trainer is None:
+            raise PassError("nothing here can train; use the command optimize, weights=FILE.npz or recover=none")
+        path = ctx.output.with_name(f"{ctx.output.name}.{self.name}.npz")
+        if spec.SEPARATOR in str(path) or "," in str(path):
+            raise PassError(f"{path}: a path with {spec.SEPARATOR!r} or ',' cannot be recorded; choose another output")
+        io.check_output(path, ctx.overwrite)
+        io.check_folder(path.parent)
+        job = self.prepare(model, ctx)
+        if not job.blocks:
+            return self.convert(model, Weights({}, (), self.record), ctx)
+        weights = ctx.trainer(job, ctx)
+        replay = replace(self, weights=str(path))
+        save_weights(weights, path)
+        report = replay.convert(model, load_weights(path), ctx)
+        report.spec = str(replay)
+        report.stats.update(weights.stats)
         return report

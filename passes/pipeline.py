@@ -22,6 +22,8 @@ log = logging.getLogger("graphwright")
 NEEDS = {
     "calibration": "real inputs: give --calibration FILE.npz",
     "target": "a target: give --target NAME",
+    "recovery": "inputs to learn from, because it puts another function in place of the model's: give --calibration, "
+    "weights=FILE.npz of an earlier run, or recover=none for the change alone",
 }
 
 
@@ -61,7 +63,11 @@ class Pipeline:
 
     def check_needs(self, ctx: PassContext) -> None:
         """Raises PassError, naming the option to give, before any work is done."""
-        given = {"calibration": ctx.calibration is not None, "target": ctx.target is not None}
+        given = {
+            "calibration": ctx.calibration is not None,
+            "target": ctx.target is not None,
+            "recovery": ctx.calibration is not None or ctx.dry_run,
+        }
         for step in self.passes:
             for need in sorted(step.needs()):
                 if not given[need]:

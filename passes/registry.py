@@ -35,9 +35,11 @@ PASSES: dict[str, str] = {
     "recognise-softmax": "graphwright.passes.recognise.softmax:RecogniseSoftmax",
     "recognise-rotary-embedding": "graphwright.passes.recognise.rotary_embedding:RecogniseRotaryEmbedding",
     "recognise-attention": "graphwright.passes.recognise.attention:RecogniseAttention",
+    "recognise-softplus-attention": "graphwright.passes.recognise.softplus_attention:RecogniseSoftplusAttention",
     "fused-attention": "graphwright.passes.attention.fused_attention:FusedAttention",
     "softmax-top-k": "graphwright.passes.attention.softmax_top_k:SoftmaxTopK",
     "two-pass-softmax": "graphwright.passes.attention.two_pass_softmax:TwoPassSoftmax",
+    "softplus-attention": "graphwright.passes.attention.softplus_attention:SoftplusAttention",
 }
 
 # Formulas in small operators become the standard's large ones: larger patterns may hold what smaller ones find.

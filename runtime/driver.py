@@ -17,7 +17,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ..passes import io, registry
-from ..passes.base import PassContext, PassReport
+from ..passes.base import Contract, PassContext, PassReport, TrainingJob, Weights
 from ..passes.errors import ModelError, TargetError, VerificationError
 from ..passes.graph import site
 from ..passes.pipeline import Observer, Pipeline
@@ -42,8 +42,9 @@ class Result:
     """What `optimize` made.
 
     model: the rewritten graph. path: the ONNX file or artifact folder written, None for a dry run or a model that
-    was not to be saved. verdict: the last comparison with the original; None when `unverified` says why there is none.
-    tuned: what is known about the tiles of its kernels; None where nobody asked.
+    was not to be saved. verdict: the last comparison with the original, or of an artifact whose passes change the
+    numbers, with the rewritten model; None when `unverified` says why there is none. quality: of a model with learned
+    passes, on the calibration inputs. tuned: what is known about the tiles of its kernels; None where nobody asked.
     """
 
     model: ir.Model
@@ -53,6 +54,7 @@ class Result:
     path: Path | None = None
     verdict: Verdict | None = None
     unverified: str = ""
+    quality: checks.Quality | None = None
     tuned: Tuned | None = None
 
 
@@ -121,6 +123,7 @@ def optimize(
     tune: float | None = None,
     observers: Sequence[Observer] = (),
     progress: Callable[[str], None] = lambda message: None,
+    trainer: Callable[[TrainingJob, PassContext], Weights] | None = None,
 ) -> Result:
     """Rewrite a model, compile it when a target is named, and check the result against the original.
 
@@ -128,7 +131,8 @@ def optimize(
     that run before them; by default "compile" with a target and "default" without. out: ONNX file, or artifact
     folder with a target; by default beside the model, and nowhere for an `onnx_ir.Model` without a target. pins:
     input name -> shape. calibration: input name -> arrays, one a sample. max_drop: error budget of lossy passes.
-    threads: of the check and of the artifact's own; None for all. tune: minutes in which tiles of kernels are measured
+    threads: of the check and of the artifact's own; None for all. trainer: fits learned passes;
+    `graphwright.models.fit.train`. tune: minutes in which tiles of kernels are measured
     before the model is compiled with the best ones; what was found in earlier runs is used, and 0 measures nothing.
 
     Raises a GraphwrightError of graphwright.passes.errors; a VerificationError leaves nothing behind.
@@ -147,7 +151,8 @@ def optimize(
     name = where.name if where else original.graph.name or "model"
     ctx = PassContext(
         pins=pins or {}, calibration=calibration, target=goal.name if goal else None, seed=seed, max_drop=max_drop,
-        progress=progress, **({"caches": goal.caches} if goal else {}),
+        progress=progress, dry_run=dry_run, trainer=trainer, output=path,
+        overwrite=overwrite, **({"caches": goal.caches} if goal else {}),
     )  # fmt: skip
     pipeline.check_needs(ctx)
     unverified = "" if verify and not dry_run else "--no-verify"
@@ -170,15 +175,32 @@ def optimize(
     rewritten, reports = pipeline.run(original, ctx, observers, in_place=where is not None)
     if dry_run:
         return Result(rewritten, tuple(reports), pipeline)
+    # What was learned is in a file now, so that running the pipeline again learns nothing.
+    pipeline = Pipeline(
+        tuple(
+            step if report.spec == str(step) else registry.parse_pass(report.spec)
+            for step, report in zip(pipeline, reports, strict=True)
+        )
+    )
+    quality = None
+    again = (lambda: io.load(where)) if where is not None else (lambda: original)
     if tried is not None:
         progress("verify")
-        again = (lambda: io.load(where)) if where is not None else (lambda: original)
         verdict = checks.verify(tried, rewritten, again, pipeline, reports, ctx, threads or 0)
+        changed = [step for step, report in zip(pipeline, reports, strict=True) if report.changes]
+        if any(step.contract is Contract.LEARNED for step in changed):
+            progress("quality")
+            quality = checks.measure_quality(again(), rewritten, pipeline, ctx, threads or 0)
+            if quality is not None:
+                quality.check()
+        if any(step.contract.limit is None for step in changed) and goal is not None:
+            tried = checks.retold(tried, rewritten, threads or 0)
     if goal is None:
         if writes:
             progress("save")
             io.save(rewritten, path, overwrite=overwrite)
-        return Result(rewritten, tuple(reports), pipeline, None, path if writes else None, verdict, unverified)
+        written = path if writes else None
+        return Result(rewritten, tuple(reports), pipeline, None, written, verdict, unverified, quality)
 
     tuned = None
     if tune is not None:
@@ -242,4 +264,4 @@ def optimize(
         if not goal.is_cpu or isinstance(error.__cause__, NoAnswer):
             raise
         artifact = built_around(error)
-    return Result(rewritten, tuple(reports), pipeline, artifact, path, verdict, unverified, tuned)
+    return Result(rewritten, tuple(reports), pipeline, artifact, path, verdict, unverified, quality, tuned)

@@ -314,7 +314,8 @@ class _Importer:
             lowering = lowering_for(node.domain, node.op_type, self.target.kind)
             if lowering is not None:
                 exprs: list[Any] = [v.expr if v else None for v in inputs]
-                return self.flat(lowering(self.bb, exprs, protos.python_values(attrs.values()), self.target))
+                with contextlib.suppress(ByBody):
+                    return self.flat(lowering(self.bb, exprs, protos.python_values(attrs.values()), self.target))
         if local is not None:
             return self.body(local, inputs, attrs, scope, node)
         if node.domain not in STANDARD:

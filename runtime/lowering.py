@@ -24,6 +24,8 @@ Lowering: TypeAlias = "Callable[[relax.BlockBuilder, list[tvm.ir.Expr], dict[str
 # (domain, operator) -> the module that registers its lowerings, imported when it is first asked for.
 MODULES: dict[tuple[str, str], str] = {
     ("graphwright", "TwoPassSoftmax"): "graphwright.runtime.kernels.two_pass_softmax",
+    ("graphwright", "SoftplusAttention"): "graphwright.runtime.kernels.softplus_attention",
+    ("graphwright", "ReweightedSoftplusAttention"): "graphwright.runtime.kernels.softplus_attention",
 }
 
 _lowerings: dict[tuple[str, str, str], Lowering] = {}
@@ -33,7 +35,8 @@ def lowers(op: tuple[str, str], kinds: Sequence[str]) -> Callable[[Lowering], Lo
     """Register a lowering of `op`, a pair (domain, name), for target kinds such as "llvm" or "cuda".
 
     The function gets the block builder, the inputs (None where an optional one is left out), the attributes as
-    Python values and the target; it returns the output, or a Relax tuple of the outputs.
+    Python values and the target; it returns the output, or a Relax tuple of the outputs. It raises ByBody for a form
+    that the operator's body is for.
     """
 
     def register(function: Lowering) -> Lowering:

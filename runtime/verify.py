@@ -5,20 +5,24 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
-from ..passes.base import Contract, Pass, PassContext, PassReport
-from ..passes.errors import InputError, ModelError, VerificationError
+from ..passes.base import Contract, LearnedPass, Pass, PassContext, PassReport
+from ..passes.errors import BudgetError, InputError, ModelError, VerificationError
 from ..passes.graph import all_nodes
 from ..passes.pipeline import Pipeline
+from ..passes.quality import cosine_drop, held_out, rows_that_count
 from .compare import Runner, Verdict, approximate_outputs, compare, judge
 from .feeds import Feeds, check_names, made_up
 from .reference import Reference
 
 UNUSABLE = (ModelError, InputError)  # what onnxruntime's refusal of a model or of inputs becomes
+
+MOST_JUDGED = 256  # samples that the quality of a learned model is measured on
 
 log = logging.getLogger("graphwright")
 
@@ -62,7 +66,8 @@ def trial(model: ir.Model, ctx: PassContext, threads: int = 0) -> Trial:
 def limit_of(pipeline: Pipeline, reports: Sequence[PassReport], max_drop: float | None) -> float | None:
     """The largest error that the contracts of the passes that changed something allow.
 
-    None where a lossy or learned pass worked without a budget: its error is measured and reported, not judged.
+    None where a lossy pass worked without a budget, and where a learned one did: the budget of a learned pass is one
+    of quality, which `measure_quality` judges.
     """
     limit = Contract.EXACT.limit
     for step, report in zip(pipeline, reports, strict=True):
@@ -70,7 +75,7 @@ def limit_of(pipeline: Pipeline, reports: Sequence[PassReport], max_drop: float 
             continue
         allowed = step.contract.limit
         if allowed is None:
-            if max_drop is None:
+            if max_drop is None or step.contract is Contract.LEARNED:
                 return None
             allowed = max_drop
         limit = max(limit or 0.0, allowed)
@@ -94,7 +99,7 @@ class Verifier:
 
     def after(self, step: Pass, model: ir.Model, report: PassReport) -> None:
         limit = (step.contract.limit or self.max_drop) if report.changes else Contract.EXACT.limit
-        if limit is None:
+        if limit is None or (report.changes and step.contract is Contract.LEARNED):
             return
         old = Reference(self._before, threads=self.threads)
         try:
@@ -126,3 +131,73 @@ def verify(
             raise
         raise VerificationError(f"passes {pipeline}: the result cannot be run: {error}") from error
     return verdict
+
+
+def retold(tried: Trial, model: ir.Model, threads: int = 0) -> Trial:
+    """The same inputs, with what `model` makes of them: what is compiled from it is judged against that."""
+    reference = Reference(model, threads=threads)
+    return replace(
+        tried, expected=[reference.run(one) for one in tried.feeds], approximate=approximate_outputs(model),
+        source=f"{tried.source}; against the rewritten model",
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Quality:
+    """How far a learned model's outputs are from the original's on real inputs.
+
+    drops: output -> 1 - the mean cosine of its rows (last axis), without rows that are padding. samples: how many;
+    held_out: whether nothing was learned from them.
+    """
+
+    drops: Mapping[str, float]
+    samples: int
+    held_out: bool
+    budget: float | None = None
+
+    @property
+    def drop(self) -> float:
+        return max(self.drops.values(), default=0.0)
+
+    def check(self) -> None:
+        """Raises BudgetError when the drop exceeds its budget."""
+        if self.budget is None or self.drop <= self.budget:
+            return
+        worst = max(self.drops, key=lambda name: self.drops[name])
+        raise BudgetError(
+            f"output {worst!r} drops by {self.drop:.4g} on {self.samples} samples, and --max-drop allows "
+            f"{self.budget:g}; train longer, replace fewer layers, or allow more"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "drop": self.drop, "drops": dict(self.drops), "samples": self.samples, "held_out": self.held_out,
+            "budget": self.budget,
+        }  # fmt: skip
+
+
+def measure_quality(
+    original: ir.Model, model: ir.Model, pipeline: Pipeline, ctx: PassContext, threads: int = 0
+) -> Quality | None:
+    """Run both on the calibration inputs that nothing was learned from, or on all when they are few.
+
+    None without calibration inputs. Only the outputs that the learned passes name count, by default all of floats.
+    """
+    if not ctx.calibration:
+        return None
+    count = min(len(values) for values in ctx.calibration.values())
+    apart = held_out(count)
+    indices = (apart or list(range(count)))[:MOST_JUDGED]
+    named = {name for step in pipeline if isinstance(step, LearnedPass) for name in step.outputs}
+    old, new = Reference(original, threads=threads), Reference(model, threads=threads)
+    sums: dict[str, float] = {}
+    for i in indices:
+        feeds = {name: values[i] for name, values in ctx.calibration.items()}
+        expected, found = old.run(feeds), new.run(feeds)
+        for name, value in expected.items():
+            wide = isinstance(value, np.ndarray) and (value.dtype.kind == "f" or value.dtype.name == "bfloat16")
+            if wide and value.ndim and (not named or name in named):
+                drop = cosine_drop(value, found[name], rows_that_count(feeds, value.shape))
+                sums[name] = sums.get(name, 0.0) + drop
+    drops = {name: total / len(indices) for name, total in sums.items()}
+    return Quality(drops, len(indices), bool(apart), ctx.max_drop)

@@ -1,4 +1,4 @@
-"""Real inputs from .npz files, one sample at a time."""
+"""Real inputs, one sample at a time: from .npz files, from the lines of a text, from a folder of images."""
 
 from __future__ import annotations
 
@@ -13,18 +13,27 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 
-def load_calibration(path: Path, model: ir.Model, pins: Mapping[str, Sequence[int]]) -> dict[str, list[np.ndarray]]:
+def load_calibration(
+    path: Path, model: ir.Model, pins: Mapping[str, Sequence[int]], tokenizer: Path | None = None
+) -> dict[str, list[np.ndarray]]:
     """Input name -> arrays, one a sample.
 
-    path: an .npz file, or a folder of them that are read in the order of their names. An array of an input's rank is
+    path: an .npz file; a folder of them or of images, which are read in the order of their names; or a text (.txt),
+    which `texts` makes tokens of, as `images` makes arrays of images. An array of an input's rank is
     one sample, or several when its first dimension is a multiple of the model's fixed one; an array with one
     dimension more holds samples along the first. Raises InputError when names or counts do not fit.
     """
     from graphwright.runtime.feeds import load_feeds, required_inputs
 
+    if path.suffix == ".txt":
+        from .texts import load_text
+
+        return load_text(path, model, pins, tokenizer)
     files = sorted(path.glob("*.npz")) if path.is_dir() else [path]
     if not files:
-        raise InputError(f"{path}: holds no .npz file; expected one a sample")
+        from .images import load_images
+
+        return load_images(path, model, pins)
     shapes = {value.name or "": _declared(value, pins) for value in required_inputs(model)}
     samples: dict[str, list[np.ndarray]] = {name: [] for name in shapes}
     for file in files:

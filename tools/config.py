@@ -48,7 +48,11 @@ class Settings(BaseModel):
     target: str | None = Field(default=None, description="Compile for this target.")
     output: str | None = Field(default=None, description="ONNX file, or artifact folder with a target.")
     pin: dict[str, Shape] = Field(default_factory=dict, description="Input name -> shape to fix.")
-    calibration: str | None = Field(default=None, description="An .npz file or a folder of them with real inputs.")
+    calibration: str | None = Field(
+        default=None,
+        description="Real inputs: an .npz file or a folder of them, a text, or images with preprocess.yaml.",
+    )
+    tokenizer: str | None = Field(default=None, description="A tokenizer.json for a calibration text.")
     dry_run: bool = Field(default=False, description="Say what would change and write nothing.")
     report: str | None = Field(default=None, description="Write what was done to this .html or .json file.")
     seed: int = Field(default=0, ge=0, description="Seed of every random choice.")
@@ -67,7 +71,7 @@ class Settings(BaseModel):
     )
 
 
-PATHS = ("model", "output", "calibration", "report", "dump")
+PATHS = ("model", "output", "calibration", "tokenizer", "report", "dump")
 
 
 def load_settings(given: Mapping[str, Any], file: str | None) -> Settings:

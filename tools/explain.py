@@ -61,6 +61,7 @@ def explain(
             target=goal.name if goal else None,
             caches=goal.caches if goal else Caches(),
             progress=say,
+            dry_run=True,
         )
         _, reports = (before + Pipeline((step,))).run(graph, ctx)
     return reports[-1], before

@@ -37,6 +37,7 @@ def optimize_file(settings: Settings) -> dict[str, Any]:
 
     Raises a GraphwrightError; then nothing is left behind.
     """
+    from graphwright.models.trainer import train
     from graphwright.passes import io
     from graphwright.passes.pipeline import Dumper, Observer
     from graphwright.runtime import driver
@@ -80,6 +81,7 @@ def optimize_file(settings: Settings) -> dict[str, Any]:
             tune=settings.tune,
             observers=observers,
             progress=say,
+            trainer=train,
         )
     done = summarize(str(model), result, census, settings.target, time.perf_counter() - start)
     if report is not None:
@@ -94,7 +96,8 @@ def _calibration(settings: Settings, model: Path) -> Any:
 
     from .calibration import load_calibration
 
-    return load_calibration(Path(settings.calibration), io.load(model), settings.pin)
+    tokenizer = Path(settings.tokenizer) if settings.tokenizer else None
+    return load_calibration(Path(settings.calibration), io.load(model), settings.pin, tokenizer)
 
 
 def keep_input(model: Path, out: Path, overwrite: bool) -> None:
@@ -177,7 +180,9 @@ def show(done: dict[str, Any], as_json: bool) -> None:
 @click.option("-o", "--output", metavar="OUT",
               help="ONNX file (MODEL.opt.onnx), or with --target artifact folder (MODEL.TARGET).")  # fmt: skip
 @pin_option
-@click.option("--calibration", metavar="FILE.npz|DIR", help="Real inputs for calibration, training and verification.")
+@click.option("--calibration", metavar="FILE.npz|FILE.txt|DIR",
+              help="Real inputs for calibration, training and verification: arrays, lines of text, or images.")
+@click.option("--tokenizer", metavar="FILE.json", help="Turns a calibration text into tokens.")  # fmt: skip
 @click.option("--config", metavar="FILE.yaml", help="The same settings in a file; the command line goes first.")
 @click.option("--dry-run", is_flag=True, default=None,
               help="Which passes would change what, and why the others would not; writes nothing.")  # fmt: skip

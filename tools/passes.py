@@ -67,14 +67,17 @@ def documentation(cls: type) -> str:
 
 
 def option_words(cls: type) -> dict[str, str]:
-    """Option -> its sentence: the comment at its field, or what the docstring says after `option:`."""
+    """Option -> its sentence: the comment at its field, in the class or one that it derives from, or what the docstring
+    says after `option:`."""
     from graphwright.passes.spec import field_types
 
-    try:
-        lines = inspect.getsource(cls).splitlines()
-    except (OSError, TypeError):  # a class made at run time
-        lines = []
-    comments = _field_comments(lines)
+    comments: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        try:
+            lines = inspect.getsource(base).splitlines()
+        except (OSError, TypeError):  # a class made at run time
+            continue
+        comments.update({name: words for name, words in _field_comments(lines).items() if words})
     return {name: comments.get(name) or _said_of(name, cls.__doc__ or "") for name in field_types(cls)}
 
 

@@ -91,6 +91,7 @@ def summarize(source: str, result: Result, census: Census, target: str | None, s
         "tuning": result.tuned.to_json() if result.tuned else None,
         "verdict": result.verdict.to_json() if result.verdict else None,
         "unverified": result.unverified or ("dry run" if result.verdict is None else ""),
+        "quality": result.quality.to_json() if result.quality else None,
     }
 
 
@@ -176,6 +177,8 @@ def print_summary(data: Mapping[str, Any]) -> None:
     if data["tuning"]:
         click.echo(tuning_line(data["tuning"]))
     click.echo(verdict_line(data["verdict"], data["unverified"]))
+    if data.get("quality"):
+        click.echo(quality_line(data["quality"]))
     if data["output"]:
         click.echo(f"written: {data['output']}")
 
@@ -219,6 +222,12 @@ def _sites(sites: Sequence[str]) -> str:
     return ", ".join(sites[:SITES_SHOWN]) + more
 
 
+def quality_line(quality: Mapping[str, Any]) -> str:
+    """What a learned model lost, on what, and what it was allowed to."""
+    drops = ", ".join(f"{name} {drop:.4f}" for name, drop in quality["drops"].items())
+    seen = "held-out samples" if quality["held_out"] else "samples that it has learned from"
+    budget = "no budget: measured only" if quality["budget"] is None else f"budget {quality['budget']:g}"
+    return f"quality: 1 - cosine of {drops} on {quality['samples']} {seen} ({budget})"
 def tuning_line(tuning: Mapping[str, Any]) -> str:
     """What the kernels gained by other tiles than their rule's, and what is left to measure."""
     if not tuning["kernels"]:
@@ -239,7 +248,7 @@ def verdict_line(verdict: Mapping[str, Any] | None, unverified: str) -> str:
     if verdict is None:
         return f"NOT VERIFIED: {unverified}"
     limits = [output["limit"] for output in verdict["outputs"] if output["limit"] is not None]
-    word = "equal" if verdict["ok"] else "DIFFERENT"
+    word = ("equal" if limits else "compared") if verdict["ok"] else "DIFFERENT"
     limit = f"limit {max(limits):.0e}" if limits else "no limit: measured only"
     line = (
         f"{word}: relative error {as_error(verdict['max_relative_error'])} ({limit}), absolute "

@@ -6,6 +6,7 @@ is a few blocks for each thread.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import reduce
 
 from tvm import tirx
@@ -40,12 +41,10 @@ def attention(
     threads: how many the kernel may count on; above one, enough work is offered to TVM's thread pool. name: of the
     exported symbol; None for a function that only its own module calls.
     """
-    # Offsets of a static attention fit 32 bits unless it has 2^31 elements somewhere.
-    index = "int64" if spec.dynamic or _largest(spec) >= 1 << 31 else "int32"
     with IRBuilder() as builder, T.prim_func(is_private=name is None, s_tir=True):
         T.func_name(name or SYMBOL)
         T.func_attr({"tirx.noalias": True, "op_pattern": OPAQUE, "tirx.is_scheduled": True})
-        tensors = _tensors(spec, index)
+        tensors = attention_tensors(spec)
         vectors = VectorTiles(isa)
         # Relax looks for a root block in every function that it calls.
         with T.sblock("root"), vectors.prelude():
@@ -60,8 +59,10 @@ def _largest(spec: AttentionSpec) -> int:
     return max(rows * max(spec.heads * max(spec.head_size, spec.value_size), *pitches, 0), masked)
 
 
-def _tensors(spec: AttentionSpec, index: str) -> Tensors:
+def attention_tensors(spec: AttentionSpec) -> Tensors:
     """Parameters of the kernel as flat buffers."""
+    # Offsets of a static attention fit 32 bits unless it has 2^31 elements somewhere.
+    index = "int64" if spec.dynamic or _largest(spec) >= 1 << 31 else "int32"
 
     def size(known: int | None, name: str) -> tuple[int | Expr, Expr]:
         expression = tirx.Var(name, index) if known is None else tirx.const(known, index)
@@ -103,19 +104,21 @@ def _emit(vectors: VectorTiles, t: Tensors, caches: Caches, threads: int) -> Non
         if t.queries <= FEW:
             rows.emit(threads)
         else:
-            _tiles(vectors, t, caches, threads)
+            emit_tiles(vectors, t, caches, threads)
         return
     with T.If(t.queries <= t.const(FEW)):
         with T.Then():
             rows.emit(threads)
         with T.Else():
-            _tiles(vectors, t, caches, threads)
+            emit_tiles(vectors, t, caches, threads)
 
 
-def _tiles(vectors: VectorTiles, t: Tensors, caches: Caches, threads: int) -> None:
+def emit_tiles(
+    vectors: VectorTiles, t: Tensors, caches: Caches, threads: int, kind: Callable[..., TileEmitter] = TileEmitter
+) -> None:  # fmt: skip
     """Blocks of queries of all heads, over threads where there is enough work."""
     spec, tile = t.spec, Tile.of(vectors.isa)
-    emitter = TileEmitter(vectors, t, tile, key_block(tile, vectors.lanes, caches))
+    emitter = kind(vectors, t, tile, key_block(tile, vectors.lanes, caches))
     width = emitter.width
     blocks = -(-t.queries // width) if isinstance(t.queries, int) else T.Bind(
         # Never 0, by which TVM would see a division.

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
 from graphwright.passes.base import Change, Contract, Pass, PassContext, PassReport
-from graphwright.passes.errors import InputError, ModelError, VerificationError
+from graphwright.passes.errors import BudgetError, InputError, ModelError, VerificationError
 from graphwright.passes.pipeline import Pipeline
 from graphwright.runtime.driver import Result, optimize
 from graphwright.runtime.verify import limit_of, random_node
@@ -254,3 +255,46 @@ def test_a_model_that_onnxruntime_refuses_is_not_blamed_on_a_pass(tmp_path: Path
     onnx.save(proto, tmp_path / "m.onnx")
     with pytest.raises(ModelError, match="onnxruntime cannot load the model"):
         run(tmp_path / "m.onnx", Honest())
+
+
+# --- learned passes
+
+
+ATTENTION = """<ir_version: 11, opset_import: ["" : 23]>
+g (float[B, 2, 5, 8] x) => (float[B, 2, 5, 8] y, float[B, 2, 5, 8] z) { y = Attention (x, x, x) z = Relu (x) }"""
+
+
+def replaced(target: str | None = None, **options: Any) -> Result:
+    """Softmax attention made softplus attention, without learning."""
+    random = np.random.default_rng(0)
+    samples = {"x": [random.standard_normal((1, 2, 5, 8)).astype(np.float32) for _ in range(20)]}
+    model = ir.from_proto(parser.parse_model(ATTENTION))
+    spec = f"softplus-attention:recover=none{options.pop('more', '')}"
+    return optimize(model, spec, calibration=samples, target=target, **options)
+
+
+def test_the_quality_of_a_learned_model_is_measured_on_held_out_samples() -> None:
+    result = replaced()
+    assert result.quality is not None and result.verdict is not None and result.verdict.ok
+    assert (result.quality.samples, result.quality.held_out, result.quality.budget) == (2, True, None)
+    assert 0.001 < result.quality.drops["y"] < 0.9 and result.quality.drops["z"] == pytest.approx(0)
+    assert result.quality.drop == result.quality.drops["y"]
+
+
+def test_a_budget_of_quality() -> None:
+    assert replaced(max_drop=0.9).quality.budget == 0.9  # type: ignore[union-attr]  # measured
+    with pytest.raises(BudgetError, match=r"output 'y' drops by .* on 2 samples, and --max-drop allows") as error:
+        replaced(max_drop=0.0001)
+    assert error.value.exit_code == 4
+
+
+def test_only_named_outputs_are_judged() -> None:
+    assert list(replaced(more=":outputs=z", max_drop=0.0001).quality.drops) == ["z"]  # type: ignore[union-attr]
+
+
+@pytest.mark.tvm
+def test_an_artifact_is_compared_with_the_rewritten_model(tmp_path: Path) -> None:
+    result = replaced("cpu", out=tmp_path / "out")
+    assert result.verdict is not None and result.verdict.ok and result.verdict.relative < 1e-4
+    assert "against the rewritten model" in result.verdict.inputs
+    assert result.artifact is not None and result.artifact.native_nodes == (2, 2)

@@ -73,5 +73,5 @@ def test_arrays_that_do_not_fit(path: Path, arrays: dict[str, np.ndarray], messa
 
 def test_a_folder_without_samples(path: Path) -> None:
     path.with_name("empty").mkdir()
-    with pytest.raises(InputError, match=r"holds no .npz file; expected one a sample"):
+    with pytest.raises(InputError, match=r"holds no .npz file and no image"):
         load_calibration(path.with_name("empty"), io.load(path), {})

@@ -1,0 +1,37 @@
+"""How far a learned model is from its original: which samples are not learned from, and what is measured on them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+EVERY = 10  # of so many samples one is held out
+WORD_MASK = "attention_mask"  # the input by which language models leave out padding, as tokenizers call it
+
+
+def held_out(count: int) -> list[int]:
+    """Indices of the samples that nothing is learned from; of fewer than ten, none."""
+    return list(range(EVERY - 1, count, EVERY))
+
+
+def rows_that_count(feeds: Mapping[str, Any], shape: tuple[int, ...]) -> np.ndarray | None:
+    """bool, shape[:-1]: rows of an output that are not padding. None: all are."""
+    mask = feeds.get(WORD_MASK)
+    if mask is None or tuple(mask.shape) != tuple(shape[:-1]):
+        return None
+    return np.asarray(mask) != 0
+
+
+def cosine_drop(expected: np.ndarray, found: np.ndarray, rows: np.ndarray | None = None) -> float:
+    """1 - the mean cosine of the rows (last axis) of two arrays; two rows of zeros are equal."""
+    a, b = (x.astype(np.float64).reshape(-1, x.shape[-1] if x.ndim else 1) for x in (expected, found))
+    if rows is not None:
+        a, b = a[rows.reshape(-1)], b[rows.reshape(-1)]
+    if not a.size:
+        return 0.0
+    norms = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
+    equal = (a == b).all(-1)
+    cosine = np.where(equal, 1.0, (a * b).sum(-1) / np.where(norms > 0, norms, 1.0))
+    return float(1 - cosine.mean())
