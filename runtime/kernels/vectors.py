@@ -101,7 +101,7 @@ class Vectors:
     def times_power(self, x: Expr, k: Expr) -> Expr:
         """x·2^k for whole k <= 127, |x| < 2^27; 0 where k < -126 without `scalef`. A NaN stays one."""
         if self.isa.scalef:
-            return T.call_extern(self.dtype, self._name("scalef"), x, k)
+            return T.call_extern(self.dtype, self._name("scalef_nan"), x, k)
         # The constant first: the comparison is false for NaN, which then passes. -127 has the bits of 0.0.
         bits = T.reinterpret(T.max(self.splat(-127.0), k) + self.splat(ROUND), dtype=f"int32x{self.lanes}")
         one = T.broadcast(T.int32(127 << 23), self.lanes)
@@ -116,7 +116,7 @@ class Vectors:
         if self.isa.scalef:
             # Of -inf n is -inf, whose power is 0, and p a NaN.
             n = T.Bind(self.round(x, ROUND) - self.splat(ROUND))
-            return T.Bind(self.times_power(self.polynomial(self.rest(x, n, low)), n))
+            return T.Bind(T.call_extern(self.dtype, self._name("scalef"), self.polynomial(self.rest(x, n, low)), n))
         x = T.Bind(T.max(self.splat(EXP_ZERO_BITS), x))
         rounded = self.round(x, ROUND_BIASED)
         n = T.Bind(rounded - self.splat(ROUND_BIASED))
@@ -300,11 +300,21 @@ define {vector} @gw_choose_{name}_{lanes}({vector} %a, {vector} %b, {vector} %x,
 }}
 """
 
-# A lane that becomes 0 is left out: a result below the normal numbers takes the processor about 150 cycles.
+# A lane that becomes 0 is left out: a result below the normal numbers takes the processor about 150 cycles. The second
+# form keeps a NaN whatever its power is.
 _SCALEF = """
 define <16 x float> @gw_scalef_16(<16 x float> %v, <16 x float> %k) alwaysinline {{
   %c = fcmp uge <16 x float> %k, <{zero}>
   %m = bitcast <16 x i1> %c to i16
+  %r = call <16 x float> @llvm.x86.avx512.mask.scalef.ps.512(
+      <16 x float> %v, <16 x float> %k, <16 x float> zeroinitializer, i16 %m, i32 4)
+  ret <16 x float> %r
+}}
+define <16 x float> @gw_scalef_nan_16(<16 x float> %v, <16 x float> %k) alwaysinline {{
+  %c = fcmp uge <16 x float> %k, <{zero}>
+  %n = fcmp uno <16 x float> %v, %v
+  %o = or <16 x i1> %c, %n
+  %m = bitcast <16 x i1> %o to i16
   %r = call <16 x float> @llvm.x86.avx512.mask.scalef.ps.512(
       <16 x float> %v, <16 x float> %k, <16 x float> zeroinitializer, i16 %m, i32 4)
   ret <16 x float> %r
