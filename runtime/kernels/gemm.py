@@ -14,7 +14,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import numpy as np
 from tvm import tirx
@@ -32,7 +31,8 @@ UNROLL = 4  # steps of k that are written out
 FEW = 8  # tiles of A in the second cache, and times that B is read, from which on the depth is cut into parts
 MANY = 256  # rows from which on a panel that is too wide for the first cache is read often enough
 NEAR = 2  # tiles of a panel up to which none asks for the next one: it would be gone again before it is read
-SOON = 512  # elements ahead that are asked for instead
+STREAMS = (6, 5, 7), (3, 5)  # places of the depth that are read in turn instead, for up to two rows and for more
+PAGE = 1024  # elements apart, or a multiple of it, elements fall in the same lines of a first-level cache
 SUMS = 1 << 18  # elements of the sums that wait between two parts of the depth
 
 # Called with a vector of results, its row and first column, and how many of its lanes exist (None: all).
@@ -113,6 +113,18 @@ def part_of_depth(rows: int, inner: int, tile: GemmTile, caches: Caches) -> int 
         return None
     parts = -(-inner * 2 * FEW // most)
     return -(-inner // (parts * UNROLL)) * UNROLL
+
+
+def streams_of_depth(rows: int, inner: int, unroll: int) -> tuple[int, int]:
+    """(streams, steps of k of each, a multiple of `unroll`). Neither the streams of B nor the rows of A at their places
+    meet in the same lines of the first-level cache, if any number of streams does so."""
+
+    def parted(streams: int) -> tuple[int, int]:
+        count = inner // streams // unroll
+        return streams, (count - 1 + count % 2) * unroll  # an odd number of lines
+
+    choices = [parted(streams) for streams in STREAMS[rows > 2]]
+    return max(choices, key=lambda choice: min(PAGE // 8, choice[1] % PAGE, -choice[1] % PAGE))
 
 
 def panels(columns: int, tile: GemmTile, lanes: int) -> list[tuple[int, int]]:
@@ -308,11 +320,20 @@ class GemmEmitter:
                 self._tile(size, panel, before, item)
             size //= 2
 
-    def _near(self, start: Expr, group: int, step: int, k: Expr) -> None:
-        """Ask for what is read soon, where few tiles read a panel and most of it is far away."""
-        at = T.Bind(start + k * self.const(step) + self.const(SOON))
-        for line in range(0, group, LINE):
-            self.vectors.prefetch(self.b, at + self.const(line))
+    def _far(self, turn: tuple[Expr, int] | None) -> bool:
+        """Whether few tiles read a packed panel and most of B comes from far away."""
+        size = 4 * (self.spec.inner or 0) * self.spec.columns
+        return turn is not None and turn[1] <= NEAR and size > self.caches.l2 and (self.spec.inner or 0) >= PAGE // 16
+
+    def _streams(self, inner: int, width: int, step: Callable[[Expr], None]) -> None:
+        """All steps of k, from several places of the depth in turn: a processor fetches several streams ahead of their
+        reader at once, and each only to the end of its page, so that one alone does not fill the way to memory."""
+        unroll = max(1, LINE // width)
+        streams, length = streams_of_depth(self.tile.rows, inner, unroll)
+        with T.serial(self.const(length // unroll)) as k:
+            for stream, u in itertools.product(range(streams), range(unroll)):
+                step(k * self.const(unroll) + self.const(stream * length + u))
+        repeat(inner - streams * length, UNROLL, lambda k: step(self.const(streams * length) + k), self.index)
 
     def _tile(
         self, height: int, panel: _Panel, row: Expr, item: Expr, part: _Part | None = None,
@@ -359,10 +380,11 @@ class GemmEmitter:
             if turn[1] > NEAR:
                 ask = v.ahead(self.b, begin, total, UNROLL * b_step, *turn, const)
                 ahead = ask and (lambda k: ask(begin + k * const(b_step)))
-            elif 4 * self.inner * spec.columns > self.caches.l2:
-                ahead = partial(self._near, b_start, UNROLL * b_step, b_step)
         if part is None:
-            repeat(self.inner, UNROLL, step, self.index, ahead)
+            if isinstance(self.inner, int) and self._far(turn):
+                self._streams(self.inner, b_step, step)
+            else:
+                repeat(self.inner, UNROLL, step, self.index, ahead)
             finish()
             return
         with T.If(part.begun), T.Then():

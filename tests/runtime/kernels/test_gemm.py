@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from graphwright.passes.base import Caches
 from graphwright.runtime.target import Target
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -177,6 +179,29 @@ def test_threads() -> None:
     ]  # fmt: skip
     for case, kernel in zip(cases, kernels(cases, target, 3), strict=True):
         check(case, kernel, 203 if case.dynamic else None)
+
+
+@pytest.mark.parametrize("name", X86)
+def test_streams_of_weights_beyond_the_cache(name: str, runnable: Callable[[str], Target]) -> None:
+    """Few rows, B larger than the second cache: depths that no number of streams divides, and that are read in one."""
+    small = dataclasses.replace(Caches(), l1=1024, l2=2048)
+    target = dataclasses.replace(runnable(name), caches=small)
+    cases = [Product(m, k, 35) for m in (1, 2, 3, 8) for k in (15, 63, 64, 65, 97)] + [Product(1, 3072, 33)]
+    for case, kernel in zip(cases, kernels(cases, target), strict=True):
+        check(case, kernel)
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+@pytest.mark.parametrize("unroll", [1, 2, 4])
+def test_streams_meet_in_no_line(rows: int, unroll: int) -> None:
+    """Whatever the depth, streams hold nearly all of it and keep apart."""
+    from graphwright.runtime.kernels.gemm import PAGE, streams_of_depth
+
+    for inner in (64, 576, 1024, 1536, 3072, 4096, 5120, 6144, 8960, 16384):
+        streams, length = streams_of_depth(rows, inner, unroll)
+        assert length % unroll == 0 and length // unroll % 2 == 1
+        assert inner - 2 * streams * unroll < streams * length <= inner
+        assert inner < PAGE or min(length % PAGE, -length % PAGE) >= PAGE // 32
 
 
 @pytest.mark.parametrize("name", X86)
