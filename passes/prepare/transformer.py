@@ -36,8 +36,8 @@ def not_fused(node: ir.Node) -> str | None:
     shapes = [list(value.shape) if value is not None and value.shape is not None else [] for value in values.values()]
     if (attribute(node, "left_window_size", -1), attribute(node, "right_window_size", -1)) != (-1, -1):
         return "it sees a window"
-    if lengths is not None:
-        return "it is told how many keys there are"
+    if lengths is not None and (past is not None or lengths.dtype != ir.DataType.INT64 or graph.rank(lengths) != 1):
+        return "it is told how many keys there are, and has a past or another type of numbers than int64"
     if attribute(node, "softcap", 0.0) < 0 or attribute(node, "softmax_precision", 1) not in (0, 1):
         return "its softmax is in another precision"
     for name, shape, option in zip(values, shapes, ("q_num_heads", "kv_num_heads", "kv_num_heads"), strict=True):

@@ -38,6 +38,9 @@ def attention_(site: Site) -> Result:
         causal = Causal.END if presents else Causal.START
         if presents and not same(_length(site.x(1)), queries):
             raise ByBody("it has more new keys than queries, or fewer")
+    lengths = _lengths(site, batch)
+    if lengths is not None and causal is not Causal.NO:
+        causal = Causal.END
     scale = site.attr("scale")
     spec = AttentionSpec(
         heads[0],
@@ -52,6 +55,7 @@ def attention_(site: Site) -> Result:
         mask=kind,
         mask_axes=axes,
         softcap=float(site.attr("softcap", 0.0)),
+        lengths=lengths is not None,
         q=q_at,
         k=k_at,
         v=v_at,
@@ -60,7 +64,8 @@ def attention_(site: Site) -> Result:
     function = site.bb.add_func(_kernel(spec, site.target), "attention")
     out = relax.TensorType([int64(d) for d in (batch, queries, heads[0] * value_size)], "float32")
     inputs = [tensor_of(site, *side) for side in ((q, q_at), (k, k_at), (v, v_at))]
-    y = site.emit(relax.call_tir(function, [*inputs, mask] if mask is not None else inputs, out))
+    inputs += [x for x in (mask, lengths) if x is not None]
+    y = site.emit(relax.call_tir(function, inputs, out))
     if not flat:
         y = reshaped(site, y, [batch, queries, heads[0], value_size])
         y = site.emit(relax.op.permute_dims(y, BY_HEADS))
@@ -76,12 +81,22 @@ def _check(site: Site) -> None:
     """Raises ByBody for what the kernel has no words for."""
     if not for_kernels(site, 0, 1, 2, 4, 5) or not site.target.is_cpu:
         raise ByBody("it is not in float32, or not on a CPU")
-    if site.has(6) or site.outputs > (3 if site.has(4) else 1) or site.has(4) != site.has(5):
-        raise ByBody("it gives the products, or is told how many keys there are")
+    if site.outputs > (3 if site.has(4) else 1) or site.has(4) != site.has(5):
+        raise ByBody("it gives the products")
     if any(int(site.attr(name, -1)) != -1 for name in ("left_window_size", "right_window_size")):
         raise ByBody("it sees a window")
     if int(site.attr("softmax_precision", 1)) not in (0, 1) or float(site.attr("softcap", 0.0)) < 0:
         raise ByBody("it computes in another precision")
+
+
+def _lengths(site: Site, batch: Dim) -> tvm.ir.Expr | None:
+    """How many keys there are in each batch, where the node is told."""
+    if not site.has(6):
+        return None
+    lengths = site.x(6)
+    if dtype_of(lengths) != "int64" or len(shape_of(lengths)) != 1 or not same(shape_of(lengths)[0], batch):
+        raise ByBody("the counts of its keys are not one for each batch")
+    return lengths
 
 
 def _length(x: tvm.ir.Expr) -> Dim:

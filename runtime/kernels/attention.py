@@ -36,7 +36,7 @@ def key_block(tile: Tile, lanes: int, caches: Caches) -> int:
 def attention(
     spec: AttentionSpec, isa: InstructionSet, caches: Caches, threads: int = 1, name: str | None = None
 ) -> tirx.PrimFunc:
-    """A kernel (Q, K, V[, mask], Y) -> None of the spec's shapes and layouts.
+    """A kernel (Q, K, V[, mask][, lengths], Y) -> None of the spec's shapes and layouts.
 
     threads: how many the kernel may count on; above one, enough work is offered to TVM's thread pool. name: of the
     exported symbol; None for a function that only its own module calls.
@@ -82,6 +82,8 @@ def attention_tensors(spec: AttentionSpec) -> Tensors:
         has_b, has_h, has_q = spec.mask_axes
         shape = [b if has_b else 1, heads if has_h else 1, sq if has_q else 1, sk]
         parameters["mask"] = (shape, "float32" if spec.mask is Mask.ADDED else "bool")
+    if spec.lengths:
+        parameters["lengths"] = ([b], "int64")
     parameters["y"] = (spec.y.shape(b, heads, sq, spec.value_size), "float32")
     given = {}
     for parameter, (shape, dtype) in parameters.items():
@@ -91,8 +93,8 @@ def attention_tensors(spec: AttentionSpec) -> Tensors:
     for parameter, buffer in given.items():
         length = reduce(lambda x, y: x * y, buffer.shape)
         flat[parameter] = T.decl_buffer((length,), parameters[parameter][1], data=buffer.data)
-    q, k, v, mask, y = (flat.get(name) for name in ("q", "k", "v", "mask", "y"))
-    return Tensors(spec, q, k, v, y, mask, batch, queries, keys, index)
+    q, k, v, mask, lengths, y = (flat.get(name) for name in ("q", "k", "v", "mask", "lengths", "y"))
+    return Tensors(spec, q, k, v, y, mask, lengths, batch, queries, keys, index)
 
 
 def _emit(vectors: VectorTiles, t: Tensors, caches: Caches, threads: int) -> None:

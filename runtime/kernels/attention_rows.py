@@ -85,14 +85,15 @@ class RowEmitter:
             task = T.Bind(T.floordiv(n, t.const(parts)))
             self._locate(task)
             if results is None:
-                self._keys(t.const(0), t.const(t.keys) if isinstance(t.keys, int) else t.keys)
+                self._keys(t.const(0), t.const(self.there) if isinstance(self.there, int) else self.there)
                 self._each_row(lambda r: self._give(r, self.sums, self.result, r))
             else:
+                there = self.there
                 share = T.Bind(
-                    T.floordiv(T.floordiv(t.keys + (parts - 1), t.const(parts)) + (lanes - 1), t.const(lanes)) * lanes
+                    T.floordiv(T.floordiv(there + (parts - 1), t.const(parts)) + (lanes - 1), t.const(lanes)) * lanes
                 )
-                first = self.vectors.opaque(T.min(T.floormod(n, t.const(parts)) * share, t.keys))
-                self._keys(first, self.vectors.opaque(T.min(first + share, t.keys)))
+                first = self.vectors.opaque(T.min(T.floormod(n, t.const(parts)) * share, there))
+                self._keys(first, self.vectors.opaque(T.min(first + share, there)))
                 self._each_row(lambda r: self._keep(r, n * self.most + r, results))
         if results is not None:
             with T.serial(t.const(tasks) if isinstance(tasks, int) else tasks) as task:
@@ -115,6 +116,7 @@ class RowEmitter:
         heads = t.const(t.spec.kv_heads)
         opaque = self.vectors.opaque
         self.b, self.g = opaque(T.floordiv(task, heads)), opaque(T.floormod(task, heads))
+        self.there = t.there(self.b)
         self.k_base, self.v_base = opaque(t.at("k", self.b, self.g)), opaque(t.at("v", self.b, self.g))
 
     def _each_row(self, body: Callable[[Expr], None]) -> None:
@@ -153,7 +155,7 @@ class RowEmitter:
         self._each_row(start)
         if t.spec.causal is not Causal.NO:
             # Keys beyond what the last query sees.
-            stop = v.opaque(T.max(first, T.min(stop, t.offset + t.queries)))
+            stop = v.opaque(T.max(first, T.min(stop, t.offset(self.there) + t.queries)))
         with T.serial(v.opaque(T.floordiv(stop - first + (self.block - 1), t.const(self.block)))) as n:
             key = v.opaque(first + n * self.block)
             count = v.opaque(T.min(t.const(self.block), stop - key))
@@ -167,7 +169,7 @@ class RowEmitter:
             held = [v.load(self.queries, (r * self.head_vectors + c) * lanes) for c in range(self.head_vectors)]
         limit = None
         if t.spec.causal is not Causal.NO:
-            limit = T.Bind(T.Cast("int32", self.i + t.offset - key))
+            limit = T.Bind(T.Cast("int32", self.i + t.offset(self.there) - key))
 
         def scores(slot: Expr, part: Expr | None) -> None:
             s = self._products(r, key + slot, part, held)

@@ -58,7 +58,7 @@ class Causal(enum.Enum):
 
     NO = "no"
     START = "start"  # offset 0
-    END = "end"  # offset keys - queries: the last query sees every key
+    END = "end"  # offset keys - queries: the last query sees every key that there is
 
 
 class Mask(enum.Enum):
@@ -74,7 +74,8 @@ class AttentionSpec:
     batch, queries, keys: None where they are known at run time. heads: of the queries, a multiple of `kv_heads`.
     head_size: of q and k; value_size: of v and the output. softcap: scores become softcap · tanh(score / softcap)
     before the mask; 0 for none. mask_axes: for batch, heads, queries whether the mask, always of rank 4 and as long
-    as the keys on its last axis, has that axis or 1. zero_rows: queries that see no key give 0 instead of NaN.
+    as the keys on its last axis, has that axis or 1. lengths: int64 (batch) says how many of the keys there are; the
+    others are not read. zero_rows: queries that see no key give 0 instead of NaN.
     """
 
     heads: int
@@ -89,6 +90,7 @@ class AttentionSpec:
     mask: Mask = Mask.NO
     mask_axes: tuple[bool, bool, bool] = (False, False, False)
     softcap: float = 0.0
+    lengths: bool = False
     q: Places = Layout.BHSD
     k: Places = Layout.BHSD
     v: Places = Layout.BHSD

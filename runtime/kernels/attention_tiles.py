@@ -63,6 +63,7 @@ class Tensors:
     v: Buffer
     y: Buffer
     mask: Buffer | None
+    lengths: Buffer | None
     batch: int | Expr
     queries: int | Expr
     keys: int | Expr
@@ -84,10 +85,18 @@ class Tensors:
         first = getattr(self.spec, name).first
         return b * self.step(name, "b") + h * self.step(name, "h") + s * self.step(name, "s") + first
 
-    @property
-    def offset(self) -> int | Expr:
-        """Query i sees keys j <= i + offset."""
-        return self.keys - self.queries if self.spec.causal is Causal.END else 0
+    def there(self, b: Expr) -> int | Expr:
+        """Keys that batch b has. What a run says is cut down to what a tensor holds."""
+        if self.lengths is None:
+            return self.keys
+        most = self.const(self.keys) if isinstance(self.keys, int) else self.keys
+        # Compared as it is: of a number that is far too large the narrow type would keep the low bits.
+        given = T.max(T.min(self.lengths[b], T.Cast("int64", most)), T.int64(0))
+        return T.Bind(T.Cast(self.index, given))
+
+    def offset(self, there: int | Expr) -> int | Expr:
+        """Query i sees keys j <= i + offset, of `there` keys."""
+        return there - self.queries if self.spec.causal is Causal.END else 0
 
     def mask_at(self, b: Expr, h: Expr, i: Expr) -> Expr:
         """Offset of key 0 in the mask of a query."""
@@ -147,14 +156,14 @@ class TileEmitter:
         self.mask_base = v.opaque(t.mask_at(b, h, first)) if spec.mask is not Mask.NO else None
         self.k_base = v.opaque(t.at("k", b, kv))
         self.v_base = v.opaque(t.at("v", b, kv))
-        self.offset = v.opaque(first + t.offset) if spec.causal is not Causal.NO else None
+        stop = there = t.there(b)
+        self.offset = v.opaque(first + t.offset(there)) if spec.causal is not Causal.NO else None
         self._take_queries(v.opaque(t.at("q", b, h, first)))
-        stop: int | Expr = t.keys
         if self.offset is not None:
             # Keys that some query of the block sees, in whole tiles; none where the offset is negative.
             seen = self.offset + rows
             tiles = T.floordiv(seen + (self.tile.keys - 1), t.const(self.tile.keys))
-            stop = v.opaque(T.max(t.const(0), T.min(tiles * self.tile.keys, self._expr(t.keys))))
+            stop = v.opaque(T.max(t.const(0), T.min(tiles * self.tile.keys, self._expr(there))))
         self._each_block(stop)
         self._give_result(v.opaque(t.at("y", b, h, first)))
 
@@ -228,7 +237,7 @@ class TileEmitter:
         if isinstance(rest, int):
             if rest:
                 self._scores(key, self._expr(whole * mk), rest, best)
-        elif not isinstance(t.keys, int) or t.keys % mk:
+        elif t.spec.lengths or not isinstance(t.keys, int) or t.keys % mk:
             with T.If(rest > t.const(0)), T.Then():
                 self._scores(key, T.Bind(count - rest), rest, best)
         tiles = T.floordiv(self._expr(count) + (mk - 1), t.const(mk))

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.tvm
 
 TARGET = Target.named("cpu")
 RTOL, ATOL = 1e-5, 1e-5
-HEAD = '<ir_version: 10, opset_import: ["": 23]> '
+HEAD = '<ir_version: 11, opset_import: ["": 24]> '
 
 
 def draw(*shape: int) -> np.ndarray:
@@ -154,6 +154,26 @@ def test_attention_of_three_axes(heads: tuple[int, int]) -> None:
     assert model.kernels == {"attention"}
     for b, s, t in ((1, 1, 1), (2, 3, 9), (1, 40, 33)):
         agrees(model, {"q": draw(b, s, 8 * q), "k": draw(b, t, 8 * kv), "v": draw(b, t, 4 * kv)})
+
+
+@pytest.mark.parametrize("causal", [0, 1])
+@pytest.mark.parametrize("rank", [3, 4])
+def test_attention_over_the_filled_part_of_a_cache(rank: int, causal: int) -> None:
+    """A cache of fixed size, written by TensorScatter and read as far as it is filled, as decoders of opset 24 do."""
+    shape = {3: "b,s,16", 4: "b,4,s,4"}[rank]
+    kv, axis = {3: ("b,@,8", 1), 4: ("b,2,@,4", 2)}[rank]
+    heads = "q_num_heads=4, kv_num_heads=2, " if rank == 3 else ""
+    new, cache = kv.replace("@", "s"), kv.replace("@", "40")
+    model = Model(f"g (float[{shape}] q, float[{new}] k, float[{new}] v, float[{cache}] pk, float[{cache}] pv,"
+                  f" int64[b] at, int64[b] n) => (float[{shape}] y, float[{cache}] nk, float[{cache}] nv)"
+                  f"{{ nk = TensorScatter <axis={axis}> (pk, k, at) nv = TensorScatter <axis={axis}> (pv, v, at)"
+                  f" y = Attention <{heads}is_causal={causal}> (q, nk, nv, , , , n) }}")  # fmt: skip
+    assert "attention" in model.kernels
+    for s, at in ((1, (0, 7)), (3, (37, 0)), (12, (5, 28))):
+        made = {name: tuple(40 if d == "40" else {"b": 2, "s": s}.get(d) or int(d) for d in dims.split(","))
+                for name, dims in (("q", shape), ("k", new), ("v", new), ("pk", cache), ("pv", cache))}  # fmt: skip
+        feeds = {name: draw(*sizes) for name, sizes in made.items()}
+        agrees(model, {**feeds, "at": np.array(at), "n": np.array(at) + s})
 
 
 @pytest.mark.parametrize("rank", [3, 4])

@@ -61,6 +61,8 @@ def draw(description: Any, batch: int = 1, queries: int = 0, keys: int = 0, seed
         arrays["mask"] = normal(*shape)
     elif s.mask.value == "keep":
         arrays["mask"] = random.random(shape) < 0.7
+    if s.lengths:
+        arrays["lengths"] = random.integers(0, nk + 1, b)
     return arrays
 
 
@@ -85,7 +87,7 @@ def run(target: Target, description: Any, arrays: Arrays, threads: int = 1) -> n
 
     s = description
     inputs = [laid_out(arrays[name], getattr(s, name)) for name in "qkv"]
-    inputs += [arrays["mask"]] if "mask" in arrays else []
+    inputs += [arrays[name] for name in ("mask", "lengths") if name in arrays]
     b, h, nq, _ = arrays["q"].shape
     # What is left of this value was not written.
     y = tvm.runtime.tensor(laid_out(np.full((b, h, nq, s.value_size), 12345.0, np.float32), s.y))
@@ -104,9 +106,12 @@ def reference(description: Any, arrays: Arrays) -> np.ndarray:
     if s.softcap:
         scores = s.softcap * np.tanh(scores / s.softcap)
     nq, nk = scores.shape[2:]
+    there = arrays.get("lengths", np.full(len(q), nk)).clip(0, nk)[:, None, None, None]
     if s.causal.value != "no":
-        offset = nk - nq if s.causal.value == "end" else 0
+        offset = there - nq if s.causal.value == "end" else 0
         scores = np.where(np.arange(nk) <= np.arange(nq)[:, None] + offset, scores, -np.inf)
+    scores = np.where(np.arange(nk) < there, scores, -np.inf)
+    v = np.where(np.arange(nk)[:, None] < there, v, 0)
     if "mask" in arrays:
         mask = arrays["mask"]
         with np.errstate(over="ignore"):
@@ -285,6 +290,33 @@ def test_threads_share_heads_and_keys(causal: str, queries: int, keys: int, head
     for batch in (1, None):
         description = spec(batch=batch, heads=heads, queries=queries, keys=keys, head_size=32, causal=causal)
         check(target, description, draw(description), threads=4)
+
+
+@pytest.mark.parametrize("queries", [1, 3, 9, 53])
+@pytest.mark.parametrize("causal", ["no", "end"])
+@pytest.mark.parametrize("name", X86)
+def test_counts_of_keys(runnable: Callable[[str], Target], name: str, causal: str, queries: int) -> None:
+    """What lies behind the keys that there are, here NaN, is not read; fewer keys than queries leave queries of 0."""
+    target, fixed = runnable(name), spec(batch=4, queries=queries, keys=139, causal=causal, lengths=True)
+    masked = spec(batch=4, queries=queries, keys=139, causal=causal, lengths=True, mask="keep",
+                  mask_axes=(False, False, True), heads=4, kv_heads=2)  # fmt: skip
+    for description in (fixed, dataclasses.replace(fixed, batch=None, queries=None, keys=None), masked):
+        for lengths in ((0, 1, 2, 139), (64, 8, 138, 7), (-3, 140, 1 << 33, 130)):
+            arrays = draw(description, 4, queries, 139)
+            arrays["lengths"] = np.array(lengths)
+            for one, count in enumerate(lengths):
+                for x in (arrays["k"], arrays["v"]):
+                    x[one, :, max(count, 0) :] = np.nan
+            expected = reference(description, {**arrays, "k": np.nan_to_num(arrays["k"])})
+            np.testing.assert_allclose(run(target, description, arrays), expected, rtol=0, atol=5e-6)
+
+
+@pytest.mark.parametrize("queries", [1, 64])
+def test_threads_share_the_keys_that_there_are(queries: int) -> None:
+    description = spec(heads=3, batch=2, queries=queries, keys=4000, head_size=32, causal="end", lengths=True)
+    for lengths in ((4000, 1), (2501, 70)):
+        arrays = {**draw(description), "lengths": np.array(lengths)}
+        check(Target.named("cpu"), description, arrays, threads=4)
 
 
 def test_empty_tensors() -> None:
