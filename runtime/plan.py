@@ -124,13 +124,13 @@ class _Planner(relax.PyExprMutator):
         arguments = [a for a in call.args[1].fields if isinstance(a.ty, relax.TensorType)]
         blocked = [self.in_blocks(a) for a in arguments]
         spec = spec_of(function)
-        if spec is not None and spec["template"] in ("pool", "global-pool", "upsample"):
+        if spec is not None and spec["template"] in ("pool", "global-pool", "upsample", "interpolate"):
             source = self.into_blocks(arguments[0])
             shape = convolutions.dims_of(kind)
             assert shape is not None, "the sizes of an image are known"
             out = relax.TensorType(blocked_shape(shape, self.lanes), "float32")
             flops = int(function.attrs["graphwright.flops"])
-            result = anchor(self.builder_, spec["template"], spec["parameters"], [source], out, flops)
+            result = anchor(self.builder_, spec["template"], spec["parameters"], [source, *arguments[1:]], out, flops)
             return self.unpacked(result, kind)
         dims = convolutions.dims_of(kind)
         if dims is None or not any(b is not None for b in blocked):

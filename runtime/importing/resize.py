@@ -56,10 +56,6 @@ def _coordinate(rule: _Rule, at: tirx.Expr, size: Dim, out: Dim, scale: tirx.Exp
     raise Refuse(f"coordinate_transformation_mode {rule.transform!r} is unknown")
 
 
-def _taps(rule: _Rule) -> int:
-    return {"nearest": 1, "linear": 2, "cubic": 4}[rule.mode]
-
-
 def _weights(rule: _Rule, x: tirx.Expr, size: Dim) -> list[tuple[tirx.Expr, tirx.Expr]]:
     """(index, weight) of every input element that contributes at input coordinate x."""
     last = int64(size) - 1
@@ -141,37 +137,91 @@ def _along(
     return site.te(compute, x, *extra, name=f"resize_{rule.mode}")
 
 
+def _centres(rule: _Rule, size: int, out: int, scale: float, dtype: type[np.floating[Any]]) -> np.ndarray:
+    """The input coordinate of every output position along an axis of known size, as `_coordinate` computes it."""
+    one = dtype(1)
+    at, length, new, scale_ = np.arange(out, dtype=dtype), dtype(size), dtype(out), dtype(scale)
+    half = one / 2
+    if rule.transform == "align_corners":
+        return at * (length - one) / max(new - one, one)
+    if rule.transform == "asymmetric":
+        return at / scale_
+    if rule.transform == "half_pixel_symmetric":
+        return length * half * (one - new / (scale_ * length)) + (at + half) / scale_ - half
+    if rule.transform == "pytorch_half_pixel" and out == 1:
+        return np.full(1, -half)
+    if rule.transform in ("half_pixel", "pytorch_half_pixel"):
+        return (at + half) / scale_ - half
+    raise Refuse(f"{rule.transform} is not compiled for fixed positions")
+
+
+def _table(rule: _Rule, size: int, out: int, scale: float) -> tuple[np.ndarray, np.ndarray]:
+    """For every output position along an axis: the input positions that it is made of (int32), and their weights."""
+    x = _centres(rule, size, out, scale, np.float32)
+    base = np.floor(x)
+    part = x - base
+    if rule.mode == "linear":
+        weights, first = [np.float32(1) - part, part], 0
+    else:
+        weights, first = [_keys(distance, rule.cubic) for distance in (part + 1, part, 1 - part, 2 - part)], -1
+    places = base.astype(np.int64)[:, None] + np.arange(first, first + len(weights))
+    table = np.stack(weights, axis=1).astype(np.float32)
+    if rule.exclude_outside:
+        table = np.where((places >= 0) & (places < size), table, np.float32(0))
+        table = table / table.sum(axis=1, keepdims=True)
+    return places.clip(0, size - 1).astype(np.int32), table
+
+
+def _interpolated(
+    site: Site, rule: _Rule, out: Sequence[Dim], axes: Sequence[int], scales: Sequence[float] | None, has_scales: bool
+) -> Result | None:
+    """An image whose rows and columns are weighted sums at known places, by a kernel; None for other forms."""
+    from ..kernels.interpolate import interpolated
+    from ..kernels.vectors import Vectors
+    from .pooling import templated
+
+    dims = site.shape()
+    if not templated(site) or len(dims) != 4 or tuple(out[:2]) != tuple(dims[:2]) or rule.antialias:
+        return None
+    if rule.mode == "nearest" or rule.transform == "tf_crop_and_resize" or (has_scales and scales is None):
+        return None
+    if site.attr("keep_aspect_ratio_policy", "stretch") != "stretch":
+        return None
+    sizes = [(d, o) for d, o in zip(dims[2:], out[2:], strict=True) if isinstance(d, int) and isinstance(o, int)]
+    if len(sizes) != 2 or 0 in sizes[0] + sizes[1]:
+        return None
+    known = dict(zip(axes, scales, strict=True)) if scales is not None else {}
+    tables = []
+    for axis, (size, new) in zip((2, 3), sizes, strict=True):
+        scale = known.get(axis, float(np.float32(new) / np.float32(size)))
+        if size == new and scale == 1:
+            tables.append((np.arange(size, dtype=np.int32)[:, None], np.ones((size, 1), np.float32)))
+        else:
+            tables.append(_table(rule, size, new, scale))
+    lanes = Vectors(site.target.isa).lanes
+    return interpolated(site.bb, site.x(), tables, relax.TensorType(list(out), F32), lanes)
+
+
+def _keys(distance: Any, a: float) -> Any:
+    """Keys' cubic filter at distances of up to 2."""
+    near = ((a + 2) * distance - (a + 3)) * distance * distance + 1
+    return np.where(distance <= 1, near, ((a * distance - 5 * a) * distance + 8 * a) * distance - 4 * a)
+
+
 def _antialiased(site: Site, x: tvm.ir.Expr, axis: int, out: int, scale: float, rule: _Rule) -> tvm.ir.Expr:
     """One axis resized with a filter that widens as the image shrinks: the weights are a constant matrix."""
     size = shape_of(x)[axis]
     if not isinstance(size, int):
         raise Unfixed("antialiasing needs a known size")
     narrow = min(scale, 1.0)
-    a = rule.cubic
 
     def kernel(t: float) -> float:
         t = abs(t)
-        if rule.mode == "linear":
-            return max(0.0, 1 - t)
-        if t <= 1:
-            return ((a + 2) * t - (a + 3)) * t * t + 1
-        return ((a * t - 5 * a) * t + 8 * a) * t - 4 * a if t < 2 else 0.0
+        return max(0.0, 1 - t) if rule.mode == "linear" else float(_keys(t, rule.cubic)) if t < 2 else 0.0
 
     reach = (1 if rule.mode == "linear" else 2) / narrow
     matrix = np.zeros((out, size), np.float64)
-    for position in range(out):
-        if rule.transform == "align_corners":
-            centre = position * (size - 1) / max(out - 1, 1)
-        elif rule.transform == "asymmetric":
-            centre = position / scale
-        elif rule.transform == "half_pixel_symmetric":
-            centre = size / 2 * (1 - out / (scale * size)) + (position + 0.5) / scale - 0.5
-        elif rule.transform == "pytorch_half_pixel" and out == 1:
-            centre = -0.5
-        elif rule.transform in ("half_pixel", "pytorch_half_pixel"):
-            centre = (position + 0.5) / scale - 0.5
-        else:
-            raise Refuse(f"antialiasing with {rule.transform} is not compiled")
+    for position, centre in enumerate(_centres(rule, size, out, scale, np.float64).tolist()):
         low, high = math.floor(centre - reach) + 1, math.ceil(centre + reach) - 1
         weights = {i: kernel((i - centre) * narrow) for i in range(low, high + 1)}
         if rule.exclude_outside:
@@ -238,6 +288,8 @@ def resize(site: Site) -> Result:
         from ..templates import anchor
 
         return anchor(site.bb, "upsample", {"factors": factors}, [site.x()], relax.TensorType(list(out), F32))
+    if (made := _interpolated(site, rule, out, axes, fixed_scales, has_scales)) is not None:
+        return made
     x, dtype = site.x(), site.dtype()
     work = dtype if mode == "nearest" or dtype in (F32, "float64") else F32
     x = site.cast(x, work)
