@@ -15,8 +15,9 @@ pytestmark = pytest.mark.tvm
 
 def resize(size: str, new: tuple[int, int], mode: str = "linear", more: str = "") -> str:
     """A model whose only nodes are a Resize and what is fused behind it."""
-    return (f"g (float[{size}] x) => (float[n,c,h,w] y) {{ sizes = Constant <value_ints=[{new[0]}, {new[1]}]> ()"
-            f" r = Resize <mode='{mode}', axes=[2, 3]{more}> (x, , , sizes) y = Relu (r) }}").replace("'", '"')  # fmt: skip
+    body = f"r = Resize <mode='{mode}', axes=[2, 3]{more}> (x, , , sizes) y = Relu (r)".replace("'", '"')
+    sizes = f"sizes = Constant <value_ints=[{new[0]}, {new[1]}]> ()"
+    return f"g (float[{size}] x) => (float[n,c,h,w] y) {{ {sizes} {body} }}"
 
 
 def draw(*shape: int) -> np.ndarray:
