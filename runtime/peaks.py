@@ -100,7 +100,9 @@ def _fastest(function: Any, target: Target, inputs: int, outputs: int) -> float:
     import numpy as np
     import tvm
 
-    run = tvm.compile(tvm.IRModule({"probe": function}), target.tvm())["probe"]
+    from .codegen import machine_code
+
+    run = machine_code(tvm.IRModule({"probe": function}), target)["probe"]
     x = tvm.runtime.tensor(np.arange(inputs, dtype=np.float32) % 7 / 8)  # below 1: sums stay finite
     y = tvm.runtime.tensor(np.zeros(outputs, np.float32))
     run(x, y)

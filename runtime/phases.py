@@ -8,6 +8,7 @@ from typing import Any
 import tvm
 from tvm import relax
 
+from .codegen import pipeline_of
 from .target import Target
 
 LIFT = 64  # bytes; smaller constants stay inside the library
@@ -30,7 +31,8 @@ def compile_module(
         module, constants = lift_constants(module)
         module = lower()(module)
     observe(module)
-    return relax.build(module, tvm_target, relax_pipeline=None), constants
+    executable = relax.build(module, tvm_target, relax_pipeline=None, tir_pipeline=pipeline_of(target))
+    return executable, constants
 
 
 def legalize(module: tvm.IRModule, target: Target) -> tvm.IRModule:

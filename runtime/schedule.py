@@ -15,6 +15,7 @@ import tvm
 from tvm import s_tir, tirx
 from tvm.s_tir.dlight.analysis import normalize_prim_func
 
+from .codegen import GENERAL
 from .target import Target
 
 log = logging.getLogger("graphwright")
@@ -29,7 +30,7 @@ def default_schedule(module: tvm.IRModule, target: Target) -> tvm.IRModule:
     result = tvm.IRModule(dict(module.functions_items()), attrs=module.attrs)
     for variable, function in module.functions_items():
         if isinstance(function, tirx.PrimFunc) and not _scheduled(function):
-            result.update_func(variable, _schedule(function, target))
+            result.update_func(variable, _schedule(function, target).with_attr(GENERAL, True))
     return result
 
 

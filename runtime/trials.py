@@ -22,6 +22,7 @@ import tvm
 from tvm import relax, tirx
 
 from . import importer, phases
+from .codegen import machine_code
 from .kernels import conv, conv_direct, gemm, products, winograd
 from .kernels.conv_depthwise import widest
 from .kernels.conv_spec import ConvSpec, ConvTile
@@ -145,7 +146,7 @@ class Trial(ABC):
         module = claim(bb.get(), self.target)
         (function,) = [f for f in module.functions.values() if isinstance(f, tirx.PrimFunc)]
         named = tvm.IRModule({"kernel": function.with_attr("global_symbol", "kernel")})
-        return tvm.compile(named, self.target.tvm())["kernel"]
+        return machine_code(named, self.target)["kernel"]
 
     def arrays(self, tile: Any) -> tuple[np.ndarray, np.ndarray]:
         """The inputs, the same numbers for every tile."""

@@ -71,6 +71,7 @@ SHAPES = [
 
 def kernel(shape: Shape, target: Target, threads: int) -> Callable[..., None]:
     import tvm
+    from graphwright.runtime.codegen import machine_code
 
     from ..runtime.kernels.attention import attention
     from ..runtime.kernels.attention_spec import AttentionSpec, Causal
@@ -80,7 +81,7 @@ def kernel(shape: Shape, target: Target, threads: int) -> Callable[..., None]:
         kv_heads=shape.kv_heads, causal=Causal.END if shape.causal else Causal.NO,
     )  # fmt: skip
     function = attention(spec, target.isa, target.caches, threads, "attention")
-    return tvm.compile(tvm.IRModule({"attention": function}), target.tvm())["attention"]
+    return machine_code(tvm.IRModule({"attention": function}), target)["attention"]
 
 
 def decomposed(shape: Shape, arrays: dict[str, np.ndarray]) -> tuple[Any, dict[str, np.ndarray]]:

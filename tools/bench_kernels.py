@@ -128,6 +128,7 @@ def kernel(case: Case, x: np.ndarray, weight: np.ndarray, target: Target, thread
 def _convolution(case: Case, x: np.ndarray, weight: np.ndarray, target: Target, threads: int) -> Kernel:
     import numpy as np
     import tvm
+    from graphwright.runtime.codegen import machine_code
 
     from ..runtime.blocked import blocked_array
     from ..runtime.kernels.conv import ConvSpec, ConvTile, conv, pack_weights
@@ -140,7 +141,7 @@ def _convolution(case: Case, x: np.ndarray, weight: np.ndarray, target: Target, 
     )  # fmt: skip
     tile = ConvTile(case.kind)
     function = conv(spec, target.isa, threads, tile, "conv", target.caches)
-    compiled = tvm.compile(tvm.IRModule({"conv": function}), target.tvm())["conv"]
+    compiled = machine_code(tvm.IRModule({"conv": function}), target)["conv"]
     bias = np.zeros(spec.out_blocks(lanes) * lanes, np.float32)
     y = np.zeros((1, spec.out_blocks(lanes) * lanes * math.prod(case.out)), np.float32)
     packed = pack_weights(weight, spec, target.isa, tile)

@@ -84,6 +84,7 @@ def reload(e: SoftmaxEmitter, rows: Any, length: Any) -> None:
 def kernel(form: str, shape: Sequence[int], target: Target, threads: int) -> Callable[..., None]:
     """The compiled kernel of one of FORMS."""
     import tvm
+    from graphwright.runtime.codegen import machine_code
 
     from ..passes.ops.two_pass_softmax import Form
     from ..runtime.kernels.two_pass_softmax import rowwise, softmax
@@ -93,7 +94,7 @@ def kernel(form: str, shape: Sequence[int], target: Target, threads: int) -> Cal
     else:
         chosen = Form.TWO_PASS if form == "two-pass" else Form.AUTO
         function = softmax(shape, target.isa, target.caches, threads, chosen, "softmax")
-    return tvm.compile(tvm.IRModule({"softmax": function}), target.tvm())["softmax"]
+    return machine_code(tvm.IRModule({"softmax": function}), target)["softmax"]
 
 
 def measure(shape: tuple[int, int], target: Target, threads: int, budget: float) -> dict[str, Any]:

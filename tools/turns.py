@@ -106,11 +106,12 @@ def peak(target: Target, threads: int) -> tuple[Runner, float]:
     import numpy as np
     import tvm
 
+    from ..runtime.codegen import machine_code
     from ..runtime.kernels import probes
 
     lanes = max(4, target.isa.lanes())
     function = probes.multiply_adds(target.isa, threads, STEPS)
-    compiled = tvm.compile(tvm.IRModule({"probe": function}), target.tvm())["probe"]
+    compiled = machine_code(tvm.IRModule({"probe": function}), target)["probe"]
     x = tvm.runtime.tensor(np.full((probes.ACCUMULATORS + 1) * lanes, 0.5, np.float32))
     y = tvm.runtime.tensor(np.zeros(threads * lanes, np.float32))
     return partial(compiled, x, y), 2.0 * threads * STEPS * probes.ACCUMULATORS * lanes

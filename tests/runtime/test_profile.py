@@ -44,6 +44,7 @@ def test_this_machine_has_limits() -> None:
 @pytest.mark.parametrize("what", ["read", "copy"])
 def test_the_probes_do_what_they_say(what: str) -> None:
     import tvm
+    from graphwright.runtime.codegen import machine_code
     from graphwright.runtime.kernels import probes
 
     target = Target.named("cpu")
@@ -52,7 +53,7 @@ def test_the_probes_do_what_they_say(what: str) -> None:
     function = getattr(probes, what)(target.isa, threads, size, 2)
     x = np.arange(size, dtype=np.float32)
     y = tvm.runtime.tensor(np.zeros(size if what == "copy" else threads * lanes, np.float32))
-    tvm.compile(tvm.IRModule({"probe": function}), target.tvm())["probe"](tvm.runtime.tensor(x), y)
+    machine_code(tvm.IRModule({"probe": function}), target)["probe"](tvm.runtime.tensor(x), y)
     if what == "copy":
         np.testing.assert_array_equal(y.numpy(), x + 1)  # the second time
     else:

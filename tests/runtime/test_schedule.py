@@ -157,11 +157,12 @@ def lowered(model: onnx.ModelProto, target: Target) -> Any:
 def run(module: Any, target: Target, feeds: Sequence[np.ndarray]) -> list[np.ndarray]:
     import tvm
     from graphwright.runtime import phases
+    from graphwright.runtime.codegen import pipeline_of
     from tvm import relax
 
     where = target.tvm()
     with where, tvm.transform.PassContext(opt_level=3):
-        executable = relax.build(phases.lower()(module), where, relax_pipeline=None)
+        executable = relax.build(phases.lower()(module), where, relax_pipeline=None, tir_pipeline=pipeline_of(target))
     machine = relax.VirtualMachine(executable, tvm.cpu())
     return [tensor.numpy() for tensor in machine["main"](*map(tvm.runtime.tensor, feeds))]
 

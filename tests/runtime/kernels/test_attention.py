@@ -35,10 +35,11 @@ def spec(**fields: Any) -> Any:
 @functools.cache
 def kernel(target: Target, description: Any, threads: int = 1) -> Callable[..., Any]:
     import tvm
+    from graphwright.runtime.codegen import machine_code
     from graphwright.runtime.kernels.attention import attention
 
     function = attention(description, target.isa, target.caches, threads, "attention")
-    return tvm.compile(tvm.IRModule({"attention": function}), target.tvm())["attention"]
+    return machine_code(tvm.IRModule({"attention": function}), target)["attention"]
 
 
 def draw(description: Any, batch: int = 1, queries: int = 0, keys: int = 0, seed: int = 0) -> Arrays:

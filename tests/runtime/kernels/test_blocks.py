@@ -20,6 +20,7 @@ pytestmark = pytest.mark.tvm
 
 from graphwright.runtime import phases  # noqa: E402
 from graphwright.runtime.blocked import blocked_array  # noqa: E402
+from graphwright.runtime.codegen import machine_code  # noqa: E402
 from graphwright.runtime.importer import import_model  # noqa: E402
 from graphwright.runtime.kernels import moves  # noqa: E402
 from graphwright.runtime.kernels.channels import pieces  # noqa: E402
@@ -84,7 +85,7 @@ def test_into_blocks_and_out(
     packed = blocked_array(x, lanes)
     functions = {n: moves.blocks(x.shape, target, into=n == "pack") for n in ("pack", "unpack")}
     module = tvm.IRModule({n: f.with_attr("global_symbol", n) for n, f in functions.items()})
-    compiled = tvm.compile(module, target.tvm())
+    compiled = machine_code(module, target)
     y = tvm.runtime.tensor(np.full(packed.shape, 7, np.float32))
     compiled["pack"](tvm.runtime.tensor(x), y)
     there = np.moveaxis(y.numpy(), -1, 2).reshape(2, -1, *places)

@@ -68,10 +68,11 @@ def unblock(y: np.ndarray, channels: int) -> np.ndarray:
 @functools.cache
 def kernel(spec: ConvSpec, target: Target, threads: int = 2, algorithm: str | None = None) -> Kernel:
     import tvm
+    from graphwright.runtime.codegen import machine_code
 
     tile = ConvTile(algorithm) if algorithm else choose_tile(spec, target.isa, target.caches)
     function = conv(spec, target.isa, threads, tile, "conv", target.caches)
-    compiled = tvm.compile(tvm.IRModule({"conv": function}), target.tvm())["conv"]
+    compiled = machine_code(tvm.IRModule({"conv": function}), target)["conv"]
     lanes, blocks = Vectors(target.isa).lanes, spec.out_blocks(Vectors(target.isa).lanes)
 
     def run(x: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> np.ndarray:
@@ -307,6 +308,7 @@ def test_weights_of_another_shape_are_refused() -> None:
 @pytest.mark.parametrize("name", ["arm64", "armv7", "riscv64"])
 def test_other_machines_compile(name: str) -> None:
     import tvm
+    from graphwright.runtime.codegen import machine_code
 
     target = Target.named(name)
     for spec, algorithm in [
@@ -314,4 +316,4 @@ def test_other_machines_compile(name: str) -> None:
         (WINOGRAD["odd"], "winograd"),
     ]:  # fmt: skip
         function = conv(spec, target.isa, 2, ConvTile(algorithm), "conv", target.caches)
-        assert tvm.compile(tvm.IRModule({"conv": function}), target.tvm())
+        assert machine_code(tvm.IRModule({"conv": function}), target)

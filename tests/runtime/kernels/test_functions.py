@@ -48,6 +48,7 @@ FLUSHED = {"exp", "sigmoid"}
 def library(name: str) -> Any:
     """One kernel (x, y) for each function, over n whole vectors."""
     import tvm
+    from graphwright.runtime.codegen import machine_code
     from graphwright.runtime.kernels.functions import FUNCTIONS
     from graphwright.runtime.kernels.vectors import Vectors
     from tvm import tirx
@@ -71,7 +72,7 @@ def library(name: str) -> Any:
                     v.store(y, at, FUNCTIONS[function](v, v.load(x, at)))
         return builder.get()
 
-    return tvm.compile(tvm.IRModule({f"f_{function}": kernel(function) for function in FUNCTIONS}), target.tvm())
+    return machine_code(tvm.IRModule({f"f_{function}": kernel(function) for function in FUNCTIONS}), target)
 
 
 def computed(name: str, function: str, x: np.ndarray) -> np.ndarray:

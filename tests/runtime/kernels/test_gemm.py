@@ -75,11 +75,12 @@ Kernel = Callable[[np.ndarray, np.ndarray], np.ndarray]
 def kernels(products: Sequence[Product], target: Target, threads: int = 1) -> list[Kernel]:
     """All of them in one library. Each takes A (batch, M, K) and B (batch, K, N), 1 for a batch where it is shared."""
     import tvm
+    from graphwright.runtime.codegen import machine_code
     from graphwright.runtime.kernels.gemm import choose_tile, pack
     from graphwright.runtime.kernels.vectors import Vectors
 
     module = tvm.IRModule({f"g{i}": function(p, target, f"g{i}", threads) for i, p in enumerate(products)})
-    library = tvm.compile(module, target.tvm())
+    library = machine_code(module, target)
     lanes = Vectors(target.isa).lanes
 
     def run(number: int, product: Product, a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -22,10 +22,11 @@ INF = np.float32(np.inf)
 @functools.cache
 def kernel(target: Target, shape: tuple[int | str, ...], threads: int = 1) -> Callable[[np.ndarray], np.ndarray]:
     import tvm
+    from graphwright.runtime.codegen import machine_code
     from graphwright.runtime.kernels.log_softmax import log_softmax
 
     function = log_softmax(shape, target.isa, threads, "log_softmax")
-    compiled = tvm.compile(tvm.IRModule({"log_softmax": function}), target.tvm())["log_softmax"]
+    compiled = machine_code(tvm.IRModule({"log_softmax": function}), target)["log_softmax"]
 
     def run(x: np.ndarray) -> np.ndarray:
         # What is left of this value was not written.
@@ -94,10 +95,11 @@ def test_a_shift_changes_nothing(data: np.ndarray, shift: float) -> None:
 @functools.cache
 def sums(target: Target, rows: tuple[int | str, ...], length: int | str, threads: int = 1) -> Callable[..., np.ndarray]:
     import tvm
+    from graphwright.runtime.codegen import machine_code
     from graphwright.runtime.kernels.log_softmax import log_sum_exp
 
     function = log_sum_exp(rows, length, target.isa, threads, "log_sum_exp")
-    compiled = tvm.compile(tvm.IRModule({"log_sum_exp": function}), target.tvm())["log_sum_exp"]
+    compiled = machine_code(tvm.IRModule({"log_sum_exp": function}), target)["log_sum_exp"]
 
     def run(x: np.ndarray) -> np.ndarray:
         y = tvm.runtime.tensor(np.full(x.shape[:-1], 12345.0, np.float32))

@@ -30,10 +30,11 @@ def kernel(
     target: Target, rows: tuple[int | str, ...], row: tuple[int, ...], centred: bool, bias: bool, threads: int = 1
 ) -> Kernel:
     import tvm
+    from graphwright.runtime.codegen import machine_code
     from graphwright.runtime.kernels.normalization import normalization
 
     function = normalization(rows, row, EPSILON, target.isa, threads, centred, bias, "normalization")
-    compiled = tvm.compile(tvm.IRModule({"normalization": function}), target.tvm())["normalization"]
+    compiled = machine_code(tvm.IRModule({"normalization": function}), target)["normalization"]
 
     def run(*inputs: np.ndarray) -> np.ndarray:
         # What is left of this value was not written.

@@ -38,10 +38,11 @@ def spec(kind: str, hidden: int, **fields: Any) -> Any:
 @functools.cache
 def kernel(target: Target, description: Any, threads: int) -> Callable[..., Any]:
     import tvm
+    from graphwright.runtime.codegen import machine_code
     from graphwright.runtime.kernels.recurrent import recurrent
 
     function = recurrent(description, target.isa, target.caches, threads, "recurrent")
-    return tvm.compile(tvm.IRModule({"recurrent": function}), target.tvm())["recurrent"]
+    return machine_code(tvm.IRModule({"recurrent": function}), target)["recurrent"]
 
 
 def one_step(s: Any, p: np.ndarray, r: np.ndarray, bias: np.ndarray, h: np.ndarray, c: np.ndarray) -> Any:

@@ -24,10 +24,11 @@ INF = np.float32(np.inf)
 @functools.cache
 def built(target: Target, maker: str, *arguments: Any, **more: Any) -> Callable[..., Any]:
     import tvm
+    from graphwright.runtime.codegen import machine_code
     from graphwright.runtime.kernels import reductions
 
     function = getattr(reductions, maker)(*arguments, target.isa, name="kernel", **more)
-    return tvm.compile(tvm.IRModule({"kernel": function}), target.tvm())["kernel"]
+    return machine_code(tvm.IRModule({"kernel": function}), target)["kernel"]
 
 
 def run(kernel: Callable[..., Any], shape: Sequence[int], dtype: Any, *inputs: np.ndarray) -> np.ndarray:

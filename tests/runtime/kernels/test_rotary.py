@@ -27,10 +27,11 @@ def spec(**fields: Any) -> Any:
 @functools.cache
 def kernel(target: Target, description: Any, threads: int = 1) -> Callable[..., Any]:
     import tvm
+    from graphwright.runtime.codegen import machine_code
     from graphwright.runtime.kernels.rotary import rotary
 
     function = rotary(description, target.isa, threads, "rotary")
-    return tvm.compile(tvm.IRModule({"rotary": function}), target.tvm())["rotary"]
+    return machine_code(tvm.IRModule({"rotary": function}), target)["rotary"]
 
 
 def reference(s: Any, x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:

@@ -25,10 +25,11 @@ INF = np.float32(np.inf)
 @functools.cache
 def kernel(target: Target, description: Any, power: int, threads: int = 1) -> Callable[..., Any]:
     import tvm
+    from graphwright.runtime.codegen import machine_code
     from graphwright.runtime.kernels.softplus_attention import softplus_attention
 
     function = softplus_attention(description, power, target.isa, target.caches, threads, "attend")
-    return tvm.compile(tvm.IRModule({"attend": function}), target.tvm())["attend"]
+    return machine_code(tvm.IRModule({"attend": function}), target)["attend"]
 
 
 def spec(**fields: Any) -> Any:

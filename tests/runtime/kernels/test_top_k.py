@@ -18,10 +18,11 @@ pytestmark = pytest.mark.tvm
 @functools.cache
 def kernel(target: Target, rows: Any, length: int, count: int, threads: int, least: bool) -> Callable[..., Any]:
     import tvm
+    from graphwright.runtime.codegen import machine_code
     from graphwright.runtime.kernels.top_k import top_k
 
     function = top_k(rows, length, count, target.isa, threads, least, "top_k")
-    return tvm.compile(tvm.IRModule({"top_k": function}), target.tvm())["top_k"]
+    return machine_code(tvm.IRModule({"top_k": function}), target)["top_k"]
 
 
 def check(target: Target, x: np.ndarray, count: int, threads: int = 1, least: bool = False, known: bool = True) -> None:

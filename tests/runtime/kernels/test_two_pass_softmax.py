@@ -33,10 +33,11 @@ Kernel = Callable[[np.ndarray], np.ndarray]
 @functools.cache
 def kernel(target: Target, shape: tuple[int | None, ...], form: Form = Form.AUTO, threads: int = 2) -> Kernel:
     import tvm
+    from graphwright.runtime.codegen import machine_code
     from graphwright.runtime.kernels.two_pass_softmax import softmax
 
     function = softmax(shape, target.isa, target.caches, threads, form, name="softmax")
-    compiled = tvm.compile(tvm.IRModule({"softmax": function}), target.tvm())["softmax"]
+    compiled = machine_code(tvm.IRModule({"softmax": function}), target)["softmax"]
 
     def run(x: np.ndarray) -> np.ndarray:
         # What is left of this value was not written.
@@ -220,6 +221,7 @@ def test_rows_are_distributions(seed: int, rows: int, length: int, spread: float
 @pytest.mark.parametrize("dtype, limit", [("float32", TOLERANCE), ("float16", 1e-3), ("float64", 1e-12)])
 def test_lowering_gives_the_type_it_got(dtype: str, limit: float) -> None:
     import tvm
+    from graphwright.runtime.codegen import machine_code
     from graphwright.runtime.lowering import lowering_for
     from tvm import relax
 
@@ -232,7 +234,7 @@ def test_lowering_gives_the_type_it_got(dtype: str, limit: float) -> None:
         with builder.dataflow():
             y = builder.emit_output(builder.emit(lower(builder, [x], {"axis": 1}, target)))
         builder.emit_func_output(y)
-    machine = relax.VirtualMachine(tvm.compile(builder.get(), target.tvm()), tvm.cpu())
+    machine = relax.VirtualMachine(machine_code(builder.get(), target), tvm.cpu())
     data = rows_of(3, 33).astype(dtype) / dtype_scale(dtype)
     got = machine["main"](tvm.runtime.tensor(data)).numpy()
     assert got.dtype == dtype
