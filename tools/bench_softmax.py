@@ -3,6 +3,7 @@
     python -m graphwright.tools.bench_softmax                   all shapes, one thread
     python -m graphwright.tools.bench_softmax --threads 2 --json softmax.json
     python -m graphwright.tools.bench_softmax --quick           a few shapes, seconds
+    python -m graphwright.tools.bench_softmax --columns         along an axis that is not the last
 
 All run in one process on the same arrays, bound once, in turn; after each change of runner some runs are not timed.
 `chosen` is what a compiled model uses. The ratio is onnxruntime's time over its time, pair by pair: above 1 it is
@@ -36,6 +37,8 @@ MANY_ROWS = [
     (64, 1 << 14), (16, 1 << 16), (4, 1 << 18), (16, 1 << 20), (4, 1 << 22), (1 << 15, 1 << 10),
 ]  # fmt: skip
 QUICK = [(1, 1 << 6), (1, 1 << 14), (1, 1 << 20), (1, 1 << 24), (1000, 49), (1024, 1 << 10)]
+# (outer, length, inner): an image's classes, features of tokens, long axes with many and with few neighbours.
+COLUMNS = [(1, 21, 512 * 512), (1, 19, 128 * 256), (32, 8, 1024), (8, 197, 384), (1, 4096, 512), (1, 65536, 64)]
 FORMS = ("chosen", "two-pass", "recompute", "reload")
 
 
@@ -86,9 +89,15 @@ def kernel(form: str, shape: Sequence[int], target: Target, threads: int) -> Cal
     import tvm
 
     from ..passes.ops.two_pass_softmax import Form
+    from ..runtime.kernels.softmax_columns import softmax_columns
     from ..runtime.kernels.two_pass_softmax import rowwise, softmax
 
-    if form in ("recompute", "reload"):
+    if len(shape) == 3:
+        outer, length, inner = shape
+        function = softmax_columns(
+            (outer,), length, (inner,), target.isa, target.caches, threads, Form.AUTO, name="softmax"
+        )
+    elif form in ("recompute", "reload"):
         function = rowwise(shape, target.isa, {"recompute": recompute, "reload": reload}[form], "softmax")
     else:
         chosen = Form.TWO_PASS if form == "two-pass" else Form.AUTO
@@ -96,7 +105,7 @@ def kernel(form: str, shape: Sequence[int], target: Target, threads: int) -> Cal
     return tvm.compile(tvm.IRModule({"softmax": function}), target.tvm())["softmax"]
 
 
-def measure(shape: tuple[int, int], target: Target, threads: int, budget: float) -> dict[str, Any]:
+def measure(shape: tuple[int, ...], target: Target, threads: int, budget: float) -> dict[str, Any]:
     """One row of the table: nanoseconds per element and ratios, by runner."""
     import numpy as np
     import tvm
@@ -107,17 +116,17 @@ def measure(shape: tuple[int, int], target: Target, threads: int, budget: float)
     x = aligned((np.random.default_rng(0).random(shape, np.float32) * 20 - 10).astype(np.float32))
     y = aligned(np.empty_like(x))
     source, result = tvm.runtime.from_dlpack(x), tvm.runtime.from_dlpack(y)
-    node = helper.make_node("Softmax", ["x"], ["y"], axis=-1)
+    node = helper.make_node("Softmax", ["x"], ["y"], axis=1)
     runners: dict[str, Runner] = {"onnxruntime": OnnxRuntime(one_node(node, {"x": x}), {"x": x}, threads)}
-    # The forms to compare with are written for one thread.
-    forms = [f for f in FORMS if threads == 1 or f == "chosen"]
+    # The forms to compare with are written for one thread, and for rows.
+    forms = [f for f in FORMS if (threads == 1 and len(shape) == 2) or f == "chosen"]
     for form in forms:
         runners[form] = partial(kernel(form, shape, target, threads), source, result)
     if threads > 1:
         runners["one thread"] = partial(kernel("chosen", shape, target, 1), source, result)
     errors = {}
-    e = np.exp(x.astype(np.float64) - x.max(axis=-1, keepdims=True))
-    expected = e / e.sum(axis=-1, keepdims=True)
+    e = np.exp(x.astype(np.float64) - x.max(axis=1, keepdims=True))
+    expected = e / e.sum(axis=1, keepdims=True)
     for form in forms:
         runners[form]()
         errors[form] = float(np.abs(y / expected - 1).max())
@@ -150,27 +159,33 @@ def line(row: dict[str, Any], threads: int) -> list[str]:
     def spread(name: str) -> str:
         return "{median:.2f} [{low:.2f}, {high:.2f}]".format(**ratio[name])
 
-    extra = [spread("one thread")] if threads > 1 else [f"{nanoseconds[form]['median']:.3f}" for form in FORMS[1:]]
+    extra = [spread("one thread")] if threads > 1 else [
+        f"{nanoseconds[form]['median']:.3f}" if form in nanoseconds else "" for form in FORMS[1:]
+    ]  # fmt: skip
     cells = [f"{nanoseconds[name]['median']:.3f}" for name in ("onnxruntime", "chosen")]
-    rows, length = row["shape"]
+    rows, length, *inner = row["shape"]
     power = f"2^{length.bit_length() - 1}" if length & (length - 1) == 0 else str(length)
-    return [str(rows), power, *cells, spread("chosen"), *extra]
+    return [str(rows), "x".join([power, *map(str, inner)]), *cells, spread("chosen"), *extra]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="a few shapes, a fraction of a second each")
+    parser.add_argument("--columns", action="store_true", help="along an axis that is not the last")
     parser.add_argument("--threads", type=int, default=1, metavar="N")
-    parser.add_argument("--shape", action="append", metavar="ROWSxLENGTH", help="only this; may be given again")
+    parser.add_argument("--shape", action="append", metavar="ROWSxLENGTH[xINNER]",
+                        help="only this, over the second axis; may be given again")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args(arguments)
     use_threads(options.threads)
     from ..runtime.target import Target
 
     target = Target.named("cpu")
-    shapes = QUICK if options.quick else ONE_ROW + MANY_ROWS
+    shapes: list[tuple[int, ...]] = [*QUICK] if options.quick else [*ONE_ROW, *MANY_ROWS]
+    if options.columns:
+        shapes = [*COLUMNS]
     if options.shape:
-        shapes = [(int(rows), int(length)) for rows, _, length in (s.partition("x") for s in options.shape)]
+        shapes = [tuple(map(int, shape.split("x"))) for shape in options.shape]
     print_head(target, options.threads, header(options.threads), "; ns per element")
     results = []
     for shape in shapes:
