@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .shell import Command, count_of, print_table, progress, verbosity_options
+from .shell import Command, print_table, progress, verbosity_options
 
 if TYPE_CHECKING:
     import numpy as np
@@ -108,7 +108,7 @@ def measure(folder: Path, plan: Plan, corpus: Corpus, checked: int, threads: int
         if factor in CHECKED:
             part = corpus.held_out[:checked]
             known["check"][factor] = {
-                runtime: tiny_lm_training.loss_at(logits, part, length, plan.length)[0] for runtime, logits in by.items()
+                runtime: tiny_lm_training.loss_at(run, part, length, plan.length)[0] for runtime, run in by.items()
             }
         known["loss"][factor], known["tail"][factor] = tiny_lm_training.loss_at(
             by["artifact"], corpus.held_out, length, plan.length
@@ -135,14 +135,15 @@ def show(results: list[dict[str, Any]], stretches: int) -> None:
     print_table(
         ("attention", "length", "bytes", "loss", "growth", f"last {length}", "growth of it"),
         rows,
-        title=f"Loss in nats a byte on {count_of(stretches * FACTORS[-1] * length, 'held-out byte')}, trained at {length}",
+        title=f"Loss in nats a byte on {stretches * FACTORS[-1] * length:,} held-out bytes, trained at {length}",
         right=("length", "bytes", "loss", "growth", f"last {length}", "growth of it"),
     )
     for found in results:
         for factor, losses in found["check"].items():
             each = ", ".join(f"{runtime} {loss:.6f}" for runtime, loss in losses.items())
             click.echo(f"{found['attention']} at {factor}x on {found['key']['checked']} stretches: {each}")
-        click.echo(f"{found['attention']}: {found['parameters']:,} parameters, trained in {found['minutes']:.0f} minutes")
+        trained = f"{found['parameters']:,} parameters, trained in {found['minutes']:.0f} minutes"
+        click.echo(f"{found['attention']}: {trained}")
     by = {found["attention"]: growth(found, FACTORS[-1]) for found in results}
     if len(by) == len(results) > 1:
         kept = by["lssar"] <= MOST_GROWTH and by["softmax"] > LEAST_GROWTH

@@ -180,7 +180,8 @@ class _Counts:
             elif node is not None and self.is_count(node.inputs[0]):
                 logs += 1
             else:
-                raise Refused(f"the factor {factor.name} is not the logarithm of how many keys a row sees")
+                name = factor.name if factor is not None else ""
+                raise Refused(f"the factor {name} is not the logarithm of how many keys a row sees")
         wanted = np.full((1, 1), math.log(size))
         if logs == 0:
             if self.numbers is None:
