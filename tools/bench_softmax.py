@@ -4,6 +4,7 @@
     python -m graphwright.tools.bench_softmax --threads 2 --json softmax.json
     python -m graphwright.tools.bench_softmax --quick           a few shapes, seconds
     python -m graphwright.tools.bench_softmax --columns         along an axis that is not the last
+    python -m graphwright.tools.bench_softmax --head            the 50 most likely of 151,936 words
 
 All run in one process on the same arrays, bound once, in turn; after each change of runner some runs are not timed.
 `chosen` is what a compiled model uses. The ratio is onnxruntime's time over its time, pair by pair: above 1 it is
@@ -36,9 +37,11 @@ MANY_ROWS = [
     (1000, 7), (1000, 49), (4096, 64), (1000, 197), (1000, 256), (1000, 300), (1024, 1 << 10), (256, 1 << 12),
     (64, 1 << 14), (16, 1 << 16), (4, 1 << 18), (16, 1 << 20), (4, 1 << 22), (1 << 15, 1 << 10),
 ]  # fmt: skip
+# (outer, axis, inner): classes of an image, distances of a detector, attention over queries, two classes.
+COLUMNS = [(1, 21, 512 * 512), (1, 16, 33600), (12, 197, 197), (96, 64, 32), (1, 1024, 768), (4, 2, 10000),
+           (1, 20000, 64), (64, 10, 7)]  # fmt: skip
+HEAD, CHOSEN = 151_936, 50
 QUICK = [(1, 1 << 6), (1, 1 << 14), (1, 1 << 20), (1, 1 << 24), (1000, 49), (1024, 1 << 10)]
-# (outer, length, inner): an image's classes, features of tokens, long axes with many and with few neighbours.
-COLUMNS = [(1, 21, 512 * 512), (1, 19, 128 * 256), (32, 8, 1024), (8, 197, 384), (1, 4096, 512), (1, 65536, 64)]
 FORMS = ("chosen", "two-pass", "recompute", "reload")
 
 
@@ -89,15 +92,9 @@ def kernel(form: str, shape: Sequence[int], target: Target, threads: int) -> Cal
     import tvm
 
     from ..passes.ops.two_pass_softmax import Form
-    from ..runtime.kernels.softmax_columns import softmax_columns
     from ..runtime.kernels.two_pass_softmax import rowwise, softmax
 
-    if len(shape) == 3:
-        outer, length, inner = shape
-        function = softmax_columns(
-            (outer,), length, (inner,), target.isa, target.caches, threads, Form.AUTO, name="softmax"
-        )
-    elif form in ("recompute", "reload"):
+    if form in ("recompute", "reload"):
         function = rowwise(shape, target.isa, {"recompute": recompute, "reload": reload}[form], "softmax")
     else:
         chosen = Form.TWO_PASS if form == "two-pass" else Form.AUTO
@@ -105,7 +102,7 @@ def kernel(form: str, shape: Sequence[int], target: Target, threads: int) -> Cal
     return tvm.compile(tvm.IRModule({"softmax": function}), target.tvm())["softmax"]
 
 
-def measure(shape: tuple[int, ...], target: Target, threads: int, budget: float) -> dict[str, Any]:
+def measure(shape: tuple[int, int], target: Target, threads: int, budget: float) -> dict[str, Any]:
     """One row of the table: nanoseconds per element and ratios, by runner."""
     import numpy as np
     import tvm
@@ -116,17 +113,17 @@ def measure(shape: tuple[int, ...], target: Target, threads: int, budget: float)
     x = aligned((np.random.default_rng(0).random(shape, np.float32) * 20 - 10).astype(np.float32))
     y = aligned(np.empty_like(x))
     source, result = tvm.runtime.from_dlpack(x), tvm.runtime.from_dlpack(y)
-    node = helper.make_node("Softmax", ["x"], ["y"], axis=1)
+    node = helper.make_node("Softmax", ["x"], ["y"], axis=-1)
     runners: dict[str, Runner] = {"onnxruntime": OnnxRuntime(one_node(node, {"x": x}), {"x": x}, threads)}
-    # The forms to compare with are written for one thread, and for rows.
-    forms = [f for f in FORMS if (threads == 1 and len(shape) == 2) or f == "chosen"]
+    # The forms to compare with are written for one thread.
+    forms = [f for f in FORMS if threads == 1 or f == "chosen"]
     for form in forms:
         runners[form] = partial(kernel(form, shape, target, threads), source, result)
     if threads > 1:
         runners["one thread"] = partial(kernel("chosen", shape, target, 1), source, result)
     errors = {}
-    e = np.exp(x.astype(np.float64) - x.max(axis=1, keepdims=True))
-    expected = e / e.sum(axis=1, keepdims=True)
+    e = np.exp(x.astype(np.float64) - x.max(axis=-1, keepdims=True))
+    expected = e / e.sum(axis=-1, keepdims=True)
     for form in forms:
         runners[form]()
         errors[form] = float(np.abs(y / expected - 1).max())
@@ -147,6 +144,66 @@ def measure(shape: tuple[int, ...], target: Target, threads: int, budget: float)
     }
 
 
+def measure_columns(shape: tuple[int, int, int], target: Target, threads: int, budget: float) -> list[str]:
+    """A line of the table for softmax along the middle axis."""
+    import numpy as np
+    import tvm
+    from onnx import helper
+
+    from ..runtime.kernels.softmax_columns import softmax_columns
+
+    outer, length, inner = shape
+    x = aligned((np.random.default_rng(0).random(shape, np.float32) * 20 - 10).astype(np.float32))
+    y = aligned(np.empty_like(x))
+    function = softmax_columns((outer,), length, (inner,), target.isa, target.caches, threads, name="softmax")
+    compiled = tvm.compile(tvm.IRModule({"softmax": function}), target.tvm())["softmax"]
+    model = one_node(helper.make_node("Softmax", ["x"], ["y"], axis=1), {"x": x})
+    runners: dict[str, Runner] = {
+        "onnxruntime": OnnxRuntime(model, {"x": x}, threads),
+        "ours": partial(compiled, tvm.runtime.from_dlpack(x), tvm.runtime.from_dlpack(y)),
+    }
+    return [str(d) for d in shape] + _compared(runners, threads, budget, math.prod(shape) * 1e-9)
+
+
+def measure_head(target: Target, threads: int, budget: float) -> list[str]:
+    """The line for the head of a language model: logits -> the greatest probabilities and their places."""
+    import numpy as np
+    import tvm
+    from onnx import helper
+
+    from ..runtime.kernels.log_softmax import log_sum_exp
+    from ..runtime.kernels.top_k import top_k
+
+    x = aligned(np.random.default_rng(0).standard_normal((1, HEAD)).astype(np.float32) * 3)
+    functions = {
+        "k": top_k((1,), HEAD, CHOSEN, target.isa, threads, name="k"),
+        "sum": log_sum_exp((1,), HEAD, target.isa, threads, "sum"),
+    }
+    compiled = tvm.compile(tvm.IRModule(functions), target.tvm())
+    choose, add = compiled["k"], compiled["sum"]
+    source, values = tvm.runtime.from_dlpack(x), tvm.runtime.tensor(np.empty((1, CHOSEN), np.float32))
+    places, log_total = tvm.runtime.tensor(np.empty((1, CHOSEN), np.int64)), tvm.runtime.tensor(np.empty(1, np.float32))
+
+    def ours() -> None:
+        choose(source, values, places)
+        add(source, log_total)
+
+    nodes = [helper.make_node("Softmax", ["x"], ["s"]), helper.make_node("TopK", ["s", "k"], ["y", "i"])]
+    model = one_node(nodes, {"x": x}, {"k": np.array([CHOSEN])})
+    runners: dict[str, Runner] = {"onnxruntime": OnnxRuntime(model, {"x": x}, threads), "ours": ours}
+    return _compared(runners, threads, budget, 1e-6)
+
+
+def _compared(runners: dict[str, Runner], threads: int, budget: float, unit: float) -> list[str]:
+    """Medians of both runners in `unit` seconds, and the ratio with its spread."""
+    from ..runtime.measure import Spread
+
+    times = medians(take_turns(runners, SETTLE if threads > 1 else 0.0, budget))
+    ratio = Spread.of([a / b for a, b in zip(times["onnxruntime"], times["ours"], strict=True)]).to_json()
+    cells = [f"{Spread.of(times[name]).to_json()['median'] / unit:.3f}" for name in ("onnxruntime", "ours")]
+    return [*cells, "{median:.2f} [{low:.2f}, {high:.2f}]".format(**ratio)]
+
+
 def header(threads: int) -> list[str]:
     extra = [f"{threads} threads over 1"] if threads > 1 else list(FORMS[1:])
     return ["rows", "length", "onnxruntime", "chosen", "ratio", *extra]
@@ -159,37 +216,44 @@ def line(row: dict[str, Any], threads: int) -> list[str]:
     def spread(name: str) -> str:
         return "{median:.2f} [{low:.2f}, {high:.2f}]".format(**ratio[name])
 
-    extra = [spread("one thread")] if threads > 1 else [
-        f"{nanoseconds[form]['median']:.3f}" if form in nanoseconds else "" for form in FORMS[1:]
-    ]  # fmt: skip
+    extra = [spread("one thread")] if threads > 1 else [f"{nanoseconds[form]['median']:.3f}" for form in FORMS[1:]]
     cells = [f"{nanoseconds[name]['median']:.3f}" for name in ("onnxruntime", "chosen")]
-    rows, length, *inner = row["shape"]
+    rows, length = row["shape"]
     power = f"2^{length.bit_length() - 1}" if length & (length - 1) == 0 else str(length)
-    return [str(rows), "x".join([power, *map(str, inner)]), *cells, spread("chosen"), *extra]
+    return [str(rows), power, *cells, spread("chosen"), *extra]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="a few shapes, a fraction of a second each")
-    parser.add_argument("--columns", action="store_true", help="along an axis that is not the last")
     parser.add_argument("--threads", type=int, default=1, metavar="N")
-    parser.add_argument("--shape", action="append", metavar="ROWSxLENGTH[xINNER]",
-                        help="only this, over the second axis; may be given again")
+    parser.add_argument("--shape", action="append", metavar="ROWSxLENGTH", help="only this; may be given again")
+    kinds = parser.add_mutually_exclusive_group()
+    kinds.add_argument("--columns", action="store_true", help="softmax along an axis that is not the last")
+    kinds.add_argument("--head", action="store_true", help=f"the {CHOSEN} greatest probabilities of {HEAD} logits")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args(arguments)
     use_threads(options.threads)
     from ..runtime.target import Target
 
     target = Target.named("cpu")
-    shapes: list[tuple[int, ...]] = [*QUICK] if options.quick else [*ONE_ROW, *MANY_ROWS]
+    compared, budget = ["onnxruntime", "ours", "ratio"], 0.3 if options.quick else 2.0
     if options.columns:
-        shapes = [*COLUMNS]
+        print_head(target, options.threads, ["outer", "axis", "inner", *compared], "; ns per element")
+        for columns in COLUMNS:
+            print_row(measure_columns(columns, target, options.threads, budget))
+        return 0
+    if options.head:
+        print_head(target, options.threads, compared, "; µs")
+        print_row(measure_head(target, options.threads, budget))
+        return 0
+    shapes = QUICK if options.quick else ONE_ROW + MANY_ROWS
     if options.shape:
-        shapes = [tuple(map(int, shape.split("x"))) for shape in options.shape]
+        shapes = [(int(rows), int(length)) for rows, _, length in (s.partition("x") for s in options.shape)]
     print_head(target, options.threads, header(options.threads), "; ns per element")
     results = []
     for shape in shapes:
-        results.append(measure(shape, target, options.threads, 0.3 if options.quick else 2.0))
+        results.append(measure(shape, target, options.threads, budget))
         print_row(line(results[-1], options.threads))
     if options.json:
         document = {"target": target.to_json(), "threads": options.threads, "results": results}

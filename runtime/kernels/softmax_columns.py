@@ -66,8 +66,12 @@ def softmax_columns(
                 row = T.Bind(T.truncdiv(number, kernel.const(blocks)))
                 column = T.Bind((number - row * kernel.const(blocks)) * kernel.const(width))
                 first = T.Bind(row * rows * columns + column)
-                wide = isinstance(columns, int) and columns % width == 0
-                body(first, width if wide else T.Bind(T.min(kernel.const(width), columns - column)))
+                if not isinstance(columns, int):
+                    body(first, T.Bind(T.min(kernel.const(width), columns - column)))
+                    return
+                rest = columns % width
+                whole = rest == 0 or (columns > width and column < kernel.const(columns - rest))
+                _when(whole, lambda: body(first, width), lambda: body(first, rest))
 
             each_row(_product(count, blocks), _product(count, rows, columns) * WEIGHT, threads, index, task)
 

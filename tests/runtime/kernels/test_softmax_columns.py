@@ -126,6 +126,16 @@ def test_nothing_to_do() -> None:
             assert kernel(target, declared)(np.zeros(shape, np.float32)).shape == shape
 
 
+@pytest.mark.parametrize(
+    "case", [c for c in TWO_PASS_SOFTMAX.cases if c.attributes["axis"] != -1], ids=lambda case: case.note
+)
+def test_cases_of_the_operator(case) -> None:
+    (shape,) = case.shapes
+    axis = case.attributes["axis"] % len(shape)
+    x = draw(int(np.prod(shape[:axis])), shape[axis], int(np.prod(shape[axis + 1 :])))
+    check(kernel(Target.named("cpu"), x.shape), x)
+
+
 def specials(length: int) -> np.ndarray:
     """One column of each kind that goes wrong somewhere, beside usual ones."""
     x = draw(1, length, 15)[0]
