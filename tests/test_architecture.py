@@ -35,7 +35,8 @@ ONLY_WITH = {
     "torch": (
         "models/fit.py", "models/gpt.py", "models/llama.py", "models/minilm.py", "models/mobilenet.py",
         "models/mobilenet_v3.py", "models/resnet.py", "models/seeding.py", "models/torch_graph.py",
-        "models/torch_operators.py", "models/unet.py", "models/vit.py",
+        "models/tiny_lm.py", "models/tiny_lm_training.py", "models/torch_operators.py", "models/unet.py",
+        "models/vit.py",
     ),
 }  # fmt: skip
 LATE = ("tools/bench", "tools/backend", "tools/config.py")

@@ -3,6 +3,8 @@
     python -m graphwright.tools.bench_softmax                   all shapes, one thread
     python -m graphwright.tools.bench_softmax --threads 2 --json softmax.json
     python -m graphwright.tools.bench_softmax --quick           a few shapes, seconds
+    python -m graphwright.tools.bench_softmax --columns         along an axis that is not the last
+    python -m graphwright.tools.bench_softmax --head            the 50 most likely of 151,936 words
 
 All run in one process on the same arrays, bound once, in turn; after each change of runner some runs are not timed.
 `chosen` is what a compiled model uses. The ratio is onnxruntime's time over its time, pair by pair: above 1 it is
@@ -35,6 +37,10 @@ MANY_ROWS = [
     (1000, 7), (1000, 49), (4096, 64), (1000, 197), (1000, 256), (1000, 300), (1024, 1 << 10), (256, 1 << 12),
     (64, 1 << 14), (16, 1 << 16), (4, 1 << 18), (16, 1 << 20), (4, 1 << 22), (1 << 15, 1 << 10),
 ]  # fmt: skip
+# (outer, axis, inner): classes of an image, distances of a detector, attention over queries, two classes.
+COLUMNS = [(1, 21, 512 * 512), (1, 16, 33600), (12, 197, 197), (96, 64, 32), (1, 1024, 768), (4, 2, 10000),
+           (1, 20000, 64), (64, 10, 7)]  # fmt: skip
+HEAD, CHOSEN = 151_936, 50
 QUICK = [(1, 1 << 6), (1, 1 << 14), (1, 1 << 20), (1, 1 << 24), (1000, 49), (1024, 1 << 10)]
 FORMS = ("chosen", "two-pass", "recompute", "reload")
 
@@ -139,6 +145,66 @@ def measure(shape: tuple[int, int], target: Target, threads: int, budget: float)
     }
 
 
+def measure_columns(shape: tuple[int, int, int], target: Target, threads: int, budget: float) -> list[str]:
+    """A line of the table for softmax along the middle axis."""
+    import numpy as np
+    import tvm
+    from onnx import helper
+
+    from ..runtime.kernels.softmax_columns import softmax_columns
+
+    outer, length, inner = shape
+    x = aligned((np.random.default_rng(0).random(shape, np.float32) * 20 - 10).astype(np.float32))
+    y = aligned(np.empty_like(x))
+    function = softmax_columns((outer,), length, (inner,), target.isa, target.caches, threads, name="softmax")
+    compiled = tvm.compile(tvm.IRModule({"softmax": function}), target.tvm())["softmax"]
+    model = one_node(helper.make_node("Softmax", ["x"], ["y"], axis=1), {"x": x})
+    runners: dict[str, Runner] = {
+        "onnxruntime": OnnxRuntime(model, {"x": x}, threads),
+        "ours": partial(compiled, tvm.runtime.from_dlpack(x), tvm.runtime.from_dlpack(y)),
+    }
+    return [str(d) for d in shape] + _compared(runners, threads, budget, math.prod(shape) * 1e-9)
+
+
+def measure_head(target: Target, threads: int, budget: float) -> list[str]:
+    """The line for the head of a language model: logits -> the greatest probabilities and their places."""
+    import numpy as np
+    import tvm
+    from onnx import helper
+
+    from ..runtime.kernels.log_softmax import log_sum_exp
+    from ..runtime.kernels.top_k import top_k
+
+    x = aligned(np.random.default_rng(0).standard_normal((1, HEAD)).astype(np.float32) * 3)
+    functions = {
+        "k": top_k((1,), HEAD, CHOSEN, target.isa, threads, name="k"),
+        "sum": log_sum_exp((1,), HEAD, target.isa, threads, "sum"),
+    }
+    compiled = tvm.compile(tvm.IRModule(functions), target.tvm())
+    choose, add = compiled["k"], compiled["sum"]
+    source, values = tvm.runtime.from_dlpack(x), tvm.runtime.tensor(np.empty((1, CHOSEN), np.float32))
+    places, log_total = tvm.runtime.tensor(np.empty((1, CHOSEN), np.int64)), tvm.runtime.tensor(np.empty(1, np.float32))
+
+    def ours() -> None:
+        choose(source, values, places)
+        add(source, log_total)
+
+    nodes = [helper.make_node("Softmax", ["x"], ["s"]), helper.make_node("TopK", ["s", "k"], ["y", "i"])]
+    model = one_node(nodes, {"x": x}, {"k": np.array([CHOSEN])})
+    runners: dict[str, Runner] = {"onnxruntime": OnnxRuntime(model, {"x": x}, threads), "ours": ours}
+    return _compared(runners, threads, budget, 1e-6)
+
+
+def _compared(runners: dict[str, Runner], threads: int, budget: float, unit: float) -> list[str]:
+    """Medians of both runners in `unit` seconds, and the ratio with its spread."""
+    from ..runtime.measure import Spread
+
+    times = medians(take_turns(runners, SETTLE if threads > 1 else 0.0, budget))
+    ratio = Spread.of([a / b for a, b in zip(times["onnxruntime"], times["ours"], strict=True)]).to_json()
+    cells = [f"{Spread.of(times[name]).to_json()['median'] / unit:.3f}" for name in ("onnxruntime", "ours")]
+    return [*cells, "{median:.2f} [{low:.2f}, {high:.2f}]".format(**ratio)]
+
+
 def header(threads: int) -> list[str]:
     extra = [f"{threads} threads over 1"] if threads > 1 else list(FORMS[1:])
     return ["rows", "length", "onnxruntime", "chosen", "ratio", *extra]
@@ -163,19 +229,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="a few shapes, a fraction of a second each")
     parser.add_argument("--threads", type=int, default=1, metavar="N")
     parser.add_argument("--shape", action="append", metavar="ROWSxLENGTH", help="only this; may be given again")
+    kinds = parser.add_mutually_exclusive_group()
+    kinds.add_argument("--columns", action="store_true", help="softmax along an axis that is not the last")
+    kinds.add_argument("--head", action="store_true", help=f"the {CHOSEN} greatest probabilities of {HEAD} logits")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args(arguments)
     use_threads(options.threads)
     from ..runtime.target import Target
 
     target = Target.named("cpu")
+    compared, budget = ["onnxruntime", "ours", "ratio"], 0.3 if options.quick else 2.0
+    if options.columns:
+        print_head(target, options.threads, ["outer", "axis", "inner", *compared], "; ns per element")
+        for columns in COLUMNS:
+            print_row(measure_columns(columns, target, options.threads, budget))
+        return 0
+    if options.head:
+        print_head(target, options.threads, compared, "; µs")
+        print_row(measure_head(target, options.threads, budget))
+        return 0
     shapes = QUICK if options.quick else ONE_ROW + MANY_ROWS
     if options.shape:
         shapes = [(int(rows), int(length)) for rows, _, length in (s.partition("x") for s in options.shape)]
     print_head(target, options.threads, header(options.threads), "; ns per element")
     results = []
     for shape in shapes:
-        results.append(measure(shape, target, options.threads, 0.3 if options.quick else 2.0))
+        results.append(measure(shape, target, options.threads, budget))
         print_row(line(results[-1], options.threads))
     if options.json:
         document = {"target": target.to_json(), "threads": options.threads, "results": results}

@@ -1,4 +1,4 @@
-"""The pass `two-pass-softmax`: softmax over the last axis -> the custom operator with its own kernels."""
+"""The pass `two-pass-softmax`: softmax over one axis -> the custom operator with its own kernels."""
 
 from __future__ import annotations
 
@@ -20,7 +20,15 @@ from ..graph import (
     scopes,
     site,
 )
-from ..ops.two_pass_softmax import NEGATIVE_AXES, TWO_PASS_SOFTMAX, Form, choose_form, longest_in_cache
+from ..ops.two_pass_softmax import (
+    NEGATIVE_AXES,
+    TWO_PASS_SOFTMAX,
+    Form,
+    choose_column_form,
+    choose_form,
+    longest_column,
+    longest_in_cache,
+)
 from ..recognise.softmax import WITHOUT_MAXIMUM
 
 ALL_AXES = 13  # from this opset on Softmax is over one axis; before, over all axes from `axis` to the last
@@ -33,14 +41,15 @@ class _Refused(Exception):
 
 @dataclass(frozen=True)
 class TwoPassSoftmax(Pass):
-    """Softmax over the last axis, and its chains of exponentials, become `graphwright.TwoPassSoftmax`.
+    """Softmax over one axis, and its chains of exponentials over the last, become `graphwright.TwoPassSoftmax`.
 
     Compiled for a CPU it runs on kernels of two forms. Long rows that do not stay in the cache take two passes
     over memory instead of three: every number is kept as a pair (m, n) that stands for m·2^n, so nothing can
     overflow and no pass is needed to find the maximum. Rows that stay in the cache take three, because there
-    arithmetic is the limit and the third pass saves an exponential.
+    arithmetic is the limit and the third pass saves an exponential. Along another axis than the last the same
+    happens for a vector of neighbouring columns at a time; nothing is transposed.
 
-        y = Softmax <axis = -1> (x)                                y = graphwright.TwoPassSoftmax <axis = -1> (x)
+        y = Softmax <axis = k> (x)                                 y = graphwright.TwoPassSoftmax <axis = k> (x)
 
         m = ReduceMax <keepdims = 1> (x, last)
         d = Sub (x, m)
@@ -49,14 +58,15 @@ class TwoPassSoftmax(Pass):
         y = Div (e, s)                                             (also without Sub, and as Mul by Reciprocal)
 
     The operator's body is Softmax itself: the file stays plain ONNX and runs at full speed everywhere.
-    Left alone: other axes, float64, and chains whose exponentials or sum are used elsewhere. A chain without the
-    maximum is equal to the operator where the sum of its exponentials neither overflows nor is lost, which the
-    report says; beyond, as for rows above 88 or below -103, the chain gives NaN and the operator the softmax.
+    Left alone: float64, several axes (before opset 13), and chains along another axis, for which `recognise-softmax`
+    is, or whose exponentials or sum are used elsewhere. A chain without the maximum is equal to the operator where the
+    sum of its exponentials neither overflows nor is lost, which the report says; beyond, as for rows above 88 or below
+    -103, the chain gives NaN and the operator the softmax.
 
     Source: Dukhan and Ablavatski, "The Two-Pass Softmax Algorithm", arXiv 2001.04438.
 
     Options: form: auto, two-pass or three-pass; auto chooses by row length and the target's caches.
-    min_row: rows known to be shorter than this are left alone.
+    min_row: rows, or axes, known to be shorter than this are left alone.
     """
 
     name: ClassVar[str] = "two-pass-softmax"
@@ -90,37 +100,38 @@ class TwoPassSoftmax(Pass):
         try:
             if chain is None:
                 x = input_of(node, 0)
-                _check_softmax(node, scope)
+                axis = _softmax_axis(node, scope, opset)
             else:
-                x = chain.input(node)
+                x, axis = chain.input(node), -1
             if x is None:
                 raise _Refused("it has no input")
             if opset < NEGATIVE_AXES and x.shape is None and node.outputs[0].shape is None:
                 raise _Refused(f"rank unknown, and before opset {NEGATIVE_AXES} an axis counts from the front")
-            self._check_rows(x, node.outputs[0])
+            self._check_rows(x, node.outputs[0], axis)
         except _Refused as refusal:
             report.skipped(rule, site(node), str(refusal))
             return
         unshifted = chain is not None and x is input_of(chain.exp, 0)
-        self._rewrite(node, x, opset)
+        self._rewrite(node, x, axis, opset)
         if scope.function is not None:
             scope.function.opset_imports[TWO_PASS_SOFTMAX.domain] = TWO_PASS_SOFTMAX.version
         condition = f"; {WITHOUT_MAXIMUM}" if unshifted else ""
-        report.changed(rule, site(node), self._detail(node.outputs[0], ctx) + condition)
+        report.changed(rule, site(node), self._detail(node.outputs[0], axis, ctx) + condition)
 
-    def _check_rows(self, x: ir.Value, y: ir.Value) -> None:
+    def _check_rows(self, x: ir.Value, y: ir.Value, axis: int) -> None:
         dtype = x.dtype or y.dtype
         if dtype is not None and dtype not in COMPUTED:
             raise _Refused(f"{_numpy_name(dtype)} input, the kernel computes in float32")
-        row = _row_length(y if x.shape is None else x)
+        row = _row_length(y if x.shape is None else x, axis)
         if isinstance(row, int) and row < self.min_row:
             raise _Refused(f"rows of {row} are shorter than min_row={self.min_row}")
 
-    def _rewrite(self, node: ir.Node, x: ir.Value, opset: int) -> None:
+    def _rewrite(self, node: ir.Node, x: ir.Value, axis: int, opset: int) -> None:
         """Turn `node` itself into the operator, so that its output keeps name, type and users."""
         carry_type(x, node.outputs[0])
         before = [value for value in node.inputs if value is not None and value is not x]
-        axis = -1 if opset >= NEGATIVE_AXES else (rank(node.outputs[0]) or 1) - 1
+        if opset < NEGATIVE_AXES:
+            axis = (rank(node.outputs[0]) or 1) - 1
         node.domain, node.op_type, node.version = TWO_PASS_SOFTMAX.domain, TWO_PASS_SOFTMAX.name, None
         node.attributes.clear()
         node.attributes.add(ir.AttrInt64("axis", axis))
@@ -130,27 +141,35 @@ class TwoPassSoftmax(Pass):
         node.resize_inputs(1)
         _remove_unused(before, node.graph)
 
-    def _detail(self, y: ir.Value, ctx: PassContext) -> str:
+    def _detail(self, y: ir.Value, axis: int, ctx: PassContext) -> str:
         if self.form is not Form.AUTO:
             return f"{self.form.value}: asked for by form={self.form.value}"
-        row = _row_length(y)
+        row, columns = _row_length(y, axis), not _is_last(y.shape, axis)
+        where = f"along axis {axis}, " if columns else ""
         if isinstance(row, int):
-            form, why = choose_form(row, ctx.caches)
-            return f"{form.value}: {why}"
-        limit = longest_in_cache(ctx.caches)
-        return f"by row length at run time, which is {row}: three-pass up to {limit} elements, two-pass above"
+            form, why = (choose_column_form if columns else choose_form)(row, ctx.caches)
+            return f"{where}{form.value}: {why}"
+        limit = (longest_column if columns else longest_in_cache)(ctx.caches)
+        return f"{where}by row length at run time, which is {row}: three-pass up to {limit} elements, two-pass above"
 
 
 def _numpy_name(dtype: ir.DataType) -> str:
     return "float64" if dtype == ir.DataType.DOUBLE else dtype.name.lower()
 
 
-def _row_length(value: ir.Value) -> int | str:
-    """Elements of the last axis: a number, a name, or "unknown"."""
-    if value.shape is None or not len(value.shape):
+def _row_length(value: ir.Value, axis: int) -> int | str:
+    """Elements along an axis: a number, a name, or "unknown"."""
+    if value.shape is None or not -len(value.shape) <= axis < len(value.shape):
         return "unknown"
-    last = value.shape[-1]
-    return last if isinstance(last, int) else (last.value or "unknown")
+    size = value.shape[axis]
+    return size if isinstance(size, int) else (size.value or "unknown")
+
+
+def _is_last(shape: ir.Shape | None, axis: int) -> bool:
+    """Whether only axes of one element are behind an axis."""
+    if shape is None:
+        return axis == -1
+    return all(dim == 1 for dim in shape[axis % len(shape) + 1 :])
 
 
 def _shape(node: ir.Node) -> ir.Shape | None:
@@ -159,27 +178,31 @@ def _shape(node: ir.Node) -> ir.Shape | None:
     return node.outputs[0].shape or (x.shape if x is not None else None)
 
 
-def _check_softmax(node: ir.Node, scope: Scope) -> None:
-    """Raise _Refused unless the Softmax `node` is over the last axis only."""
+def _softmax_axis(node: ir.Node, scope: Scope, opset: int) -> int:
+    """The axis of the Softmax `node`, -1 where it is the last one. Raises _Refused unless it is over one axis.
+
+    opset: of the model, whose Softmax the operator's body is.
+    """
     try:
         axis = attribute(node, "axis", -1 if scope.opset >= ALL_AXES else 1)
     except ValueError as error:
         raise _Refused(f"{error}, its value is not known here") from error
     shape = _shape(node)
+    if axis == -1 or (shape is not None and axis == len(shape) - 1):
+        return -1
+    if scope.opset >= ALL_AXES and opset >= ALL_AXES:
+        return int(axis)
     if shape is None:
-        if axis == -1:
-            return
-        raise _Refused(f"rank unknown, so axis {axis} may not be the last axis")
+        raise _Refused(f"rank unknown, so axis {axis} may not be the last axis, as it must before opset {ALL_AXES}")
     dims = len(shape)
     first = axis + dims if axis < 0 else axis
-    if dims and first == dims - 1:
-        return
     if scope.opset >= ALL_AXES:
-        raise _Refused(f"axis {axis} is not the last axis of rank {dims}")
+        raise _Refused(f"axis {axis} is not the last axis of rank {dims}, as it must be before opset {ALL_AXES}")
     if first >= dims or any(dim != 1 for dim in shape[first : dims - 1]):
         raise _Refused(
             f"before opset {ALL_AXES} axis {axis} means all axes from it on, which are not only the last of rank {dims}"
         )
+    return -1
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""`graphwright.TwoPassSoftmax`: softmax over the last axis, with another algorithm behind it.
+"""`graphwright.TwoPassSoftmax`: softmax over one axis, with another algorithm behind it.
 
 Source: Dukhan and Ablavatski, "The Two-Pass Softmax Algorithm", arXiv 2001.04438.
 """
@@ -19,6 +19,8 @@ NAME, VERSION = "TwoPassSoftmax", 1
 # The first opset in which an axis may count from the back.
 NEGATIVE_AXES = 11
 LAST = {"axis": -1}
+# Columns of a tile at least, where there are so many: two cache lines of every row.
+NARROWEST = 32
 
 
 class Form(enum.Enum):
@@ -45,6 +47,27 @@ def choose_form(row: int, caches: Caches) -> tuple[Form, str]:
 def longest_in_cache(caches: Caches) -> int:
     """Elements of the longest row for which `choose_form` says three-pass."""
     return caches.last_level * 3 // 4 // 8
+
+
+def choose_column_form(length: int, caches: Caches) -> tuple[Form, str]:
+    """The faster form for softmax along an axis of `length` float32 elements that is not the last, and why.
+
+    Tiles of neighbouring columns are copied into scratch memory and take the three passes there, as long as those
+    of NARROWEST columns stay in the second-level cache; longer columns are read twice.
+    """
+    size, room = 4 * length * NARROWEST, _scratch(caches)
+    if length <= longest_column(caches):
+        return Form.THREE_PASS, f"{NARROWEST} columns ({_bytes(size)}) fit {_bytes(room)} of cache"
+    return Form.TWO_PASS, f"{NARROWEST} columns ({_bytes(size)}) do not fit {_bytes(room)} of cache"
+
+
+def longest_column(caches: Caches) -> int:
+    """Elements of the longest axis for which `choose_column_form` says three-pass."""
+    return _scratch(caches) // (4 * NARROWEST)
+
+
+def _scratch(caches: Caches) -> int:
+    return (caches.l2 or caches.last_level) // 2
 
 
 def _bytes(size: int) -> str:
@@ -96,6 +119,11 @@ TWO_PASS_SOFTMAX = CustomOp(
         Case(((4, 197),), LAST, note="a vision transformer's row"),
         Case(((0, 8),), LAST, note="no rows"),
         Case(((1, 4097),), LAST, note="one above a block"),
+        Case(((2, 3, 31),), {"axis": 1}, note="along an axis, one below a tile"),
+        Case(((2, 9, 33),), {"axis": -2}, note="along an axis, one above a tile"),
+        Case(((1, 21, 5, 6),), {"axis": 1}, note="classes of an image"),
+        Case(((17, 1),), {"axis": 0}, note="along an axis in front of one element"),
+        Case(((2, 0, 4),), {"axis": 1}, note="along an axis without elements"),
         Case(((2, 40000),), {**LAST, "form": "two-pass"}, note="the two-pass form on a row it is not chosen for"),
     ),
 )

@@ -19,11 +19,12 @@ from ..ops.softplus_attention import (
     SOFTPLUS_ATTENTION,
     START,
 )
-from .matching import Found, Recogniser, Refused, Writer, made_by, operands, same, scalar, skip_identity, user
+from .matching import DEEPEST, Found, Recogniser, Refused, Writer, made_by, operands, same, scalar, skip_identity, user
 
 LOWEST = float(np.finfo(np.float32).min)
 SWAPPED = (0, 1, 3, 2)
 NEAR = 1e-5  # of constants that stand for logarithms and counts
+FAR = 17.0  # softplus(x) is x from here on in float32
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,10 @@ class RecogniseSoftplusAttention(Recogniser):
         Y = MatMul (Div (W, ReduceSum (W)), V)     ->    Y = graphwright.ReweightedSoftplusAttention <power = p> (...)
 
     N is how many keys a row sees: ReduceSum of the mask, or constants that say the same; the mask truth values cast to
-    numbers, constants, or none. O is 1 where N is above 3 and 0 elsewhere. The mask may also be a Where. A small
-    number that guards a division against 0 is part of what the operators do.
+    numbers, constants, or none. O is 1 where N is above 3 and 0 elsewhere. The mask may also be a Where, and one that
+    compares the places of keys and queries becomes `causal`. A small number that guards a division against 0, the
+    division of a row by its maximum before the power, and x in the place of Softplus (x) where x is large are part of
+    what the operators do.
     Left alone: sites whose N, O or mask is not known to be that, and other ranks than 4.
 
     Source: Gao and Spratling, "Softplus Attention with Re-weighting", arXiv 2501.13428.
@@ -71,7 +74,7 @@ class RecogniseSoftplusAttention(Recogniser):
         product, factors = _scores(node.inputs[0])
         if product is None:
             return None
-        masked, mask = _masked(node.outputs[0])
+        masked, mask = _masked(_where_small(node))
         shares = _share(masked)
         if shares is None:
             return None
@@ -114,7 +117,7 @@ class RecogniseSoftplusAttention(Recogniser):
 @dataclass(frozen=True)
 class _Counts:
     """Which keys a row sees, and how many. mask: truth values, or None; number: the mask as numbers that the graph sums
-    up; known: the constant mask (queries or 1, keys) where there is no value."""
+    up; known: the constant mask (queries or 1, keys) where there is no value; causal: each sees those up to itself."""
 
     mask: ir.Value | None
     number: ir.Value | None
@@ -137,7 +140,7 @@ class _Counts:
         source = cast.inputs[0] if cast is not None else mask
         if source is None or source.dtype != ir.DataType.BOOL:
             raise Refused(f"the mask {mask.name} is not known to be truth values")
-        return cls(source, mask, None)
+        return cls(source, mask, None, _is_causal(source, queries, keys))
 
     @property
     def numbers(self) -> np.ndarray | None:
@@ -169,7 +172,7 @@ class _Counts:
     def check_scale(self, factors: list[ir.Value], size: int) -> None:
         """Raise Refused unless the factors are log size · log of the counts."""
         constant, logs = np.ones((1, 1)), 0
-        for factor in factors:
+        for factor in (part for whole in factors for part in _parts(whole)):
             array = graph.constant_value(skip_identity(factor), limit=1 << 24)
             node = made_by(factor, "Log")
             if array is not None:
@@ -177,7 +180,8 @@ class _Counts:
             elif node is not None and self.is_count(node.inputs[0]):
                 logs += 1
             else:
-                raise Refused(f"the factor {factor.name} is not the logarithm of how many keys a row sees")
+                name = factor.name if factor is not None else ""
+                raise Refused(f"the factor {name} is not the logarithm of how many keys a row sees")
         wanted = np.full((1, 1), math.log(size))
         if logs == 0:
             if self.numbers is None:
@@ -187,7 +191,7 @@ class _Counts:
             raise Refused("the scores are not scaled by log d · log N")
 
     def write(self, writer: Writer) -> ir.Value:
-        if self.mask is not None:
+        if self.mask is not None and not self.causal:
             zero = writer.constant(np.array(0, np.float32), "zero")
             low = writer.constant(np.array(LOWEST, np.float32), "hidden")
             return writer.op("Where", self.mask, zero, low, dtype=ir.DataType.FLOAT, shape=self.mask.shape)
@@ -214,12 +218,52 @@ def _scores(value: ir.Value | None) -> tuple[ir.Node | None, list[ir.Value]]:
             return product, factors
         node = made_by(value, "Mul")
         found = next(((a, b) for a, b in operands(node) if made_by(a, "MatMul", "Mul") is not None
-                      and (graph.is_constant(skip_identity(b)) or made_by(b, "Log") is not None)), None)  # fmt: skip
+                      and all(map(_is_factor, _parts(b)))), None)  # fmt: skip
         if found is None:
             return None, []
         value, factor = found
         factors.append(factor)
     return None, []
+
+
+def _parts(factor: ir.Value | None) -> list[ir.Value | None]:
+    """What a factor is the product of."""
+    parts = [factor]
+    for _ in range(DEEPEST):
+        place, node = next(((i, n) for i, n in enumerate(made_by(p, "Mul") for p in parts) if n is not None), (0, None))
+        if node is None:
+            break
+        parts[place : place + 1] = node.inputs
+    return parts
+
+
+def _is_factor(value: ir.Value | None) -> bool:
+    return graph.is_constant(skip_identity(value)) or made_by(value, "Log") is not None
+
+
+def _where_small(softplus: ir.Node) -> ir.Value:
+    """The result of the Softplus, behind Where (x > 20, x, Softplus (x)), which torch writes."""
+    x, value = softplus.inputs[0], softplus.outputs[0]
+    node = user(value)
+    if graph.is_op(node, "Where") and node is not None and same(node.inputs[1], x) and same(node.inputs[2], value):
+        test = made_by(node.inputs[0], "Greater")
+        limit = None if test is None or not same(test.inputs[0], x) else scalar(test.inputs[1], x)
+        if limit is not None and limit >= FAR:
+            return node.outputs[0]
+    return value
+
+
+def _is_causal(mask: ir.Value, queries: int | ir.SymbolicDim, keys: int | ir.SymbolicDim) -> bool:
+    """Whether a mask (queries, keys) of truth values is j <= i, made of one Range."""
+    node = made_by(mask, "LessOrEqual", "GreaterOrEqual")
+    if node is None or mask.shape is None or queries != keys or list(mask.shape) != [queries, keys]:
+        return False
+    across, down = node.inputs if node.op_type == "LessOrEqual" else node.inputs[::-1]
+    counted, standing = made_by(across, "Range"), made_by(down, "Unsqueeze")
+    if counted is None or standing is None or not same(standing.inputs[0], across):
+        return False
+    known = queries.value is not None if isinstance(queries, ir.SymbolicDim) else True
+    return known and scalar(counted.inputs[2]) == 1 and graph.constant_ints(standing.inputs[1]) in ([-1], [1])
 
 
 def _masked(value: ir.Value) -> tuple[ir.Value, ir.Value | None]:
@@ -236,8 +280,8 @@ def _masked(value: ir.Value) -> tuple[ir.Value, ir.Value | None]:
     return value, None
 
 
-def _share(value: ir.Value) -> ir.Value | None:
-    """value / ReduceSum(value) over the last axis, where that is what the value alone is used for."""
+def _share(value: ir.Value, reduction: str = "ReduceSum") -> ir.Value | None:
+    """value / reduction(value) over the last axis, where that is what the value alone is used for."""
     divisions = [node for node, _ in value.uses() if graph.is_op(node, "Div") and same(node.inputs[0], value)]
     if len(divisions) != 1:
         return None
@@ -247,9 +291,9 @@ def _share(value: ir.Value) -> ir.Value | None:
         guard = made_by(divisor, op)
         if guard is not None and len(guard.inputs) == 2:
             pairs = operands(guard) if op != "Clip" else [(guard.inputs[0], guard.inputs[1])]
-            sums = (a for a, b in pairs if 0 <= (scalar(b, a) or 0.0) <= 1e-8 and made_by(a, "ReduceSum") is not None)
+            sums = (a for a, b in pairs if 0 <= (scalar(b, a) or 0.0) <= 1e-8 and made_by(a, reduction) is not None)
             divisor = next(sums, divisor)
-    total = made_by(divisor, "ReduceSum")
+    total = made_by(divisor, reduction)
     if total is None or not same(total.inputs[0], value) or not graph.attribute(total, "keepdims", 1):
         return None
     axes, dims = graph.constant_ints(graph.input_of(total, 1)), graph.rank(value)
@@ -274,6 +318,7 @@ def _reweighted(shares: ir.Value, counts: _Counts) -> tuple[ir.Value, int, list[
     if relu is None or not graph.is_op(relu, "Relu"):
         raise Refused("the weights below the mean are not set to 0 by Relu")
     kept, power = relu.outputs[0], 1
+    kept = _share(kept, "ReduceMax") or kept  # cancels in the sum
     raised = user(kept)
     if graph.is_op(raised, "Pow") and raised is not None:
         exponent = scalar(raised.inputs[1], kept)

@@ -15,6 +15,7 @@ from ..kernels import two_pass_softmax
 from ..kernels.log_softmax import log_softmax, log_sum_exp
 from ..kernels.reductions import EXACT, place_of_greatest
 from ..kernels.reductions import reduction as reduction_kernel
+from ..kernels.softmax_columns import softmax_columns
 from ..kernels.top_k import MOST
 from ..kernels.top_k import top_k as top_k_kernel
 from .kernels import call, calls, named
@@ -402,19 +403,23 @@ def softmax(site: Site) -> Result:
     if site.rank() == 0:
         return const(1.0 if site.op == "Softmax" else 0.0, site.dtype())
     x, axis, dims = _coerced(site, site.widened())
-    if site.target.is_cpu and dtype_of(x) == "float32" and product(shape_of(x)[axis + 1 :]) == 1:
-        y = _softmax_of_rows(site, reshaped(site, x, shape_of(x)[: axis + 1]))
+    if site.target.is_cpu and dtype_of(x) == "float32":
+        y = _softmax_by_kernel(site, x, axis)
     else:
         y = site.emit((relax.op.nn.softmax if site.op == "Softmax" else relax.op.nn.log_softmax)(x, axis))
     return site.narrowed(reshaped(site, y, dims), site.dtype())
 
 
-def _softmax_of_rows(site: Site, x: tvm.ir.Expr) -> tvm.ir.Expr:
+def _softmax_by_kernel(site: Site, x: tvm.ir.Expr, axis: int) -> tvm.ir.Expr:
     if site.op == "Softmax":
-        return site.emit(two_pass_softmax.lower(site.bb, [x], {}, site.target))
-    dims = shape_of(x)
+        return site.emit(two_pass_softmax.lower(site.bb, [x], {"axis": axis}, site.target))
+    dims, isa, threads = shape_of(x), site.target.isa, site.target.cores
+    if product(dims[axis + 1 :]) == 1:
+        (shape,) = named(dims[: axis + 1])
+        return call(site, log_softmax(shape, isa, threads), [reshaped(site, x, dims[: axis + 1])], dims[: axis + 1])
     (shape,) = named(dims)
-    return call(site, log_softmax(shape, site.target.isa, site.target.cores), [x], dims)
+    outer, length, inner = shape[:axis], shape[axis], shape[axis + 1 :]
+    return call(site, softmax_columns(outer, length, inner, isa, site.target.caches, threads, log=True), [x], dims)
 
 
 @converts("Hardmax")

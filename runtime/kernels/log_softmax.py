@@ -26,7 +26,7 @@ def _log_total(v: Vectors, x: Buffer, start: Expr, length: int | Expr, most: Exp
 
     def term(total: Expr, at: Expr, part: Expr | int | None) -> Expr:
         value = v.load(x, at, count_of(part, index), NEGATIVE_INFINITY)
-        return total + v.exp(value - v.splat(most))
+        return total + v.exp(value - v.splat(most), low=False)
 
     return T.Bind(functions.log(v, v.splat(row_total(v, length, start, index, term))))
 

@@ -1,8 +1,9 @@
 """TopK of float32 rows: one pass with a short sorted list of the best so far.
 
-A block of vectors whose greatest element is below the last of the list is passed over; of others each element that is
-above it is inserted. Of random numbers a row of n elements takes about k·log(n/k) insertions. Equal elements stay in
-the order of their places. NaN counts as infinity, or as minus infinity where the least are asked for.
+A block of vectors is compared with the last of the list, lane by lane, and passed over where none is above it; of
+others each element that is above is inserted. Of random numbers a row of n elements takes about k·log(n/k) insertions.
+Equal elements stay in the order of their places. NaN counts as infinity, or as minus infinity where the least are asked
+for.
 """
 
 from __future__ import annotations
@@ -61,6 +62,7 @@ def _row(
     found = T.alloc_buffer((count + 1,), "int32", scope="global")
     keys = T.alloc_buffer((lanes,), "float32", scope="global")
     at = T.alloc_buffer((1,), "int32", scope="global")
+    rest = T.alloc_buffer((1,), "int32", scope="global")  # bits of the lanes that are still to be inserted
     with T.serial(T.int32(count + 1)) as j:
         T.buffer_store(best, T.float32(NEGATIVE_INFINITY), [j])
         T.buffer_store(found, T.int32(0), [j])
@@ -77,25 +79,26 @@ def _row(
 
     def block(first: Expr, elements: int) -> None:
         """first: place of the block's first element."""
-        vectors = []
+        bound = v.splat(best[T.int32(count)])
+        values, above = [], []
         for j in range(-(-elements // lanes)):
             part = elements - j * lanes if elements < (j + 1) * lanes else None
             value = v.load(x, start + T.Cast(index, first) + j * lanes, count_of(part, index), NEGATIVE_INFINITY)
-            value = T.Bind(v.splat(0.0) - value) if least else value
-            unordered = NEGATIVE_INFINITY if least else math.inf
-            vectors.append(v.choose("ne", value, value, v.splat(unordered), value))
-
-        def above(values: list[Expr], place: Expr) -> Expr:
-            """Whether one of the values belongs into the list."""
-            return tirx.any(v.greatest(tree(T.max, values)) > best[T.int32(count)], place < T.int32(count))
-
-        with T.If(above([*vectors], first)), T.Then():
-            for j, value in enumerate(vectors):
-                here = T.Bind(first + T.int32(j * lanes))
-                with T.If(above([value], here)), T.Then():
-                    v.store(keys, T.int32(0), value)
-                    with T.serial(T.int32(min(lanes, elements - j * lanes))) as lane:
-                        key, place = T.Bind(keys[lane]), T.Bind(here + lane)
+            values.append(T.Bind(v.splat(0.0) - value) if least else value)
+            above.append(v.above(values[-1], bound, unordered=not least))
+        early = T.Bind(first < T.int32(count))  # the first elements fill the list, whatever they are
+        with T.If(tirx.any(tree(T.bitwise_or, [*above]) != T.int32(0), early)), T.Then():
+            for j, (value, some) in enumerate(zip(values, above, strict=True)):
+                every = T.int32((1 << min(lanes, elements - j * lanes)) - 1)
+                with T.If(tirx.any(some != T.int32(0), early)), T.Then():
+                    known = v.choose("ne", value, value, v.splat(NEGATIVE_INFINITY if least else math.inf), value)
+                    v.store(keys, T.int32(0), known)
+                    T.buffer_store(rest, T.bitwise_and(T.Select(early, every, some), every), [T.int32(0)])
+                    with T.While(rest[T.int32(0)] != T.int32(0)):
+                        lane = v.lowest_bit(rest[T.int32(0)])
+                        left = T.bitwise_and(rest[T.int32(0)], rest[T.int32(0)] - T.int32(1))
+                        T.buffer_store(rest, left, [T.int32(0)])
+                        key, place = T.Bind(keys[lane]), T.Bind(first + T.int32(j * lanes) + lane)
                         with T.If(tirx.any(key > best[T.int32(count)], place < T.int32(count))), T.Then():
                             insert(key, place)
 

@@ -31,6 +31,8 @@ from ...passes.base import Caches
 from ...passes.ops.two_pass_softmax import TWO_PASS_SOFTMAX, Form, choose_form, longest_in_cache
 from ..lowering import lowers
 from ..target import InstructionSet, Target
+from .rows import Size
+from .softmax_columns import softmax_columns
 from .softmax_passes import REGISTER_VECTORS, SoftmaxEmitter
 from .vectors import Expr, Vectors
 
@@ -301,18 +303,26 @@ def _product(shape: Sequence[int | None], dims: Sequence[Expr]) -> int | Expr:
 
 @lowers(TWO_PASS_SOFTMAX.identifier, kinds=("llvm",))
 def lower(bb: relax.BlockBuilder, inputs: list[Any], attrs: dict[str, Any], target: Target) -> Any:
-    """Softmax of the last axis through the kernel; float16 and bfloat16 are computed in float32.
+    """Softmax of an axis through a kernel; float16 and bfloat16 are computed in float32.
 
-    Another element type, another axis or an unknown rank falls back to Relax's softmax.
+    Another element type or an unknown rank falls back to Relax's softmax.
     """
     x = inputs[0]
     axis, dtype, rank = int(attrs.get("axis", -1)), str(x.ty.dtype.dtype), int(x.ty.ndim)
     shape = x.ty.shape
-    if axis not in (-1, rank - 1) or rank < 1 or dtype not in COMPUTED or not isinstance(shape, relax.ShapeExpr):
+    if rank < 1 or dtype not in COMPUTED or not isinstance(shape, relax.ShapeExpr):
         return relax.op.nn.softmax(x, axis=axis)
-    dims = [int(d) if isinstance(d, tirx.IntImm) else None for d in shape.values]
-    form = Form(attrs.get("form", Form.AUTO.value))
-    kernel = bb.add_func(softmax(dims, target.isa, target.caches, target.cores, form), SYMBOL)
-    wide = x if dtype == "float32" else bb.emit(relax.op.astype(x, "float32"))
-    y = relax.call_tir(kernel, [wide], relax.TensorType(shape, "float32"))
+    x = x if dtype == "float32" else bb.emit(relax.op.astype(x, "float32"))
+    dims, axis, form = list(shape.values), axis % rank, Form(attrs.get("form", Form.AUTO.value))
+    sizes = [int(d) if isinstance(d, tirx.IntImm) else None for d in dims]
+    if all(d == 1 for d in sizes[axis + 1 :]):  # rows
+        dims = dims[: axis + 1]
+        kernel = softmax(sizes[: axis + 1], target.isa, target.caches, target.cores, form)
+    else:
+        names: list[Size] = [f"d{i}" if d is None else d for i, d in enumerate(sizes)]
+        outer, length, inner = names[:axis], names[axis], names[axis + 1 :]
+        kernel = softmax_columns(outer, length, inner, target.isa, target.caches, target.cores, form)
+    x = x if len(dims) == rank else bb.emit(relax.op.reshape(x, dims))
+    y = relax.call_tir(bb.add_func(kernel, SYMBOL), [x], relax.TensorType(dims, "float32"))
+    y = y if len(dims) == rank else relax.op.reshape(bb.emit(y), shape)
     return y if dtype == "float32" else relax.op.astype(bb.emit(y), dtype)

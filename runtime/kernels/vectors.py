@@ -133,6 +133,14 @@ class Vectors:
         """
         return T.Bind(T.call_extern(self.dtype, self._name(f"choose_{comparison}"), a, b, then, otherwise))
 
+    def above(self, v: Expr, bound: Expr, unordered: bool) -> Expr:
+        """Which lanes are greater than those of `bound`, as the bits of an int32. unordered: a NaN is greater."""
+        return T.Bind(T.call_extern("int32", self._name("above_or_nan" if unordered else "above"), v, bound))
+
+    def lowest_bit(self, bits: Expr) -> Expr:
+        """The place of the lowest bit that is set in an int32 other than 0."""
+        return T.Bind(T.call_extern("int32", "gw_lowest_bit", bits))
+
     def greatest(self, v: Expr) -> Expr:
         """The greatest lane, as a scalar. Whether a NaN is seen depends on its place."""
         return T.Bind(T.call_extern("float32", self._name("max"), v))
@@ -233,6 +241,9 @@ class Vectors:
         text += _reduction("max", lanes) + _reduction("sum", lanes)
         for name, word in COMPARISONS.items():
             text += _CHOOSE.format(name=name, word=word, lanes=lanes, vector=vector, mask=mask)
+        for name, word in (("above", "ogt"), ("above_or_nan", "ugt")):
+            text += _ABOVE.format(name=name, word=word, lanes=lanes, vector=vector, mask=mask)
+        text += _LOWEST_BIT
         if self.isa.scalef:
             text += _SCALEF.format(zero=", ".join([f"float {POWER_ZERO}"] * 16))
         if self.isa.streaming:
@@ -298,6 +309,23 @@ define {vector} @gw_choose_{name}_{lanes}({vector} %a, {vector} %b, {vector} %x,
   %r = select {mask} %c, {vector} %x, {vector} %y
   ret {vector} %r
 }}
+"""
+
+_ABOVE = """
+define i32 @gw_{name}_{lanes}({vector} %a, {vector} %b) alwaysinline {{
+  %c = fcmp {word} {vector} %a, %b
+  %m = bitcast {mask} %c to i{lanes}
+  %r = zext i{lanes} %m to i32
+  ret i32 %r
+}}
+"""
+
+_LOWEST_BIT = """
+define i32 @gw_lowest_bit(i32 %n) alwaysinline {
+  %r = call i32 @llvm.cttz.i32(i32 %n, i1 true)
+  ret i32 %r
+}
+declare i32 @llvm.cttz.i32(i32, i1)
 """
 
 # A lane that becomes 0 is left out: a result below the normal numbers takes the processor about 150 cycles. The second

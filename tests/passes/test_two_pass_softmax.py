@@ -78,8 +78,6 @@ def test_fires_on_the_last_axis(attributes: str, opset: int) -> None:
 @pytest.mark.parametrize(
     "model, reason",
     [
-        (softmax("<axis = 1>"), "axis 1 is not the last axis of rank 4"),
-        (softmax("<axis = -2>"), "axis -2 is not the last axis of rank 4"),
         (softmax("", dtype="double"), "float64 input, the kernel computes in float32"),
         (
             softmax("", opset=12),
@@ -95,15 +93,37 @@ def test_keeps_silent_with_a_reason(model: ir.Model, reason: str) -> None:
     assert operators(model) == ["Softmax"] and "graphwright" not in model.opset_imports
 
 
-def test_an_unknown_rank_is_a_reason_unless_the_axis_counts_from_the_back() -> None:
-    for axis, fires in [(1, False), (-1, True)]:
-        model = softmax(f"<axis = {axis}>")
-        for value in (*model.graph.inputs, *model.graph.outputs):
-            value.shape = None
-        report = TwoPassSoftmax().run(model, PassContext())
-        assert bool(report.changes) is fires
-        if not fires:
-            assert report.skips[0].reason == "rank unknown, so axis 1 may not be the last axis"
+@pytest.mark.parametrize("axis, opset", [(1, 17), (-2, 13), (0, 21)])
+def test_fires_on_another_axis(axis: int, opset: int) -> None:
+    model = softmax(f"<axis = {axis}>", opset=opset)
+    x = np.random.default_rng(0).standard_normal((2, 3, 4, 5), np.float32)
+    expected = outputs(model, x)
+    (change,) = rewrite(model).changes
+    assert change.detail.startswith(f"along axis {axis}, three-pass: 32 columns (")
+    np.testing.assert_array_equal(outputs(model, x), expected)
+    np.testing.assert_allclose(expected[0], TWO_PASS_SOFTMAX.reference(x, axis), rtol=1e-6)
+
+
+@pytest.mark.parametrize("axis, opset, fires", [(1, 11, False), (-1, 11, True), (1, 17, True)])
+def test_an_unknown_rank_is_a_reason_where_all_axes_behind_count(axis: int, opset: int, fires: bool) -> None:
+    model = softmax(f"<axis = {axis}>", opset=opset)
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        value.shape = None
+    report = TwoPassSoftmax().run(model, PassContext())
+    assert bool(report.changes) is fires
+    if not fires:
+        assert report.skips[0].reason == "rank unknown, so axis 1 may not be the last axis, as it must before opset 13"
+
+
+def test_a_function_of_a_newer_opset_than_the_model_keeps_another_axis() -> None:
+    """The operator's body is the model's Softmax, which before opset 13 is over all axes from the given one on."""
+    text = "g (float[2, 3, 4] x) => (float[2, 3, 4] y) { y = local.F(x) }"
+    function = """
+    <domain: "local", opset_import: ["": 13]>
+    F (a) => (b) { b = Softmax <axis = AXIS> (a) }"""
+    for axis, fires in ((-2, False), (-1, True)):
+        model = parse(text, 11, function.replace("AXIS", str(axis)), ', "local": 1')
+        assert bool(TwoPassSoftmax().run(model, PassContext()).changes) is fires
 
 
 def test_leaves_log_softmax_and_other_divisions_alone() -> None:

@@ -364,3 +364,13 @@ def test_a_product_with_three_leading_sizes_of_the_run_compiles() -> None:
     assert "gemm" in {op.split("_")[0] for op in model.kernels}
     shapes = ((1, 1, 1), (2, 3, 5), (1, 7, 4), (3, 1, 9), (0, 2, 2), (1, 0, 3))
     model.check(*({"x": draw(n, h, w, 40), "r": draw(n, 24, h, w)} for n, h, w in shapes))
+
+
+@pytest.mark.parametrize("op", ["Softmax", "LogSoftmax"])
+def test_softmax_along_another_axis(op: str) -> None:
+    kernel = "softmax_columns" if op == "Softmax" else "log_softmax_columns"
+    for axis, dims in ((1, "2,9,4,5"), (-2, "b,3,n,7"), (0, "n,33"), (-3, "2,n,h,w")):
+        model = Model(f"g (float[{dims}] x) => (float[{dims}] y) {{ y = {op} <axis = {axis}> (x) }}")
+        assert model.kernels == {kernel}
+        sizes = {"b": 2, "n": 11, "h": 5, "w": 6}
+        model.check({"x": draw(*(sizes.get(d) or int(d) for d in dims.split(",")))})

@@ -122,6 +122,14 @@ def test_sums_of_exponentials(runnable: Callable[[str], Target], name: str) -> N
     target = runnable(name)
     for length in (*LENGTHS, 0):
         check_sums(sums(target, ("n",), "m"), draw(3, length))
+    check_sums(sums(target, (3,), 5000), draw(3, 5000))
+    # The greatest element of each row in another place, and stretches of nothing but -inf.
+    x = draw(3, 5000)
+    x[0, 10], x[1, 3000], x[2, 4999] = 50, 50, 50
+    x[:, 2048:2900], x[0, 4096:] = -INF, -INF
+    check_sums(sums(target, ("n",), "m"), x)
+    x[0, 4500], x[1, 2100], x[2, 0] = np.nan, INF, np.nan
+    assert np.isnan(sums(target, ("n",), "m")(x)[[0, 2]]).all() and sums(target, ("n",), "m")(x)[1] == INF
     x = draw(6, 19)
     x[0, 3], x[1, :], x[2, 18], x[3, 4], x[4, :] = -INF, -INF, INF, np.nan, 3e38
     check_sums(sums(target, (6,), 19), x)

@@ -92,7 +92,9 @@ def test_any_rank(shape: tuple[int, ...]) -> None:
     check(kernel(Target.named("cpu"), (None, *shape[1:])), x)
 
 
-@pytest.mark.parametrize("case", TWO_PASS_SOFTMAX.cases, ids=lambda case: case.note)
+@pytest.mark.parametrize(
+    "case", [c for c in TWO_PASS_SOFTMAX.cases if c.attributes["axis"] == -1], ids=lambda case: case.note
+)
 def test_cases_of_the_operator(case) -> None:
     (shape,) = case.shapes
     form = Form(case.attributes.get("form", "auto"))
