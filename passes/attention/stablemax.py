@@ -49,7 +49,7 @@ class Stablemax(Pass):
     unless the model was trained with it, as its authors do. So these sites are refused, with who reads them, unless
     recover=none asks for the change. The operator has a body of standard operators: the file stays plain ONNX.
     Left alone: LogSoftmax; for indices also what softmax-top-k leaves alone, another axis among it; float64; before
-    opset 13, where a softmax is over several axes.
+    opset 13, where a softmax is over several axes, and for values before 15, which the body needs.
 
     Source: Prieto et al., "Grokking at the Edge of Numerical Stability", arXiv 2501.04697.
 
