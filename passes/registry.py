@@ -40,6 +40,8 @@ PASSES: dict[str, str] = {
     "softmax-top-k": "graphwright.passes.attention.softmax_top_k:SoftmaxTopK",
     "two-pass-softmax": "graphwright.passes.attention.two_pass_softmax:TwoPassSoftmax",
     "softplus-attention": "graphwright.passes.attention.softplus_attention:SoftplusAttention",
+    "linear-attention": "graphwright.passes.attention.linear_attention:LinearAttention",
+    "stablemax": "graphwright.passes.attention.stablemax:Stablemax",
 }
 
 # Formulas in small operators become the standard's large ones: larger patterns may hold what smaller ones find.

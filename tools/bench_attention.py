@@ -3,11 +3,13 @@
     python -m graphwright.tools.bench_attention                  all shapes, one thread
     python -m graphwright.tools.bench_attention --threads 2 --json attention.json
     python -m graphwright.tools.bench_attention --shape 8x1024x64
+    python -m graphwright.tools.bench_attention --linear --shape 12x128x32 --shape 12x1024x32 --shape 12x4096x32
 
 All run in one process on the same arrays, bound once, in turn, with a loop of nothing but fused multiply-adds between
 them. GFLOP/s count 4 · heads · queries · keys · size for the two products, causal or not; a causal kernel does half of
 that, so its figure may exceed the peak. The ratios are onnxruntime's time over the kernel's, pair by pair, with the
-10th and 90th percentile. `MultiHeadAttention` (com.microsoft) has no causal, grouped form.
+10th and 90th percentile. `MultiHeadAttention` (com.microsoft) has no causal, grouped form. With --linear, linear
+attention takes its turn too, compiled and in onnxruntime; its ratios are the kernel's time over its own.
 """
 
 from __future__ import annotations
@@ -121,8 +123,41 @@ def fused(shape: Shape, arrays: dict[str, np.ndarray]) -> tuple[Any, dict[str, n
     return one_node(node, feeds), feeds
 
 
-def measure(shape: Shape, target: Target, threads: int, budget: float) -> dict[str, Any]:
+def linear(shape: Shape) -> Any:
+    """A model of linear attention, which is another function of the same arrays."""
+    import onnx_ir as ir
+
+    from ..passes.ops import LINEAR_ATTENTION
+
+    keys, float32 = shape.keys or shape.queries, ir.DataType.FLOAT
+    rows = {"q": shape.queries, "k": keys, "v": keys}
+    inputs = [ir.val(name, float32, (1, shape.heads, n, shape.size)) for name, n in rows.items()]
+    mask = ir.val("mask", float32, (1, 1, 1, 1), const_value=ir.tensor([[[[0.0]]]], float32, "mask"))
+    node = ir.node(LINEAR_ATTENTION.name, [*inputs, mask], domain=LINEAR_ATTENTION.domain)
+    y = node.outputs[0]
+    y.name, y.dtype, y.shape = "y", float32, ir.Shape((1, shape.heads, shape.queries, shape.size))
+    graph = ir.Graph(inputs, [y], nodes=[node], initializers=[mask], name="g", opset_imports={"": 21})
+    model = ir.Model(graph, ir_version=10)
+    LINEAR_ATTENTION.add_to(model)
+    return ir.to_proto(model)
+
+
+def compiled(model: Any, feeds: dict[str, np.ndarray], threads: int, folder: Path) -> Runner:
+    """A run of the artifact that the model becomes."""
+    import onnx
+
+    import graphwright
+
+    onnx.save(model, folder / "m.onnx")
+    graphwright.optimize(folder / "m.onnx", target="cpu", out=folder / "out")
+    session = graphwright.load(folder / "out", threads=threads)
+    return partial(session.run, None, feeds)
+
+
+def measure(shape: Shape, target: Target, threads: int, budget: float, with_linear: bool = False) -> dict[str, Any]:
     """One row of the table."""
+    from tempfile import TemporaryDirectory
+
     import numpy as np
     import tvm
 
@@ -142,6 +177,11 @@ def measure(shape: Shape, target: Target, threads: int, budget: float) -> dict[s
         if expected is None:
             other()
             expected = other.result.numpy()
+    if with_linear:
+        model = linear(shape)
+        runners["linear, onnxruntime"] = OnnxRuntime(model, arrays, threads)
+        with TemporaryDirectory() as folder:  # the session holds what it needs of it
+            runners["linear, compiled"] = compiled(model, arrays, threads, Path(folder))
     runners["kernel"]()
     error = float(np.abs(tensors[3].numpy() - expected).max())
     runners["peak"], flops = peak(target, 1)
@@ -153,6 +193,8 @@ def measure(shape: Shape, target: Target, threads: int, budget: float) -> dict[s
         for name in times
         if name not in ("kernel", "peak")
     }
+    for name in LINEAR if with_linear else ():
+        ratios[name] = Spread.of([a / b for a, b in zip(times["kernel"], times[name], strict=True)]).to_json()
     moved = sum(a.nbytes for a in arrays.values()) + arrays["q"].nbytes
     microseconds = Spread.of([t * 1e6 for t in times["kernel"]]).to_json()
     return {
@@ -162,6 +204,7 @@ def measure(shape: Shape, target: Target, threads: int, budget: float) -> dict[s
 
 
 HEADER = ["heads x queries x size", "", "us", "GFLOP/s", "peak of a core", "GB/s", "over MatMul, Softmax", "over fused"]
+LINEAR = ("linear, compiled", "linear, onnxruntime")
 
 
 def line(row: dict[str, Any]) -> list[str]:
@@ -171,13 +214,14 @@ def line(row: dict[str, Any]) -> list[str]:
     rates = [f"{row['gflops'][name]['median']:.0f}" for name in ("kernel", "peak")]
     time_ = f"{row['microseconds']['median']:.1f}"
     return [row["shape"], row["note"], time_, *rates, f"{row['gigabytes_per_second']:.1f}", spread("decomposed"),
-            spread("fused")]  # fmt: skip
+            spread("fused"), *(spread(name) for name in LINEAR if name in row["ratio"])]  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--threads", type=int, default=1, metavar="N")
     parser.add_argument("--shape", action="append", metavar="HEADSxQUERIESxSIZE", help="only this; may be given again")
+    parser.add_argument("--linear", action="store_true", help="linear attention too; with --shape, heads of one kind")
     parser.add_argument("--seconds", type=float, default=2.0, metavar="S", help="for each shape")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args(arguments)
@@ -186,10 +230,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     target = Target.named("cpu")
     shapes = [Shape.parse(text) for text in options.shape] if options.shape else SHAPES
-    print_head(target, options.threads, HEADER)
+    print_head(target, options.threads, [*HEADER, *(LINEAR if options.linear else ())])
     results = []
     for shape in shapes:
-        results.append(measure(shape, target, options.threads, options.seconds))
+        results.append(measure(shape, target, options.threads, options.seconds, options.linear))
         print_row(line(results[-1]))
     if options.json:
         document = {"target": target.to_json(), "threads": options.threads, "results": results}

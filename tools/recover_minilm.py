@@ -1,10 +1,10 @@
-"""How well MiniLM recovers from softplus attention: the ranking of sentence pairs, before and after.
+"""How well MiniLM recovers from another attention: the ranking of sentence pairs, before and after.
 
-`python -m graphwright.tools.recover_minilm` exports MiniLM, replaces its attention, in the layers that `layers=auto`
-chooses and in all, and lets it learn from unlabelled sentences (State of the Union addresses and Moby-Dick). On pairs
-of sentences that nothing was learned from, the cosines of the result are ranked against the original's: Spearman's
-correlation. It can be interrupted and started again: what is finished is read from the folder, what is not goes on from
-its checkpoint.
+`python -m graphwright.tools.recover_minilm` exports MiniLM, replaces its attention by softplus attention or, with
+`--pass`, by another, in the layers that `layers=auto` chooses and in all, and lets it learn from unlabelled sentences
+(State of the Union addresses and Moby-Dick). On pairs of sentences that nothing was learned from, the cosines of the
+result are ranked against the original's: Spearman's correlation. It can be interrupted and started again: what is
+finished is read from the folder, what is not goes on from its checkpoint.
 """
 
 from __future__ import annotations
@@ -72,19 +72,18 @@ def cosines(model: Path, lines: list[str]) -> np.ndarray:
     return (whole[::2] * whole[1::2]).sum(-1)
 
 
-def recover(folder: Path, layers: str, options: str, seed: int, lines: list[str]) -> dict[str, Any]:
-    """Learn with these layers, unless that is done, and measure. Raises a GraphwrightError."""
-    from graphwright.passes.registry import parse_pass
+def recover(folder: Path, name: str, layers: str, options: str, seed: int, lines: list[str]) -> dict[str, Any]:
+    """Learn with that pass and these layers, unless that is done, and measure. Raises a GraphwrightError."""
     from graphwright.passes.weights import load_weights
     from graphwright.runtime import driver
 
     from .config import Settings
     from .optimize import optimize_file
 
-    model, out = folder / "minilm.onnx", folder / f"{layers}.onnx"
-    result = folder / f"{layers}.json"
+    model, out = folder / "minilm.onnx", folder / f"{name}.{layers}.onnx"
+    result = out.with_suffix(".json")
     if not (result.is_file() and out.is_file()):
-        spec = f"softplus-attention:layers={layers}:outputs={EMBEDDING}{options}"
+        spec = f"{name}:layers={layers}:outputs={EMBEDDING}{options}"
         done = optimize_file(
             Settings(
                 model=str(model), passes=spec, output=str(out), calibration=str(folder / "sentences.txt"), seed=seed,
@@ -92,34 +91,34 @@ def recover(folder: Path, layers: str, options: str, seed: int, lines: list[str]
             )
         )  # fmt: skip
         result.write_text(json.dumps(done["passes"][-1]["stats"]))
-    sites = load_weights(folder / f"{out.name}.softplus-attention.npz").sites
-    step = parse_pass(f"softplus-attention:layers={layers}{options}")
-    raw = folder / f"{layers}.raw.onnx"
+    weights = load_weights(out.with_name(f"{out.name}.{name}.npz"))
+    raw = out.with_suffix(".raw.onnx")
     if not raw.is_file():
-        numbers = "+".join(str(n) for n, site in enumerate(attention_sites(model)) if site in sites)
-        kind = f"variant={step.variant.value}:power={step.power}"  # type: ignore[attr-defined]  # the pass's options
-        text = f"softplus-attention:layers={numbers}:recover=none:{kind}"
+        numbers = "+".join(str(n) for n, site in enumerate(attention_sites(model, name)) if site in weights.sites)
+        # The record is the name with the options that the operator depends on.
+        text = f"{weights.record}:layers={numbers}:recover=none"
         driver.optimize(model, text, out=raw, verify=False, overwrite=True)
     original = cosines(model, lines)
     return {
         **json.loads(result.read_text()),
         "layers": layers,
-        "replaced": len(sites),
+        "replaced": len(weights.sites),
         "before": spearman(original, cosines(raw, lines)),
         "after": spearman(original, cosines(out, lines)),
     }
 
 
-def attention_sites(model: Path) -> list[str]:
+def attention_sites(model: Path, name: str) -> list[str]:
     """The attentions of the model in the order in which the pass numbers them."""
     from graphwright.runtime import driver
 
-    result = driver.optimize(model, "softplus-attention:recover=none", dry_run=True)
+    result = driver.optimize(model, f"{name}:recover=none", dry_run=True)
     return [change.value for change in result.reports[-1].changes]
 
 
 @click.command(cls=Command, name="recover_minilm")
 @click.option("--folder", default="recover", show_default=True, help="Where everything is kept.")
+@click.option("--pass", "name", default="softplus-attention", show_default=True, help="Which learned pass.")
 @click.option("--layers", default="auto,all", show_default=True, help="What to replace, one run each.")
 @click.option("--sentences", "count", default=20000, show_default=True, help="Sentences to learn from.")
 @click.option("--pairs", default=2000, show_default=True, help="Pairs of other sentences to rank.")
@@ -128,9 +127,9 @@ def attention_sites(model: Path) -> list[str]:
 @click.option("--json", "file", metavar="FILE", help="Write the figures there.")
 @verbosity_options
 def command(
-    folder: str, layers: str, count: int, pairs: int, options: str, seed: int, file: str | None
+    folder: str, name: str, layers: str, count: int, pairs: int, options: str, seed: int, file: str | None
 ) -> None:  # fmt: skip
-    """Recover MiniLM from softplus attention and print how it ranks held-out pairs of sentences."""
+    """Recover MiniLM from another attention and print how it ranks held-out pairs of sentences."""
     from graphwright.models import registry
 
     from .shell import write_json
@@ -148,8 +147,8 @@ def command(
     found = []
     for one in layers.split(","):
         with progress() as say:
-            say(f"layers={one}")
-        found.append(recover(place, one, f":{options}" if options else "", seed, lines[: 2 * pairs]))
+            say(f"{name}:layers={one}")
+        found.append(recover(place, name, one, f":{options}" if options else "", seed, lines[: 2 * pairs]))
     print_table(
         ("layers", "replaced", "Spearman before", "after", "1 - cosine before", "after", "minutes"),
         [
@@ -157,7 +156,7 @@ def command(
              f"{one['drop_before']:.4f}", f"{one['drop']:.4f}", f"{one['seconds'] / 60:.1f}")
             for one in found
         ],
-        title=f"{pairs} pairs of sentences, {count} to learn from, {os.cpu_count()} processors",
+        title=f"{name}: {pairs} pairs of sentences, {count} to learn from, {os.cpu_count()} processors",
         right=("replaced", "Spearman before", "after", "1 - cosine before", "minutes"),
     )  # fmt: skip
     if file:

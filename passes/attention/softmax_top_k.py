@@ -46,7 +46,7 @@ class SoftmaxTopK(Pass):
         for scope in graph.scopes(model):
             for softmax in [node for node in scope.graph if _is_softmax(node)]:
                 users = [user for user, _ in softmax.outputs[0].uses()]
-                reasons = [_refusal(user, softmax, scope) for user in users]
+                reasons = [choosing_refusal(user, softmax, scope) for user in users]
                 choosing = [(u, r) for u, r in zip(users, reasons, strict=True) if graph.is_op(u, *CHOOSING)]
                 if len(choosing) < len(users) or softmax.outputs[0].is_graph_output() or any(reasons):
                     for user, reason in choosing:
@@ -69,8 +69,8 @@ def _is_softmax(node: ir.Node) -> bool:
     return graph.is_op(node, "Softmax") or (node.domain, node.op_type) == TWO_PASS_SOFTMAX.identifier
 
 
-def _refusal(node: ir.Node, softmax: ir.Node, scope: graph.Scope) -> str | None:
-    """The first condition that fails."""
+def choosing_refusal(node: ir.Node, softmax: ir.Node, scope: graph.Scope) -> str | None:
+    """Why an ArgMax or TopK cannot read what the softmax reads; None when it can."""
     if graph.has_references(node) or graph.has_references(softmax):
         return "an attribute is a parameter of the function; run inline-functions first"
     if scope.opset < ONE_AXIS:

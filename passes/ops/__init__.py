@@ -7,13 +7,17 @@ kernels are attached from outside, in `graphwright.runtime.kernels`.
 from __future__ import annotations
 
 from .base import DOMAIN, CustomOp
+from .linear_attention import LINEAR_ATTENTION
 from .softplus_attention import REWEIGHTED_SOFTPLUS_ATTENTION, SOFTPLUS_ATTENTION
+from .stable_max import STABLE_MAX
 from .two_pass_softmax import TWO_PASS_SOFTMAX
 
 OPERATORS: dict[tuple[str, str], CustomOp] = {
-    op.identifier: op for op in (TWO_PASS_SOFTMAX, SOFTPLUS_ATTENTION, REWEIGHTED_SOFTPLUS_ATTENTION)
+    op.identifier: op
+    for op in (TWO_PASS_SOFTMAX, SOFTPLUS_ATTENTION, REWEIGHTED_SOFTPLUS_ATTENTION, LINEAR_ATTENTION, STABLE_MAX)
 }
 
 __all__ = [
-    "DOMAIN", "OPERATORS", "REWEIGHTED_SOFTPLUS_ATTENTION", "SOFTPLUS_ATTENTION", "TWO_PASS_SOFTMAX", "CustomOp",
+    "DOMAIN", "LINEAR_ATTENTION", "OPERATORS", "REWEIGHTED_SOFTPLUS_ATTENTION", "SOFTPLUS_ATTENTION", "STABLE_MAX",
+    "TWO_PASS_SOFTMAX", "CustomOp",
 ]  # fmt: skip
