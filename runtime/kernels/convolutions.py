@@ -245,7 +245,11 @@ def unpack(bb: relax.BlockBuilder, blocked: Any, shape: Sequence[Any], target: T
 @template("pool", per_item=True)
 def pool(parameters: dict[str, Any], body: Body) -> None:
     """Greatest or mean of windows, in blocks. parameters: kind ("max" or "mean"), kernel, strides, dilations, pads
-    (above, left), include (padding counts in a mean)."""
+    (above, left), include (padding counts in a mean).
+
+    The greatest of nothing but NaN is NaN, as in onnxruntime. Beside finite numbers NaN does not count; its kernels
+    differ there, by where in the window it is, and ONNX does not say. A window that is all padding has -inf.
+    """
     v, index = body.vectors, body.index
     (x,) = body.inputs
     batch, blocks, height, width, lanes = fixed(body.shapes[0])
@@ -275,26 +279,35 @@ def pool(parameters: dict[str, Any], body: Body) -> None:
         start = T.Bind(at * const(sh) - const(top))
         base = T.Bind(plane * const(height * width * lanes))
 
+        def inside(t: int, where: int | None) -> list[int]:
+            """The taps in a row of the t-th output's window that are no padding."""
+            if where is None:
+                return list(range(kw))
+            return [j for j in range(kw) if 0 <= (where + t) * sw + j * dw - left < width]
+
         def window(column: Expr, where: int | None) -> None:
             """One tile of outputs from `column` on. where: the column where it is known and taps may be outside."""
             cells = v.registers(tile, first)
+            ends = v.registers(tile if largest else 1, first)  # the last taps
 
             def taps(i: int | Expr) -> None:
                 offset = T.Bind(base + (start + i * const(dh)) * const(width * lanes))
                 for j in range(kw):
                     for t in range(tile):
-                        if where is not None and not 0 <= (where + t) * sw + j * dw - left < width:
+                        if j not in inside(t, where):
                             continue
                         column_at = (column + const(t)) * const(sw) + const(j * dw - left)
                         value = v.load(x, offset + column_at * const(lanes))
                         here = v.at(const(t * lanes))
                         old = cells[here]
                         T.buffer_store(cells, T.max(value, old) if largest else old + value, [here])
+                        if largest and j == inside(t, where)[-1]:
+                            T.buffer_store(ends, value, [here])
 
             if padded_rows:
                 with T.serial(const(kh)) as i:
-                    inside = T.Bind(start + i * const(dh))
-                    with T.If(tirx.all(inside >= const(0), inside < const(height))), T.Then():
+                    at_row = T.Bind(start + i * const(dh))
+                    with T.If(tirx.all(at_row >= const(0), at_row < const(height))), T.Then():
                         taps(i)
             else:
                 for i in range(kh):
@@ -303,11 +316,12 @@ def pool(parameters: dict[str, Any], body: Body) -> None:
             if kind == "mean" and padded_rows and not parameters["include"]:
                 count_rows = T.Bind(_inside_rows(start, kh, dh, height, index))
             for t in range(tile):
-                value = cells[v.at(const(t * lanes))]
-                if kind == "mean":
-                    columns = kw
-                    if where is not None and not parameters["include"]:
-                        columns = sum(0 <= (where + t) * sw + j * dw - left < width for j in range(kw))
+                here = v.at(const(t * lanes))
+                value = cells[here]
+                if largest:
+                    value = _unless_nan(v, value, ends[here])
+                else:
+                    columns = kw if parameters["include"] else len(inside(t, where))
                     value = value / v.splat(T.Bind(count_rows * tirx.const(float(columns), "float32")))
                 body.store(value, [item, block, at, column + const(t), const(0)], None)
 
@@ -324,6 +338,12 @@ def pool(parameters: dict[str, Any], body: Body) -> None:
                 window(T.Bind(t * const(tile)), None)
 
 
+def _unless_nan(v: Vectors, greatest: Expr, tap: Expr) -> Expr:
+    """The greatest of a window's numbers; NaN where it has none. greatest: -inf there, as NaN is passed over. tap: any
+    of the window's."""
+    return T.Bind(T.Select(greatest == v.splat(float("-inf")), tap, greatest))
+
+
 def _inside_rows(start: Expr, taps: int, step: int, height: int, index: str) -> Expr:
     total: Expr = tirx.const(0.0, "float32")
     for i in range(taps):
@@ -335,7 +355,8 @@ def _inside_rows(start: Expr, taps: int, step: int, height: int, index: str) -> 
 
 @template("global-pool", per_item=True)
 def global_pool(parameters: dict[str, Any], body: Body) -> None:
-    """Greatest or mean over all places of each channel, in blocks. parameters: kind ("max" or "mean")."""
+    """Greatest or mean over all places of each channel, in blocks. parameters: kind ("max" or "mean"). NaN is treated
+    as by `pool`."""
     v, index = body.vectors, body.index
     (x,) = body.inputs
     batch, blocks, *place, lanes = fixed(body.shapes[0])
@@ -366,9 +387,13 @@ def global_pool(parameters: dict[str, Any], body: Body) -> None:
             both(sums[v.at(const(0))], sums[v.at(const(lanes))]),
             both(sums[v.at(const(2 * lanes))], sums[v.at(const(3 * lanes))]),
         )
+        if largest:
+            total = _unless_nan(v, total, v.load(x, base + const((size - 1) * lanes)))
+        else:
+            total = total * v.splat(1.0 / size)
         zeros = [const(0)] * (len(place) + 1)
         item, block = tirx.floordiv(plane, const(blocks)), tirx.floormod(plane, const(blocks))
-        body.store(T.Bind(total if largest else total * v.splat(1.0 / size)), [item, block, *zeros], None)
+        body.store(T.Bind(total), [item, block, *zeros], None)
 
 
 @template("upsample", per_item=True)

@@ -88,6 +88,46 @@ def test_poolings(channels: int, compile_model: Callable[..., Any]) -> None:
     compile_model(proto, w=draw(c, c, 1, 1), v=draw(5, c, 1, 1)).check(feeds(x=(2, c, 11, 14)))
 
 
+@pytest.mark.parametrize("name", ["cpu", "cpu-avx2", "cpu-baseline"])
+def test_the_greatest_of_nothing_but_nan_is_nan(
+    name: str, runnable: Callable[..., Any], compile_model: Callable[..., Any]
+) -> None:
+    """Beside finite numbers NaN does not count, whatever its place in the window; padding never wins."""
+    runnable(name)
+    text = """g (float[1,17,6,9] x) => (float[1,17,3,4] a, float[1,17,6,9] b, float[1,17,6,7] c, float[1,17,1,1] d) {
+      a = MaxPool<kernel_shape=[2,2], strides=[2,2]>(x)
+      b = MaxPool<kernel_shape=[3,3], pads=[1,1,1,1]>(x)
+      c = MaxPool<kernel_shape=[2,2], dilations=[5,2], pads=[2,0,3,0]>(x)
+      d = GlobalMaxPool(x) }"""
+    model = compile_model(text, name)
+    x = np.random.default_rng(0).standard_normal((1, 17, 6, 9)).astype(np.float32)
+    x[np.random.default_rng(1).random(x.shape) < 0.6] = np.nan
+    x[0, 3], x[0, 4], x[0, 5] = np.nan, -np.inf, np.inf
+
+    def greatest(kernel: tuple[int, int], strides: int, dilations: tuple[int, int], pads: tuple[int, ...]) -> Any:
+        padded = np.pad(x.astype(float), ((0, 0), (0, 0), pads[::2], pads[1::2]), constant_values=np.nan)
+        real = np.pad(np.ones(x.shape, bool), ((0, 0), (0, 0), pads[::2], pads[1::2]))
+        reach = [(k - 1) * d + 1 for k, d in zip(kernel, dilations, strict=True)]
+        views = [
+            np.lib.stride_tricks.sliding_window_view(a, reach, (2, 3))[
+                :, :, ::strides, ::strides, :: dilations[0], :: dilations[1]
+            ]
+            for a in (padded, real)
+        ]
+        found = np.fmax.reduce(views[0], axis=(4, 5))
+        return np.where(views[1].any((4, 5)), found, -np.inf)
+
+    expected = [
+        greatest((2, 2), 2, (1, 1), (0, 0, 0, 0)),
+        greatest((3, 3), 1, (1, 1), (1, 1, 1, 1)),
+        greatest((2, 2), 1, (5, 2), (2, 0, 3, 0)),
+        np.fmax.reduce(x.astype(float), axis=(2, 3), keepdims=True),
+    ]
+    assert all(np.isnan(array).any() and not np.isnan(array).all() for array in expected)
+    for got, wanted in zip(model.run({"x": x}), expected, strict=True):
+        np.testing.assert_array_equal(got, wanted.astype(np.float32))
+
+
 @pytest.mark.parametrize("channels", [17])
 def test_poolings_of_one_axis_and_of_all(channels: int, compile_model: Callable[..., Any]) -> None:
     c = channels
