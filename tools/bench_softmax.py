@@ -151,13 +151,14 @@ def measure_columns(shape: tuple[int, int, int], target: Target, threads: int, b
     import tvm
     from onnx import helper
 
+    from ..runtime.codegen import machine_code
     from ..runtime.kernels.softmax_columns import softmax_columns
 
     outer, length, inner = shape
     x = aligned((np.random.default_rng(0).random(shape, np.float32) * 20 - 10).astype(np.float32))
     y = aligned(np.empty_like(x))
     function = softmax_columns((outer,), length, (inner,), target.isa, target.caches, threads, name="softmax")
-    compiled = tvm.compile(tvm.IRModule({"softmax": function}), target.tvm())["softmax"]
+    compiled = machine_code(tvm.IRModule({"softmax": function}), target)["softmax"]
     model = one_node(helper.make_node("Softmax", ["x"], ["y"], axis=1), {"x": x})
     runners: dict[str, Runner] = {
         "onnxruntime": OnnxRuntime(model, {"x": x}, threads),
@@ -172,6 +173,7 @@ def measure_head(target: Target, threads: int, budget: float) -> list[str]:
     import tvm
     from onnx import helper
 
+    from ..runtime.codegen import machine_code
     from ..runtime.kernels.log_softmax import log_sum_exp
     from ..runtime.kernels.top_k import top_k
 
@@ -180,7 +182,7 @@ def measure_head(target: Target, threads: int, budget: float) -> list[str]:
         "k": top_k((1,), HEAD, CHOSEN, target.isa, threads, name="k"),
         "sum": log_sum_exp((1,), HEAD, target.isa, threads, "sum"),
     }
-    compiled = tvm.compile(tvm.IRModule(functions), target.tvm())
+    compiled = machine_code(tvm.IRModule(functions), target)
     choose, add = compiled["k"], compiled["sum"]
     source, values = tvm.runtime.from_dlpack(x), tvm.runtime.tensor(np.empty((1, CHOSEN), np.float32))
     places, log_total = tvm.runtime.tensor(np.empty((1, CHOSEN), np.int64)), tvm.runtime.tensor(np.empty(1, np.float32))

@@ -33,11 +33,12 @@ def kernel(
 ) -> Kernel:
     """Of a shape (outer, length, inner)."""
     import tvm
+    from graphwright.runtime.codegen import machine_code
     from graphwright.runtime.kernels.softmax_columns import softmax_columns
 
     outer, length, inner = shape
     function = softmax_columns((outer,), length, (inner,), target.isa, target.caches, threads, form, log, "softmax")
-    compiled = tvm.compile(tvm.IRModule({"softmax": function}), target.tvm())["softmax"]
+    compiled = machine_code(tvm.IRModule({"softmax": function}), target)["softmax"]
 
     def run(x: np.ndarray) -> np.ndarray:
         # What is left of this value was not written.
