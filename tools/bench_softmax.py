@@ -9,6 +9,8 @@
 All run in one process on the same arrays, bound once, in turn; after each change of runner some runs are not timed.
 `chosen` is what a compiled model uses. The ratio is onnxruntime's time over its time, pair by pair: above 1 it is
 faster. Brackets hold the 10th and 90th percentile. `2 threads` compares the kernel with itself on one thread.
+`memory` is what two readings and one writing take without any arithmetic, past the caches where the result is larger
+than they are: no softmax of two passes can take less.
 
 Source of the forms: Dukhan and Ablavatski, "The Two-Pass Softmax Algorithm", arXiv 2001.04438.
 """
@@ -43,6 +45,7 @@ COLUMNS = [(1, 21, 512 * 512), (1, 16, 33600), (12, 197, 197), (96, 64, 32), (1,
 HEAD, CHOSEN = 151_936, 50
 QUICK = [(1, 1 << 6), (1, 1 << 14), (1, 1 << 20), (1, 1 << 24), (1000, 49), (1024, 1 << 10)]
 FORMS = ("chosen", "two-pass", "recompute", "reload")
+MEMORY = "memory"
 
 
 def recompute(e: SoftmaxEmitter, rows: Any, length: Any) -> None:
@@ -87,8 +90,47 @@ def reload(e: SoftmaxEmitter, rows: Any, length: Any) -> None:
         e.reload_row(row * length, length)
 
 
+def memory(stream: bool, e: SoftmaxEmitter, rows: Any, length: Any) -> None:
+    """X read twice, Y written once."""
+    from tvm.tirx.script import builder as T
+
+    from ..runtime.kernels.softmax_passes import AHEAD
+    from ..runtime.kernels.vectors import LINE
+
+    v = e.vectors
+
+    def ahead(offsets: list[Any]) -> None:
+        for offset in offsets[:: max(1, LINE // v.lanes)]:
+            v.prefetch(e.x, offset + AHEAD)
+
+    with T.serial(e.const(rows)) as row:
+        start = row * length
+        sums = v.registers(8, 0.0)
+
+        def add(offsets: list[Any], part: Any) -> None:
+            ahead(offsets)
+            for j, offset in enumerate(offsets):
+                here = v.at(j * v.lanes)
+                T.buffer_store(sums, sums[here] + v.load(e.x, offset, part), [here])
+
+        e.sweep(length, 8, add, start)
+        total = sums[v.at(0)]
+        for j in range(1, 8):
+            total = total + sums[v.at(j * v.lanes)]
+        factor = T.Bind(v.splat(v.total(total)))
+
+        def write(offsets: list[Any], part: Any) -> None:
+            ahead(offsets)
+            for offset in offsets:
+                v.store(e.y, offset, T.Bind(v.load(e.x, offset, part) * factor), part, stream)
+
+        (e.aligned_sweep if stream else e.sweep)(length, 8, write, start)
+        if stream:
+            v.fence()
+
+
 def kernel(form: str, shape: Sequence[int], target: Target, threads: int) -> Callable[..., None]:
-    """The compiled kernel of one of FORMS."""
+    """The compiled kernel of one of FORMS, or of MEMORY."""
     import tvm
     from graphwright.runtime.codegen import machine_code
 
@@ -97,6 +139,9 @@ def kernel(form: str, shape: Sequence[int], target: Target, threads: int) -> Cal
 
     if form in ("recompute", "reload"):
         function = rowwise(shape, target.isa, {"recompute": recompute, "reload": reload}[form], "softmax")
+    elif form == MEMORY:
+        stream = target.isa.streaming and math.prod(shape) * 4 > target.caches.last_level
+        function = rowwise(shape, target.isa, partial(memory, stream), "softmax")
     else:
         chosen = Form.TWO_PASS if form == "two-pass" else Form.AUTO
         function = softmax(shape, target.isa, target.caches, threads, chosen, "softmax")
@@ -122,6 +167,8 @@ def measure(shape: tuple[int, int], target: Target, threads: int, budget: float)
         runners[form] = partial(kernel(form, shape, target, threads), source, result)
     if threads > 1:
         runners["one thread"] = partial(kernel("chosen", shape, target, 1), source, result)
+    else:
+        runners[MEMORY] = partial(kernel(MEMORY, shape, target, 1), source, result)
     errors = {}
     e = np.exp(x.astype(np.float64) - x.max(axis=-1, keepdims=True))
     expected = e / e.sum(axis=-1, keepdims=True)
@@ -132,7 +179,7 @@ def measure(shape: tuple[int, int], target: Target, threads: int, budget: float)
     times = medians(take_turns(runners, SETTLE if threads > 1 else 0.0, budget))
     count = math.prod(shape)
     ratios = {}
-    for name in (*forms, *(["one thread"] if threads > 1 else [])):
+    for name in (*forms, "one thread" if threads > 1 else MEMORY):
         other = "onnxruntime" if name in forms else name
         mine = name if name in forms else "chosen"
         ratios[name] = Spread.of([a / b for a, b in zip(times[other], times[mine], strict=True)]).to_json()
@@ -208,7 +255,7 @@ def _compared(runners: dict[str, Runner], threads: int, budget: float, unit: flo
 
 
 def header(threads: int) -> list[str]:
-    extra = [f"{threads} threads over 1"] if threads > 1 else list(FORMS[1:])
+    extra = [f"{threads} threads over 1"] if threads > 1 else [*FORMS[1:], MEMORY, "over chosen"]
     return ["rows", "length", "onnxruntime", "chosen", "ratio", *extra]
 
 
@@ -219,7 +266,9 @@ def line(row: dict[str, Any], threads: int) -> list[str]:
     def spread(name: str) -> str:
         return "{median:.2f} [{low:.2f}, {high:.2f}]".format(**ratio[name])
 
-    extra = [spread("one thread")] if threads > 1 else [f"{nanoseconds[form]['median']:.3f}" for form in FORMS[1:]]
+    extra = [spread("one thread")] if threads > 1 else [
+        *(f"{nanoseconds[name]['median']:.3f}" for name in (*FORMS[1:], MEMORY)), spread(MEMORY)
+    ]  # fmt: skip
     cells = [f"{nanoseconds[name]['median']:.3f}" for name in ("onnxruntime", "chosen")]
     rows, length = row["shape"]
     power = f"2^{length.bit_length() - 1}" if length & (length - 1) == 0 else str(length)
