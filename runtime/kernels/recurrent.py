@@ -21,6 +21,7 @@ from tvm import tirx
 from tvm.tirx.script import builder as T
 
 from ...passes.base import Caches
+from ..codegen import GENERAL
 from ..target import InstructionSet
 from .functions import sigmoid, tanh
 from .gemm import GemmEmitter, GemmSpec, GemmTile, choose_tile, pack
@@ -137,7 +138,9 @@ def recurrent(
             _Emitter(spec, v, buffers, size(spec.steps), size(spec.batch), index, caches, threads).emit()
 
     tensors = tensor_shapes(spec, isa, threads)
-    return flat_kernel(name or spec.kind.lower(), tensors, isa, write, name is not None, spec.flops)
+    kernel = flat_kernel(name or spec.kind.lower(), tensors, isa, write, name is not None, spec.flops)
+    # The second direction binds variables of the first one again, which only the general passes take apart.
+    return kernel.with_attr(GENERAL, True)
 
 
 @dataclass
