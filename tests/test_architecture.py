@@ -26,8 +26,8 @@ LIGHT = frozenset({"tools", "graphwright"})
 LIGHT_PACKAGES = frozenset({"click", "graphwright"})
 # Modules that are nothing without the package, and imported late themselves.
 COMPILING = (
-    "runtime/blocked.py", "runtime/elements.py", "runtime/importer.py", "runtime/importing/", "runtime/kernels/",
-    "runtime/phases.py", "runtime/plan.py", "runtime/schedule.py", "runtime/templates.py", "runtime/trials.py",
+    "runtime/blocked.py", "runtime/codegen.py", "runtime/elements.py", "runtime/importer.py", "runtime/importing/",
+    "runtime/kernels/", "runtime/phases.py", "runtime/plan.py", "runtime/schedule.py", "runtime/templates.py", "runtime/trials.py",
 )  # fmt: skip
 ONLY_WITH = {
     "tvm": COMPILING,
