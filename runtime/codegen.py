@@ -1,8 +1,9 @@
 """TIR -> machine code on CPUs: the passes of TVM that loop nests on a CPU need.
 
-TVM's own pipeline is made for GPUs first. Of what it spends on a large kernel of ours, up to nine tenths go into
-`CompactBufferAllocation`, which looks for buffers that are larger than what is used of them. Our kernels have none, so
-that only loop nests of the general road go through it, and through the search for conditions to move out of loops.
+TVM's own pipeline is made for GPUs first. Most of what it spends on a large kernel of ours goes into
+`CompactBufferAllocation`, which looks for buffers that are larger than what is used of them. Our kernels need none of
+that, so only loop nests of the general road go through it, and through the search for conditions to move out of loops;
+and recurrent kernels, whose second direction binds variables of the first again.
 """
 
 from __future__ import annotations
