@@ -71,6 +71,7 @@ class RegionSpec(_Strict):
     """One step of a run. For TVM: `file` is the library, whose function `main` takes the inputs in order and then
     one tuple of the parameters. For onnxruntime: `file` is a model, and `reasons` says, site by site, why.
     kernels: by name, of a TVM region. activation_bytes: what its plan allocates for values between the kernels.
+    in_place: output -> the input in whose memory `main` makes it.
     """
 
     runtime: Literal["tvm", "onnxruntime"]
@@ -83,6 +84,7 @@ class RegionSpec(_Strict):
     sources: list[str] = Field(default_factory=list)
     kernels: dict[str, KernelWork] = Field(default_factory=dict)
     activation_bytes: int | None = None
+    in_place: dict[str, str] = Field(default_factory=dict)
 
 
 class FileSpec(_Strict):
@@ -91,6 +93,8 @@ class FileSpec(_Strict):
 
 
 class Manifest(_Strict):
+    """state: input -> output that is its new value, of a model that keeps something from one run to the next."""
+
     schema_version: int = SCHEMA
     versions: dict[str, str]
     target: dict[str, Any]
@@ -103,6 +107,7 @@ class Manifest(_Strict):
     files: dict[str, FileSpec]
     verdict: dict[str, Any] | None = None
     tuning: dict[str, Any] | None = None
+    state: dict[str, str] = Field(default_factory=dict)
     digest: str = ""  # of everything above; filled in when the manifest is written
 
     def own_digest(self) -> str:

@@ -37,6 +37,7 @@ from .artifact import (
 from .partition import ONNXRUNTIME, TVM, Region, cut, partition
 from .reference import NoKernel, ort_session, with_own_bytes
 from .spared import spared
+from .state import mark_state
 from .target import Target
 from .work import Work, work_of
 from .worker import Compiled, Compiler
@@ -79,6 +80,7 @@ def build(
     names = [value.name for value in defaults]
     fix_outputs(model)
     ask_types(model)
+    state = mark_state(model)
     with Workplace(Path(out), overwrite) as folder:
         store = WeightStore(folder / WEIGHTS)
         regions = _compile_regions(model, target, folder, store, progress, distrust)
@@ -100,6 +102,7 @@ def build(
             regions=regions,
             files=file_specs(folder),
             tuning=tuning,
+            state=state,
         )
         manifest = write_manifest(manifest, folder)
         verdict = check(Artifact(manifest, folder))
@@ -356,6 +359,7 @@ def _place(
         runtime=TVM, file=name, inputs=inputs, outputs=outputs, nodes=len(region.nodes), parameters=parameters,
         sources=sources, activation_bytes=result.work.activation_bytes,
         kernels={kernel: KernelWork(**work) for kernel, work in result.work.kernels.items()},
+        in_place={outputs[made]: inputs[where] for made, where in result.in_place.items()},
     )  # fmt: skip
 
 
@@ -431,6 +435,7 @@ def compile_region(path: Path, target: Target, folder: Path) -> Compiled:
     from .link import export
 
     module = importer.import_model(onnx.load(path), target)
+    in_place = importer.overwritten(module)
     seen: list[Work] = []
     executable, constants = phases.compile_module(module, target, lambda lowered: seen.append(work_of(lowered)))
     files = export(executable, target, folder)
@@ -443,5 +448,5 @@ def compile_region(path: Path, target: Target, folder: Path) -> Compiled:
             dtype = str(tensor.dtype)
             parameters.append((f"p{index}", dtype, tuple(map(int, tensor.shape)), file.tell(), array.nbytes))
             file.write(array.tobytes())
-    return Compiled(str(files[0]), str(weights), parameters, [str(f) for f in files[1:]], seen[0])
+    return Compiled(str(files[0]), str(weights), parameters, [str(f) for f in files[1:]], seen[0], in_place)
 

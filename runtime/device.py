@@ -31,6 +31,7 @@ from .artifact import Artifact, RegionSpec
 from .partition import TVM
 from .runner import RuntimeLibraries, build_runner, read_results, runtime_libraries, write_plan
 from .session import Session, Step
+from .state import State
 
 log = logging.getLogger("graphwright")
 
@@ -190,7 +191,7 @@ class RunnerStep:
         self.threads, self.timeout = threads, timeout
         self.program = device.runner
 
-    def __call__(self, values: Mapping[str, Any]) -> dict[str, Any]:
+    def __call__(self, values: Mapping[str, Any], state: State | None = None) -> dict[str, Any]:
         return self.timed(values, warmup=0, repeat=1)[0]
 
     def timed(self, values: Mapping[str, Any], *, warmup: int, repeat: int) -> tuple[dict[str, Any], list[float]]:

@@ -34,12 +34,14 @@ from .importing.site import (
     Value,
     dtype_of,
     int64,
+    made_by,
     number,
     onnx_dtype,
     shape_of,
 )
 from .importing.unify import unified
 from .lowering import lowering_for
+from .state import IN_PLACE
 from .target import Target
 
 # Operators of the standard domain that stay in onnxruntime whatever their inputs are.
@@ -86,6 +88,12 @@ def import_model(model: ModelProto, target: Target) -> tvm.IRModule:
     symbolic variable; unknown ones get their own. Raises ImportRefused at the first node that cannot be compiled.
     """
     return _Importer(model, target).module()
+
+
+def overwritten(module: tvm.IRModule) -> dict[int, int]:
+    """Number of an output of an imported module's `main` -> number of the input in whose memory it is made."""
+    attrs = module.attrs or {}
+    return {int(made): int(where) for made, where in (attrs.get(IN_PLACE) or {}).items()}
 
 
 def refusals(model: ModelProto, target: Target) -> dict[int, str]:
@@ -189,8 +197,19 @@ class _Importer:
                 for node in graph.node:
                     self.node(node, scope)
                 outputs = [self.result(scope, output.name) for output in graph.output]
+                overwritten = self.overwritten(outputs, params)
                 self.bb.emit_func_output(outputs[0] if len(outputs) == 1 else relax.Tuple(outputs))
-            return relax.transform.ConvertToDataflow(1)(self.bb.get())
+            module = relax.transform.ConvertToDataflow(1)(self.bb.get())
+            return module.with_attr(IN_PLACE, overwritten) if overwritten else module
+
+    def overwritten(self, outputs: list[tvm.ir.Expr], params: list[tvm.ir.Expr]) -> dict[str, int]:
+        """Number of an output -> number of the parameter in whose memory it is made."""
+        found = {}
+        for index, output in enumerate(outputs):
+            made = made_by(self.bb, output, "relax.call_tir_inplace")
+            if made is not None:
+                found[str(index)] = next(i for i, param in enumerate(params) if param.same_as(made.args[1].fields[0]))
+        return found
 
     def refused(self) -> dict[int, str]:
         """Node index -> reason, for every node that cannot be converted."""
@@ -353,7 +372,8 @@ class _Importer:
             declared = [scope.declared.get(name) or protos.unknown() for name in node.output]
             values = protos.python_values(attrs.values())
             site = Site(
-                node.op_type, self.bb, self.target, scope.opset, inputs, values, declared, len(node.output)
+                node.op_type, self.bb, self.target, scope.opset, inputs, values, declared, len(node.output),
+                protos.in_place(node),
             )  # fmt: skip
             try:
                 return self.flat(CONVERTERS[node.op_type](site))

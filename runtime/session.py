@@ -8,6 +8,7 @@ import functools
 import logging
 import math
 import os
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from ..passes.io import first_line
 from .artifact import MODEL, WEIGHTS, Artifact, Parameter, RegionSpec, TensorSpec
 from .partition import TVM
 from .reference import EXACT_BYTES, WITHOUT_QDQ, default_threads, run_session
+from .state import State
 from .target import host_flags
 from .tvm_import import import_tvm
 
@@ -79,12 +81,14 @@ def numpy_type(dtype: str) -> np.dtype[Any]:
 
 
 class Step(Protocol):
-    """One region, ready to run: values by name in, values by name out."""
+    """One region, ready to run: values by name in, values by name out. Arrays of `state` may be written in place."""
 
-    def __call__(self, values: Mapping[str, Any]) -> dict[str, Any]: ...
+    def __call__(self, values: Mapping[str, Any], state: State | None = None) -> dict[str, Any]: ...
 
 
 log = logging.getLogger("graphwright")
+
+_maps: weakref.WeakValueDictionary[tuple[int, ...], np.ndarray] = weakref.WeakValueDictionary()
 
 
 class Refused(InputError):
@@ -183,22 +187,42 @@ class Session:
         target = {"target": self.artifact.target.name}
         return {name: target if name.startswith("TVM") else {} for name in self.get_providers()}
 
+    def new_state(self, sizes: Mapping[str, int] | None = None) -> State:
+        """Zeros for the inputs whose new value the model computes, such as the caches of a decoder. Sessions of models
+        with the same such inputs may share a state. sizes: of the dimensions that have names.
+
+        Raises InputError for a size that is missing.
+        """
+        arrays = {}
+        for name in self.artifact.manifest.state:
+            spec = self._inputs[name]
+            dims = [(sizes or {}).get(dim, dim) if isinstance(dim, str) else dim for dim in spec.shape or ()]
+            if not all(isinstance(dim, int) for dim in dims):
+                raise InputError(f"input {name!r} has shape {spec.shape}; give `sizes` for its names")
+            arrays[name] = _aligned(tuple(int(dim or 0) for dim in dims), numpy_type(spec.dtype))
+            arrays[name].fill(0)
+        return State(arrays)
+
     def run(
-        self, output_names: Sequence[str] | None, input_feed: Mapping[str, Any], run_options: Any = None
-    ) -> list[Any]:
+        self, output_names: Sequence[str] | None, input_feed: Mapping[str, Any], run_options: Any = None, *,
+        state: State | None = None,
+    ) -> list[Any]:  # fmt: skip
         """The named outputs (all for None or []), in that order, as NumPy arrays.
 
         input_feed: input name -> array of the declared type and shape; aligned contiguous arrays are not copied.
-        run_options is accepted for compatibility and has no effect. Raises InputError when feeds do not fit.
+        run_options is accepted for compatibility and has no effect. state: takes the place of the inputs that it has,
+        and of their new values among the outputs; one run at a time. Raises InputError when feeds do not fit.
         """
         if isinstance(output_names, str):
             raise InputError(f"output_names is the text {output_names!r}; expected a list of names")
-        names = list(output_names or self._outputs)
+        kept = self.artifact.manifest.state if state is not None else {}
+        outputs = [name for name in self._outputs if name not in kept.values()]
+        names = list(output_names or outputs)
         for name in names:
-            if name not in self._outputs:
-                raise InputError(f"unknown output {name!r}; {did_you_mean(name, self._outputs)}")
-        feeds = self._check(input_feed)
-        values = self._values(feeds)
+            if name not in outputs:
+                raise InputError(f"unknown output {name!r}; {did_you_mean(name, outputs)}")
+        feeds = self._check(input_feed if state is None else self._with_state(input_feed, state))
+        values = self._values(feeds, state)
         results = []
         for index, name in enumerate(names):
             # What is an input too, or is asked for twice, must not share its memory.
@@ -206,14 +230,30 @@ class Session:
             results.append(copy.deepcopy(values[name]) if shared else values[name])
         return results
 
-    def _values(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
-        """The feeds and what is computed from them, the outputs included."""
+    def _with_state(self, feeds: Mapping[str, Any], state: State) -> dict[str, Any]:
+        wanted = self.artifact.manifest.state
+        if state.arrays.keys() != wanted.keys():
+            raise InputError(f"the state has {', '.join(state.arrays) or 'nothing'}; expected {', '.join(wanted)}")
+        if twice := [name for name in feeds if name in wanted]:
+            raise InputError(f"input {twice[0]!r} is in the state already; leave it out")
+        return {**feeds, **state.arrays}
+
+    def _values(self, feeds: Mapping[str, Any], state: State | None = None) -> dict[str, Any]:
+        """The feeds and what is computed from them, the outputs included; what belongs to the state is left there."""
+        values = self._computed(feeds, state)
+        if state is not None:
+            for name, made in self.artifact.manifest.state.items():
+                if values[made] is not state.arrays[name]:
+                    np.copyto(state.arrays[name], values[made])
+        return values
+
+    def _computed(self, feeds: Mapping[str, Any], state: State | None) -> dict[str, Any]:
         if not feeds.keys() <= self._inputs.keys():
             return {**feeds, **self._whole(feeds)}
         values = dict(feeds)
         try:
             for step in self._steps:
-                values.update(step(values))
+                values.update(step(values, state))
         except Refused as error:
             if not self._rescue:
                 raise
@@ -345,10 +385,14 @@ def pool_size() -> int:
 
 
 def mapped_weights(path: Path, parameters: Sequence[Parameter]) -> list[np.ndarray]:
-    """Constant tensors as views of one copy-on-write memory map."""
+    """Constant tensors as views of one copy-on-write memory map, which artifacts that share the file share too."""
     if not parameters:
         return []
-    whole = np.memmap(path, np.uint8, "c") if path.stat().st_size else np.empty(0, np.uint8)
+    status = path.stat()
+    key = (status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size)
+    whole = _maps.get(key)
+    if whole is None:
+        whole = _maps[key] = np.memmap(path, np.uint8, "c") if status.st_size else np.empty(0, np.uint8)
     for p in parameters:
         if p.nbytes != math.prod(p.shape) * numpy_type(p.dtype).itemsize or not 0 <= p.offset <= len(whole) - p.nbytes:
             raise ArtifactError(f"{path}: parameter {p.name} does not lie in the weights; compile the model again")
@@ -357,16 +401,20 @@ def mapped_weights(path: Path, parameters: Sequence[Parameter]) -> list[np.ndarr
     ]
 
 
+def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
+    """An array whose memory TVM takes as it is."""
+    nbytes = math.prod(shape) * dtype.itemsize
+    raw = np.empty(nbytes + ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    return raw[start : start + nbytes].view(dtype).reshape(shape)
+
+
 class _Staging:
     """A TVM tensor over aligned memory of our own, which an input that is not aligned is copied into."""
 
     def __init__(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
-        tvm = load_tvm()
-        nbytes = math.prod(shape) * dtype.itemsize
-        raw = np.empty(nbytes + ALIGNMENT, np.uint8)
-        start = -raw.ctypes.data % ALIGNMENT
-        self.array = raw[start : start + nbytes].view(dtype).reshape(shape)
-        self.tensor = tvm.runtime.from_dlpack(self.array)
+        self.array = _aligned(shape, dtype)
+        self.tensor = load_tvm().runtime.from_dlpack(self.array)
 
 
 class _Machine:
@@ -406,6 +454,7 @@ class _TvmStep:
         self._weights = tvm_ffi.Array(weights)  # `tvm.runtime.convert` takes 0.2 s to find out what it was given
         self._constant = sorted(span for span in map(_span, weights) if span)
         self._sizes: set[tuple[Any, ...]] = set()
+        self._overwritten = set(region.in_place.values())
         self._clear = tvm.get_global_func("vm.builtin.memory_manager.clear")
         self._clear()  # what sessions that are gone have left in the pool
 
@@ -418,28 +467,55 @@ class _TvmStep:
             return tvm.runtime.from_dlpack(array)
         return tvm.runtime.empty(array.shape, str(array.dtype), self.device).copyfrom(array)
 
-    def _input(self, machine: _Machine, index: int, value: Any) -> tvm.runtime.Tensor:
+    def _input(self, machine: _Machine, index: int, value: Any, state: State | None) -> tvm.runtime.Tensor:
         array = np.asarray(value)
+        name = self.region.inputs[index]
+        if name in self._overwritten:
+            return self._own(array, name, state)
         if self.on_cpu and array.size and array.dtype.isbuiltin == 1 and not _shareable(array):
             return machine.staged(index, array)
         return self._tensor(array)
 
-    def __call__(self, values: Mapping[str, Any]) -> dict[str, Any]:
+    def _own(self, array: np.ndarray, name: str, state: State | None) -> tvm.runtime.Tensor:
+        """An input that the code overwrites: the state's own memory, else a copy of what was given."""
+        if state is None or name not in state.arrays:
+            return load_tvm().runtime.empty(array.shape, str(array.dtype), self.device).copyfrom(array)
+        if name not in state.tensors:
+            state.tensors[name] = self._tensor(array)
+        return state.tensors[name]
+
+    def __call__(self, values: Mapping[str, Any], state: State | None = None) -> dict[str, Any]:
         use_threads(self.threads)
         try:
             machine = self._idle.pop()
         except IndexError:
             machine = self._machine()
-        inputs = [self._input(machine, index, values[name]) for index, name in enumerate(self.region.inputs)]
+        inputs = [self._input(machine, index, values[name], state) for index, name in enumerate(self.region.inputs)]
         self._bound_pool(inputs)
         try:
             result = machine.main(*inputs, self._weights)
         except Exception as error:  # a run-time check of the compiled code: shapes that the model cannot take
             raise Refused(f"the compiled model refused these inputs: {first_line(error)}") from error
         results = [result] if len(self.region.outputs) == 1 and hasattr(result, "numpy") else list(result)
-        outputs = dict(zip(self.region.outputs, self._arrays_of(results, inputs), strict=True))
+        outputs = self._outputs(results, inputs, values, state)
         self._idle.append(machine)  # not after an error, which leaves its frames behind
         return outputs
+
+    def _outputs(
+        self, results: Sequence[Any], inputs: Sequence[Any], values: Mapping[str, Any], state: State | None
+    ) -> dict[str, Any]:
+        """The results by name; what lies in the state is the state's array."""
+        if not self._overwritten:
+            return dict(zip(self.region.outputs, self._arrays_of(results, inputs), strict=True))
+        named = dict(zip(self.region.outputs, results, strict=True))
+        outputs = {}
+        for made, name in self.region.in_place.items():
+            if state is not None and name in state.arrays:
+                outputs[made] = values[name]
+                del named[made]
+        given = zip(self.region.inputs, inputs, strict=True)
+        arrays = self._arrays_of(list(named.values()), [x for name, x in given if name not in self._overwritten])
+        return {**outputs, **dict(zip(named, arrays, strict=True))}
 
     def _bound_pool(self, inputs: Sequence[Any]) -> None:
         """TVM's pool keeps every buffer by its size: with other sizes every run it would grow without end."""
@@ -516,7 +592,7 @@ class _OrtStep:
         self.optional = [i.name for i in self.session.get_overridable_initializers()]
         self.outputs = region.outputs
 
-    def __call__(self, values: Mapping[str, Any]) -> dict[str, Any]:
+    def __call__(self, values: Mapping[str, Any], state: State | None = None) -> dict[str, Any]:
         names = [*self.inputs, *(name for name in self.optional if name in values)]
         try:
             results = run_session(self.session, self.outputs, {name: values[name] for name in names})

@@ -32,7 +32,7 @@ _sharing = threading.Lock()
 @dataclass(frozen=True)
 class Compiled:
     """What the child made in the region's folder. parameters: (name, dtype, shape, offset, nbytes) in `weights`.
-    work: of its kernels.
+    work: of its kernels. in_place: number of an output -> number of the input in whose memory it is made.
     """
 
     library: str
@@ -40,6 +40,7 @@ class Compiled:
     parameters: list[tuple[str, str, tuple[int, ...], int, int]]
     sources: list[str]
     work: Work = field(default_factory=Work)
+    in_place: dict[int, int] = field(default_factory=dict)
 
 
 class Crashed(CompileError):

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 from tvm import relax, te, tirx
 
+from ..kernels.cache import scatter
+from .kernels import named
 from .shapes import reshaped
 from .site import (
     Dim,
@@ -175,6 +177,12 @@ def tensor_scatter(site: Site) -> Result:
     tensors = [site.x(0), site.x(1)]
     if site.has(2):
         tensors.append(site.cast(site.x(2), "int64"))
+    if site.in_place and site.target.is_cpu:
+        cache, update = named(site.shape(), site.shape(1))
+        kernel = scatter(cache, update[axis], axis, site.dtype(), site.target.isa, len(tensors) == 3, circular)
+        function = site.bb.add_func(kernel, "cache_scatter")
+        arguments = [tensors[0], *(site.emit(x) for x in tensors[1:])]
+        return relax.op.call_tir_inplace(function, arguments, 0, site.x(0).ty)
 
     def compute(cache: te.Tensor, update: te.Tensor, *start: te.Tensor) -> te.Tensor:
         def element(*i: tirx.Var) -> tirx.Expr:

@@ -15,6 +15,7 @@ import tvm
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto
 from tvm import relax
 
+from ..state import IN_PLACE
 from .site import CONTENT_LIMIT, Declared, Refuse, Value, dtype_of, np_dtype, onnx_dtype, shape_of
 
 STANDARD = ("", "ai.onnx")
@@ -140,6 +141,11 @@ def identifier(name: str) -> str:
 
 def site_of(node: NodeProto) -> str:
     return next((name for name in node.output if name), node.name)
+
+
+def in_place(node: NodeProto) -> bool:
+    """Whether the node is marked as one that may write where its first input lies."""
+    return any(prop.key == IN_PLACE for prop in node.metadata_props)
 
 
 def unknown() -> Declared:

@@ -174,7 +174,10 @@ def same(a: Dim, b: Dim) -> bool:
 
 @dataclass
 class Site:
-    """One node: its inputs, attributes and what is promised of its outputs."""
+    """One node: its inputs, attributes and what is promised of its outputs.
+
+    in_place: its first input is one of the model's that nothing else reads, whose memory may hold the result.
+    """
 
     op: str
     bb: relax.BlockBuilder
@@ -184,6 +187,7 @@ class Site:
     attrs: dict[str, Any]
     declared: list[Declared] = field(default_factory=list)
     outputs: int = 1
+    in_place: bool = False
 
     # Inputs.
 
