@@ -2,7 +2,7 @@
 
     Y[m, n] = finish(sum over k of A[m, k] · B[k, n])
 
-B is constant and packed once (`pack`): panels of up to `GemmTile.vectors` vectors of columns, each [K][panel width], so
+B is constant and packed once (`pack`): panels of up to `GemmTile.packed` vectors of columns, each [K][panel width], so
 that the inner loop reads it in order. Where B is computed at run time (`packed=False`) its rows are read in place.
 Rows are cut into tiles of two sizes that differ by one, so that no tile is nearly empty.
 
@@ -32,6 +32,8 @@ FEW = 8  # tiles of A in the second cache, and times that B is read, from which 
 MANY = 256  # rows from which on a panel that is too wide for the first cache is read often enough
 NEAR = 2  # tiles of a panel up to which none asks for the next one: it would be gone again before it is read
 STREAMS = (6, 5, 7), (3, 5)  # places of the depth that are read in turn instead, for up to two rows and for more
+FEW_ROWS = 2  # rows up to which a tile reads several panels of B
+BESIDE = 4  # panels side by side from which on each is a stream
 PAGE = 1024  # elements apart, or a multiple of it, elements fall in the same lines of a first-level cache
 SUMS = 1 << 18  # elements of the sums that wait between two parts of the depth
 
@@ -63,11 +65,25 @@ class GemmSpec:
 
 @dataclass(frozen=True)
 class GemmTile:
-    """Rows and vectors of accumulators. depth: steps of k of one part, 0: all at once, None: as the sizes ask for."""
+    """Rows and vectors of accumulators. depth: steps of k of one part, 0: all at once, None: as the sizes ask for.
+
+    panel: vectors of a panel of B, of which the tile covers several behind each other; None for one of its own width.
+    """
 
     rows: int
     vectors: int
     depth: int | None = None
+    panel: int | None = None
+
+    @property
+    def packed(self) -> int:
+        """Vectors of a panel of B."""
+        return self.panel or self.vectors
+
+    @property
+    def beside(self) -> int:
+        """Panels of B that the tile covers."""
+        return -(-self.vectors // self.packed)
 
 
 def loads_cost(rows: int, vectors: int) -> float:
@@ -79,6 +95,15 @@ def loads_cost(rows: int, vectors: int) -> float:
 def choose_tile(rows: int | None, columns: int, isa: InstructionSet, lanes: int) -> GemmTile:
     """The tile that keeps the most accumulators and wastes the fewest, for a machine of `isa.registers` registers."""
     return tiles(rows, columns, isa, lanes)[0]
+
+
+def packed_tile(rows: int | None, columns: int, isa: InstructionSet, lanes: int) -> GemmTile:
+    """The tile for a packed B. Few rows read panels of the width that many rows take, several at once: two models that
+    read the same weights so, such as a decoder's for its prompt and for one token, can share them."""
+    if rows is None or rows > FEW_ROWS:
+        return choose_tile(rows, columns, isa, lanes)
+    panel = choose_tile(None, columns, isa, lanes).vectors
+    return replace(next(t for t in tiles(rows, columns, isa, lanes) if t.vectors % panel == 0), panel=panel)
 
 
 def tiles(
@@ -115,15 +140,16 @@ def part_of_depth(rows: int, inner: int, tile: GemmTile, caches: Caches) -> int 
     return -(-inner // (parts * UNROLL)) * UNROLL
 
 
-def streams_of_depth(rows: int, inner: int, unroll: int) -> tuple[int, int]:
+def streams_of_depth(rows: int, inner: int, unroll: int, beside: int = 1) -> tuple[int, int]:
     """(streams, steps of k of each, a multiple of `unroll`). Neither the streams of B nor the rows of A at their places
-    meet in the same lines of the first-level cache, if any number of streams does so."""
+    meet in the same lines of the first-level cache, if any number of streams does so. beside: panels that are read side
+    by side."""
 
     def parted(streams: int) -> tuple[int, int]:
         count = inner // streams // unroll
         return streams, (count - 1 + count % 2) * unroll  # an odd number of lines
 
-    choices = [parted(streams) for streams in STREAMS[rows > 2]]
+    choices = [parted(max(2, streams // beside)) for streams in STREAMS[rows > 2]]
     return max(choices, key=lambda choice: min(PAGE // 8, choice[1] % PAGE, -choice[1] % PAGE))
 
 
@@ -139,9 +165,8 @@ def pack(b: np.ndarray, tile: GemmTile, lanes: int) -> np.ndarray:
     width = -(-columns // lanes) * lanes
     padded = np.zeros((inner, width), np.float32)
     padded[:, :columns] = b
-    parts = [
-        padded[:, first * lanes : (first + count) * lanes].reshape(-1) for first, count in panels(columns, tile, lanes)
-    ]
+    step = tile.packed * lanes
+    parts = [padded[:, first : first + step].reshape(-1) for first in range(0, width, step)]
     return np.concatenate(parts) if parts else padded.reshape(-1)
 
 
@@ -321,7 +346,10 @@ class GemmEmitter:
             size //= 2
 
     def _far(self, turn: tuple[Expr, int] | None) -> bool:
-        """Whether few tiles read a packed panel and most of B comes from far away."""
+        """Whether few tiles read a packed panel and most of B comes from far away, and the panels are too few to be the
+        streams themselves."""
+        if self.tile.beside >= BESIDE:
+            return False
         size = 4 * (self.spec.inner or 0) * self.spec.columns
         return turn is not None and turn[1] <= NEAR and size > self.caches.l2 and (self.spec.inner or 0) >= PAGE // 16
 
@@ -329,7 +357,7 @@ class GemmEmitter:
         """All steps of k, from several places of the depth in turn: a processor fetches several streams ahead of their
         reader at once, and each only to the end of its page, so that one alone does not fill the way to memory."""
         unroll = max(1, LINE // width)
-        streams, length = streams_of_depth(self.tile.rows, inner, unroll)
+        streams, length = streams_of_depth(self.tile.rows, inner, unroll, self.tile.beside)
         with T.serial(self.const(length // unroll)) as k:
             for stream, u in itertools.product(range(streams), range(unroll)):
                 step(k * self.const(unroll) + self.const(stream * length + u))
@@ -349,8 +377,9 @@ class GemmEmitter:
         column = T.Bind(panel.number * const(self.tile.vectors * lanes))
         row_of_a = row if spec.shared_a else item * const(self.rows) + row
         a_start = T.Bind(row_of_a * const(self.inner))
+        width = min(count, self.tile.packed) if spec.packed else count  # vectors that lie behind each other
         if spec.packed:
-            b_start, b_step = T.Bind(column * const(self.inner)), count * lanes
+            b_start, b_step = T.Bind(column * const(self.inner)), width * lanes
         else:
             before = const(0) if spec.shared_b else item * const(self.inner) * const(spec.columns)
             b_start, b_step = T.Bind(before + column), spec.columns
@@ -358,7 +387,10 @@ class GemmEmitter:
         def step(k: Expr) -> None:
             bs = []
             for j in range(count):
-                at = b_start + k * const(b_step) + const(j * lanes)
+                first = j - j % width
+                step = b_step if first + width <= count else (count - first) * lanes  # the last panel may be narrower
+                before = const(self.inner) * const(first * lanes) if first else const(0)
+                at = b_start + before + k * const(step) + const((j - first) * lanes)
                 partial = not spec.packed and panel.lanes is not None and j == count - 1
                 bs.append(v.load(self.b, at, const(panel.lanes) if partial and panel.lanes else None))
             for i in range(height):

@@ -11,7 +11,7 @@ from tvm.tirx.script import builder as T
 from ..elements import Size, expression, product, size_of
 from ..target import Target
 from ..templates import Body, anchor, template
-from .gemm import GemmEmitter, GemmSpec, GemmTile, choose_tile, pack
+from .gemm import GemmEmitter, GemmSpec, GemmTile, choose_tile, pack, packed_tile
 from .vectors import Expr, Vectors
 
 
@@ -51,7 +51,10 @@ def gemm(parameters: dict[str, Any], body: Body) -> None:
 def chosen_tile(spec: GemmSpec, target: Target) -> GemmTile:
     """The tuned one; by rule where there is none."""
     tuned = target.tuning.find("gemm", vars(spec))
-    return GemmTile(**tuned) if tuned else choose_tile(spec.rows, spec.columns, target.isa, Vectors(target.isa).lanes)
+    if tuned:
+        return GemmTile(**tuned)
+    rule = packed_tile if spec.packed else choose_tile
+    return rule(spec.rows, spec.columns, target.isa, Vectors(target.isa).lanes)
 
 
 def _number(size: Size) -> Expr | int:
@@ -92,7 +95,7 @@ def matmul(bb: relax.BlockBuilder, a: Any, b: Any, target: Target, packed: dict[
     lanes = Vectors(target.isa).lanes
     tile = chosen_tile(spec, target)
     if weight is not None:
-        key = (b, tile.vectors)
+        key = (b, tile.packed)
         if key not in packed:
             packed[key] = relax.const(pack(weight.reshape(weight.shape[-2:]), tile, lanes), "float32")
         b = packed[key]

@@ -37,7 +37,7 @@ class Product:
 
 def function(product: Product, target: Target, name: str, threads: int) -> Any:
     """A kernel (a, b, y) over flat buffers."""
-    from graphwright.runtime.kernels.gemm import GemmEmitter, GemmSpec, choose_tile
+    from graphwright.runtime.kernels.gemm import GemmEmitter, GemmSpec, choose_tile, packed_tile
     from graphwright.runtime.kernels.vectors import Vectors
     from tvm import tirx
     from tvm.script.ir_builder import IRBuilder
@@ -46,7 +46,7 @@ def function(product: Product, target: Target, name: str, threads: int) -> Any:
     p, v = product, Vectors(target.isa)
     rows = None if p.dynamic else p.m
     spec = GemmSpec(rows, p.k, p.n, p.packed, p.batch, p.shared_a, p.shared_b)
-    tile = choose_tile(rows, p.n, target.isa, v.lanes)
+    tile = (packed_tile if p.packed else choose_tile)(rows, p.n, target.isa, v.lanes)
     with IRBuilder() as builder, T.prim_func(s_tir=True):
         T.func_name(name)
         T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True, "global_symbol": name})
@@ -76,7 +76,7 @@ def kernels(products: Sequence[Product], target: Target, threads: int = 1) -> li
     """All of them in one library. Each takes A (batch, M, K) and B (batch, K, N), 1 for a batch where it is shared."""
     import tvm
     from graphwright.runtime.codegen import machine_code
-    from graphwright.runtime.kernels.gemm import choose_tile, pack
+    from graphwright.runtime.kernels.gemm import pack, packed_tile
     from graphwright.runtime.kernels.vectors import Vectors
 
     module = tvm.IRModule({f"g{i}": function(p, target, f"g{i}", threads) for i, p in enumerate(products)})
@@ -86,7 +86,7 @@ def kernels(products: Sequence[Product], target: Target, threads: int = 1) -> li
     def run(number: int, product: Product, a: np.ndarray, b: np.ndarray) -> np.ndarray:
         p, m = product, a.shape[-2]
         if p.packed:
-            tile = choose_tile(None if p.dynamic else p.m, p.n, target.isa, lanes)
+            tile = packed_tile(None if p.dynamic else p.m, p.n, target.isa, lanes)
             b = pack(b.reshape(p.k, p.n), tile, lanes)
         # One row more than there is: what a kernel writes behind its end is seen.
         y = np.full((p.batch * m + 1) * p.n, UNWRITTEN, np.float32)
@@ -262,3 +262,18 @@ def test_rows_that_do_not_fill_a_tile_are_spread() -> None:
                 b = np.arange(2 * columns, dtype=np.float32).reshape(2, columns)
                 cuts = panels(columns, tile, lanes)
                 assert sum(c for _, c in cuts) * lanes * 2 == pack(b, tile, lanes).size
+
+
+@pytest.mark.parametrize("target", ["cpu-avx512", "cpu-avx2", "cpu-baseline", "arm64"])
+@pytest.mark.parametrize("columns", [1, 17, 100, 192, 576, 1000, 4096])
+def test_one_row_reads_the_panels_of_many(target: str, columns: int) -> None:
+    """So that a decoder's models for its prompt and for one token hold their weights once."""
+    from graphwright.runtime.kernels.gemm import pack, packed_tile
+    from graphwright.runtime.kernels.vectors import Vectors
+    from graphwright.runtime.target import Target
+
+    isa = Target.named(target).isa
+    lanes = Vectors(isa).lanes
+    b = np.random.default_rng(0).standard_normal((3, columns), np.float32)
+    few, many = (pack(b, packed_tile(rows, columns, isa, lanes), lanes) for rows in (1, None))
+    np.testing.assert_array_equal(few, many)
