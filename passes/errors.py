@@ -20,7 +20,12 @@ A defect of graphwright itself is never one of these: it keeps its traceback.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
+
+# `/onnxruntime_src/core/graph/model.cc:256 Status onnxruntime::Model::Load(const Path&, int) `
+CPP_PLACE = r"/\S+\.(?:cc|cpp|h):\d+ [^()]*(?:\((?:[^()]|\([^()]*\))*\)[^()\s]*)+ (?:const )?(?:\[with [^]]*\] )?"
+ORT_PREFIX = r"\[ONNXRuntimeError\] : \d+ : (?:FAIL : )?"
 
 
 class GraphwrightError(Exception):
@@ -84,3 +89,9 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     if close:
         return f"did you mean {' or '.join(close)}?"
     return f"known: {', '.join(names)}"
+
+
+def first_line(error: BaseException) -> str:
+    """The message of an error as one line, without the places in onnxruntime's sources that it names."""
+    text = re.sub(ORT_PREFIX, "", re.sub(CPP_PLACE, "", " ".join(str(error).split())))
+    return text[:300] or type(error).__name__

@@ -6,7 +6,6 @@ import base64
 import contextlib
 import logging
 import os
-import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +16,7 @@ import onnx_ir as ir
 
 from . import wire
 from .checking import check_operators, check_proto
-from .errors import ModelError, OutputError, WeightsError, did_you_mean
+from .errors import ModelError, OutputError, WeightsError, did_you_mean, first_line
 from .graph import all_graphs, subgraphs
 
 log = logging.getLogger("graphwright")
@@ -26,9 +25,6 @@ log = logging.getLogger("graphwright")
 EMBED_LIMIT = 1 << 30
 ALIGNMENT = 4096
 SET_ASIDE = "graphwright.type"
-# `/onnxruntime_src/core/graph/model.cc:256 Status onnxruntime::Model::Load(const Path&, int) `
-CPP_PLACE = r"/\S+\.(?:cc|cpp|h):\d+ [^()]*(?:\((?:[^()]|\([^()]*\))*\)[^()\s]*)+ (?:const )?(?:\[with [^]]*\] )?"
-ORT_PREFIX = r"\[ONNXRuntimeError\] : \d+ : (?:FAIL : )?"
 
 
 def load(path: str | os.PathLike[str]) -> ir.Model:
@@ -84,12 +80,6 @@ def set_aside_type(value: ir.Value) -> onnx.TypeProto | None:
     """The declared type of a graph output that onnx_ir cannot hold; None for every other value."""
     text = value.metadata_props.get(SET_ASIDE)
     return onnx.TypeProto.FromString(base64.b64decode(text)) if text else None
-
-
-def first_line(error: BaseException) -> str:
-    """The message of an error as one line, without the places in onnxruntime's sources that it names."""
-    text = re.sub(ORT_PREFIX, "", re.sub(CPP_PLACE, "", " ".join(str(error).split())))
-    return text[:300] or type(error).__name__
 
 
 # --- tensors ----------------------------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ from .artifact import (
     Workplace,
     file_hash,
     file_specs,
+    read_range,
     write_manifest,
 )
 from .partition import ONNXRUNTIME, TVM, Region, cut, partition
@@ -352,7 +353,7 @@ def _place(
     parameters = []
     weights = Path(result.weights)
     for parameter, dtype, shape, offset, nbytes in result.parameters:
-        position = store.add(_read(weights, offset, nbytes), nbytes)
+        position = store.add(read_range(weights, offset, nbytes), nbytes)
         parameters.append(Parameter(name=parameter, dtype=dtype, shape=list(shape), offset=position, nbytes=nbytes))
     weights.unlink(missing_ok=True)
     return RegionSpec(
@@ -361,15 +362,6 @@ def _place(
         kernels={kernel: KernelWork(**work) for kernel, work in result.work.kernels.items()},
         in_place={outputs[made]: inputs[where] for made, where in result.in_place.items()},
     )  # fmt: skip
-
-
-def _read(path: Path, offset: int, left: int) -> Any:
-    with open(path, "rb") as file:
-        file.seek(offset)
-        while left:
-            chunk = file.read(min(wire.CHUNK, left))
-            left -= len(chunk)
-            yield chunk
 
 
 def _write_model(model: ir.Model, folder: Path, store: WeightStore, name: str = MODEL) -> None:

@@ -271,12 +271,12 @@ def emulated_step(artifact: Artifact, region: RegionSpec, threads: int) -> Step:
 def _step(artifact: Artifact, region: RegionSpec, device: Device, threads: int, timeout: float) -> Step:
     if region.runtime == TVM:
         return RunnerStep(artifact, region, device, threads, timeout)
-    from .session import _OrtStep
+    from .ort import OrtStep
 
     if device.machine != platform.machine():
         what = f"{region.nodes} nodes of {artifact.root / region.file}"
         log.warning("%s are run by onnxruntime on this host, not on %s", what, device.uri)
-    return _OrtStep(artifact, region, threads)
+    return OrtStep(artifact, region, threads)
 
 
 @functools.cache

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
 
 import onnx_ir as ir
 
 from ..passes.graph import site, subgraphs
-
-TVM: Final = "tvm"
-ONNXRUNTIME: Final = "onnxruntime"
+from .artifact import ONNXRUNTIME, TVM
 
 
 @dataclass(frozen=True)

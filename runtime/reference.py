@@ -6,8 +6,6 @@ a segment at a time, so that checking a model never needs more memory than its l
 
 from __future__ import annotations
 
-import ctypes
-import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -16,17 +14,15 @@ import numpy as np
 import onnx_ir as ir
 
 from ..passes import io
-from ..passes.errors import InputError, ModelError
+from ..passes.errors import InputError, ModelError, first_line
 from ..passes.graph import Names
+from .ort import EXACT_BYTES, WITHOUT_QDQ, run_session
 
 if TYPE_CHECKING:
     import onnxruntime
 
 WHOLE_LIMIT = 128 << 20  # bytes of weights up to which one session holds the model
 SEGMENT_LIMIT = 64 << 20
-# Without it onnxruntime adds products of unsigned and signed bytes in 16 bits on x86-64 without VNNI, and saturates.
-EXACT_BYTES = "session.x64quantprecision"
-WITHOUT_QDQ = "session.disable_quant_qdq"  # no fusion of floating-point nodes with the quantizing ones around them
 BYTE_PRODUCTS = frozenset({"ConvInteger", "MatMulInteger", "QLinearConv", "QLinearMatMul"})
 
 ORT_TYPES = {
@@ -78,12 +74,12 @@ def ort_session(
     except ort.capi.onnxruntime_pybind11_state.NotImplemented as error:
         raise NoKernel(f"onnxruntime cannot run the model: {_without_code(error)}") from error
     except Exception as error:  # onnxruntime raises a family of its own for every kind of refusal
-        raise ModelError(f"onnxruntime cannot load the model: {io.first_line(error)}") from error
+        raise ModelError(f"onnxruntime cannot load the model: {first_line(error)}") from error
 
 
 def _without_code(error: Exception) -> str:
     """The reason in an error of onnxruntime, without the code in front that its class says."""
-    return io.first_line(error).rpartition("NOT_IMPLEMENTED : ")[2]
+    return first_line(error).rpartition("NOT_IMPLEMENTED : ")[2]
 
 
 def with_own_bytes(model: ir.Model) -> ir.Model:
@@ -120,41 +116,6 @@ def _numpy_has(tensor: ir.TensorProtocol | None) -> bool:
     return tensor is not None and tensor.dtype.numpy().isbuiltin == 1
 
 
-def run_session(
-    session: onnxruntime.InferenceSession, names: Sequence[str], feeds: Mapping[str, Any]
-) -> list[Any]:
-    """`session.run`, with element types that NumPy does not have (bfloat16, float8) as those of ml_dtypes."""
-    foreign = {o.name for o in session.get_outputs() if _foreign(o.type)} & set(names)
-    if not foreign and not any(_foreign(i.type) for i in session.get_inputs()):
-        return session.run(names, feeds)
-    import onnxruntime as ort
-
-    values = {}
-    for name, array in feeds.items():
-        if isinstance(array, np.ndarray) and array.dtype.isbuiltin != 1:
-            kind = int(ir.DataType.from_numpy(array.dtype))
-            bits = np.ascontiguousarray(array).view(f"u{array.itemsize}").reshape(array.shape)
-            values[name] = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, kind)
-        else:
-            values[name] = ort.OrtValue.ortvalue_from_numpy(array)
-    results = session.run_with_ort_values(list(names), values)
-    return [_array(value) if n in foreign else value.numpy() for n, value in zip(names, results, strict=True)]
-
-
-def _foreign(kind: str) -> bool:
-    """Whether an onnxruntime type is a tensor of elements that NumPy does not have."""
-    return kind.startswith(("tensor(bfloat16", "tensor(float8"))
-
-
-def _array(value: onnxruntime.OrtValue) -> np.ndarray:
-    """The tensor of a type of ml_dtypes, copied."""
-    dtype = ir.DataType[value.data_type().removeprefix("tensor(").removesuffix(")").upper()].numpy()
-    shape = value.shape()
-    size = math.prod(shape) * dtype.itemsize
-    raw = ctypes.string_at(value.data_ptr(), size) if size else b""
-    return np.frombuffer(bytearray(raw), dtype).reshape(shape)
-
-
 def mapped(tensor: ir.TensorProtocol) -> np.ndarray:
     """A tensor's values; from disk as a read-only memory map of just its own bytes."""
     source = io.external_source(tensor)
@@ -187,7 +148,7 @@ class Reference:
         except ModelError:
             raise
         except Exception as error:
-            raise InputError(f"onnxruntime cannot run the model on these inputs: {io.first_line(error)}") from error
+            raise InputError(f"onnxruntime cannot run the model on these inputs: {first_line(error)}") from error
 
     def _run_segments(self, feeds: Mapping[str, np.ndarray]) -> dict[str, Any]:
         from .partition import cut

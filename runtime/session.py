@@ -16,11 +16,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from ..passes.errors import ArtifactError, InputError, TargetError, did_you_mean
-from ..passes.io import first_line
-from .artifact import MODEL, WEIGHTS, Artifact, Parameter, RegionSpec, TensorSpec
-from .partition import TVM
-from .reference import EXACT_BYTES, WITHOUT_QDQ, default_threads, run_session
+from ..passes.errors import ArtifactError, InputError, TargetError, did_you_mean, first_line
+from .artifact import MODEL, TVM, WEIGHTS, Artifact, Parameter, RegionSpec, TensorSpec
+from .ort import OrtStep, default_threads
 from .state import State
 from .target import host_flags
 from .tvm_import import import_tvm
@@ -170,11 +168,11 @@ class Session:
         return {value.name or "": tensor_spec(value) for value in self._model.graph.inputs if value.is_initializer()}
 
     @functools.cached_property
-    def _whole(self) -> _OrtStep:
+    def _whole(self) -> OrtStep:
         """The whole model on onnxruntime, for runs that the compiled code cannot do."""
         inputs = [*self._inputs, *self._optional]
         region = RegionSpec(runtime="onnxruntime", file=MODEL, inputs=inputs, outputs=self._outputs, nodes=0)
-        return _OrtStep(self.artifact, region, self.threads)
+        return OrtStep(self.artifact, region, self.threads)
 
     def get_providers(self) -> list[str]:
         """The runtimes that take part, in onnxruntime's manner of naming them."""
@@ -325,7 +323,7 @@ def _steps(artifact: Artifact, threads: int) -> list[Step]:
     target = artifact.target
     if target.runs_here:
         return [
-            _TvmStep(artifact, region, threads) if region.runtime == TVM else _OrtStep(artifact, region, threads)
+            _TvmStep(artifact, region, threads) if region.runtime == TVM else OrtStep(artifact, region, threads)
             for region in artifact.manifest.regions
         ]
     if target.is_cpu and target.machine == _this_machine():
@@ -422,7 +420,7 @@ class _Machine:
 
     def __init__(self, library: Any, device: Any, count: int) -> None:
         tvm = load_tvm()
-        self.vm = tvm.relax.VirtualMachine(library, device)
+        self.vm = tvm.runtime.vm.VirtualMachine(library, device)
         self.main = self.vm["main"]
         self._staging: list[_Staging | None] = [None] * count
 
@@ -566,36 +564,3 @@ def _span(tensor: Any) -> tuple[int, int] | None:
     start = int(tensor.data_ptr())
     size = math.prod(tensor.shape) * (tensor.dtype.itemsize or 1)
     return (start, start + size) if size else None
-
-
-class _OrtStep:
-    def __init__(self, artifact: Artifact, region: RegionSpec, threads: int) -> None:
-        import onnxruntime as ort
-
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 4
-        options.add_session_config_entry(EXACT_BYTES, "1")
-        # Threads that go on spinning after a run take the processors from TVM's regions.
-        options.add_session_config_entry("session.force_spinning_stop", "1")
-        path = artifact.root / region.file
-        try:
-            try:
-                self.session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-            except ort.capi.onnxruntime_pybind11_state.Fail:  # two fused products of bytes share a weight
-                options.add_session_config_entry(WITHOUT_QDQ, "1")
-                self.session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime raises a family of its own
-            raise ArtifactError(f"{path}: onnxruntime cannot load it ({first_line(error)})") from error
-        self.inputs = [i.name for i in self.session.get_inputs()]
-        self.optional = [i.name for i in self.session.get_overridable_initializers()]
-        self.outputs = region.outputs
-
-    def __call__(self, values: Mapping[str, Any], state: State | None = None) -> dict[str, Any]:
-        names = [*self.inputs, *(name for name in self.optional if name in values)]
-        try:
-            results = run_session(self.session, self.outputs, {name: values[name] for name in names})
-        except Exception as error:
-            raise InputError(f"the model refused these inputs: {first_line(error)}") from error
-        return dict(zip(self.outputs, results, strict=True))

@@ -77,7 +77,7 @@ def bench_models(
     """
     from graphwright.runtime.feeds import check_names
     from graphwright.runtime.measure import alternate
-    from graphwright.runtime.reference import default_threads
+    from graphwright.runtime.ort import default_threads
 
     from .memory import peak_of
     from .opened import choose_feeds, opened

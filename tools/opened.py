@@ -34,8 +34,7 @@ class Opened:
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, Any]:
         """Output name -> value. Raises InputError for feeds that do not fit."""
-        from graphwright.passes.errors import GraphwrightError
-        from graphwright.passes.io import first_line
+        from graphwright.passes.errors import GraphwrightError, first_line
 
         names = [value.name for value in self.session.get_outputs()]
         try:
@@ -99,9 +98,10 @@ def _onnxruntime(path: Path, graph: ir.Model, threads: int | None, optimized: bo
     if optimized:
         return ort_session(path, threads)
     from graphwright.runtime import reference
+    from graphwright.runtime.ort import default_threads
 
     try:
-        return reference.ort_session(graph, threads=threads or reference.default_threads())
+        return reference.ort_session(graph, threads=threads or default_threads())
     except ModelError as error:
         raise type(error)(f"{path}: {error}") from error
 
@@ -109,8 +109,8 @@ def _onnxruntime(path: Path, graph: ir.Model, threads: int | None, optimized: bo
 def ort_session(path: Path, threads: int | None) -> Any:
     """An onnxruntime session on the file, as any user would make one. Raises ModelError when it is refused."""
     import onnxruntime as ort
-    from graphwright.passes.io import first_line
-    from graphwright.runtime.reference import default_threads
+    from graphwright.passes.errors import first_line
+    from graphwright.runtime.ort import default_threads
 
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads or default_threads()

@@ -15,7 +15,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 from graphwright.passes import io
-from graphwright.passes.errors import GraphwrightError, ModelError, OutputError, WeightsError
+from graphwright.passes.errors import GraphwrightError, ModelError, OutputError, WeightsError, first_line
 from onnx import TensorProto, helper, numpy_helper
 
 FLOAT, STRING = TensorProto.FLOAT, TensorProto.STRING
@@ -536,4 +536,4 @@ def test_saving_leaves_the_model_as_it_was(tmp_path: Path) -> None:
     ],
 )
 def test_the_line_of_an_error_has_no_places_in_sources(text: str, line: str) -> None:
-    assert io.first_line(ValueError(text)) == line
+    assert first_line(ValueError(text)) == line

@@ -5,9 +5,14 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
+import onnx
 import pytest
 from graphwright.runtime.tvm_import import hidden
+from onnx import parser
+
+import graphwright
 
 
 def child(code: str) -> str:
@@ -61,3 +66,24 @@ def test_a_package_is_hidden_from_this_thread_only_and_for_the_block_only(monkey
     import colorsys
 
     assert found == [colorsys]
+
+
+@pytest.mark.tvm
+def test_an_artifact_runs_without_the_compiler(tmp_path: Path) -> None:
+    """In a process of its own, in which TVM's compiler is not loaded and the environment is as it was."""
+    model = parser.parse_model('<ir_version: 10, opset_import: ["" : 20]> g (float[2] x) => (float[2] y) {y = Neg (x)}')
+    onnx.save(model, tmp_path / "m.onnx")
+    graphwright.compile(tmp_path / "m.onnx", target="cpu", out=tmp_path / "a")
+    code = f"""
+import os, sys
+import numpy as np
+from graphwright.runtime.tvm_import import runtime_alone
+runtime_alone()
+from graphwright.runtime.session import Session
+(y,) = Session({str(tmp_path / "a")!r}).run(None, {{"x": np.array([1, -2], np.float32)}})
+assert y.tolist() == [-1, 2]
+import tvm
+assert tvm.base._RUNTIME_ONLY and "TVM_USE_RUNTIME_LIB" not in os.environ
+assert "onnx_ir" not in sys.modules and "onnx" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,68 @@
+"""Artifacts that share one weights file."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from graphwright.passes.errors import ArtifactError
+from graphwright.runtime.build import build
+from graphwright.runtime.reference import ort_session
+from graphwright.runtime.session import Session
+from graphwright.runtime.sharing import share_weights
+from graphwright.runtime.target import Target
+from onnx import helper, numpy_helper
+
+import graphwright
+
+
+def product(rows: int | str, seed: int = 0) -> ir.Model:
+    """x · w + b, the same weights for the same seed; `w` is large enough for the weights file of the model too."""
+    draw = np.random.default_rng(seed)
+    weights = {"w": draw.standard_normal((300, 500), np.float32), "b": draw.standard_normal(500, np.float32)}
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["p"]), helper.make_node("Add", ["p", "b"], ["y"])]
+    ends = [helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, [rows, d]) for n, d in (("x", 300), ("y", 500))]
+    graph = helper.make_graph(
+        nodes, "g", ends[:1], ends[1:], [numpy_helper.from_array(a, name) for name, a in weights.items()]
+    )
+    return ir.serde.deserialize_model(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)]))
+
+
+def test_equal_weights_are_held_once(tmp_path: Path) -> None:
+    models = {"many": product("m"), "one": product(1), "other": product("m", 1)}
+    for name, model in models.items():
+        build(model, Target.named("cpu"), tmp_path / name)
+    alone = [(tmp_path / name / "weights.bin").stat().st_size for name in models]
+    share_weights(tmp_path, list(models))
+    assert (tmp_path / "weights.bin").stat().st_size < alone[0] + alone[2] + 4096
+    moved = tmp_path / "elsewhere"
+    moved.mkdir()
+    for name in (*models, "weights.bin"):
+        shutil.move(tmp_path / name, moved / name)
+    sessions = {name: graphwright.load(moved / name) for name in models}  # checks every hash
+    x = np.random.default_rng(2).standard_normal((1, 300), np.float32)
+    for name, model in models.items():
+        expected = ort_session(model).run(None, {"x": x})[0]
+        for session in (sessions[name], ort_session(ir.load(moved / name / "model.onnx"))):
+            np.testing.assert_allclose(session.run(None, {"x": x})[0], expected, atol=1e-4)
+    many, one, other = (_weights(sessions[name]) for name in models)
+    assert np.shares_memory(many, one) and not np.shares_memory(many, other)
+
+
+def _weights(session: Session) -> np.ndarray:
+    return max(session._steps[0]._arrays, key=lambda a: a.nbytes)  # type: ignore[attr-defined]
+
+
+def test_a_shared_file_that_was_altered_is_found(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        build(product(1), Target.named("cpu"), tmp_path / name)
+    share_weights(tmp_path, ["a", "b"])
+    with open(tmp_path / "weights.bin", "r+b") as file:
+        file.write(b"altered")
+    for name in ("a", "b"):
+        with pytest.raises(ArtifactError, match="altered"):
+            graphwright.load(tmp_path / name)
