@@ -108,6 +108,51 @@ def test_when_too_many_are_wrong_onnxruntime_runs_all(tmp_path: Path, monkeypatc
     assert result.artifact.native_nodes == (0, 7)
 
 
+def clock(monkeypatch: pytest.MonkeyPatch, trials: int) -> None:
+    """Let the time for searches be over after so many trials."""
+    from graphwright.runtime import culprit
+
+    asked = []
+
+    class Clock:
+        @staticmethod
+        def monotonic() -> float:
+            asked.append(1)
+            return 0.0 if len(asked) <= trials else 1e9
+
+    monkeypatch.setattr(culprit, "time", Clock)
+    monkeypatch.setattr("graphwright.runtime.driver.time", type("Start", (), {"monotonic": lambda: 0.0}))
+
+
+@pytest.mark.tvm
+@pytest.mark.parametrize(("trials", "left"), [(0, 7), (1, 4), (2, 2)])
+def test_when_the_time_is_over_onnxruntime_runs_what_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, trials: int, left: int
+) -> None:
+    """Of seven nodes the fourth is wrong: each trial halves those that may be."""
+    mistaken(monkeypatch, "Tanh")
+    clock(monkeypatch, trials)
+    result = graphwright.optimize(write(tmp_path / "m.onnx", CHAIN), target="cpu", out=tmp_path / "out")
+    assert result.verdict is not None and result.verdict.ok
+    assert result.artifact.native_nodes == (7 - left, 7)
+    said = {
+        7: "onnxruntime runs the whole model instead",
+        4: "one of the 4 nodes from d (Tanh) to y (Exp) makes the difference; onnxruntime runs all of them",
+        2: "one of the 2 nodes from d (Tanh) to e (Add) makes the difference; onnxruntime runs all of them",
+    }
+    assert said[left] in caplog.text
+
+
+@pytest.mark.tvm
+def test_the_time_is_that_of_all_searches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three trials find the first of two wrong nodes; nothing is left for the second."""
+    mistaken(monkeypatch, "Tanh", "Sigmoid")
+    clock(monkeypatch, 3)
+    result = graphwright.optimize(write(tmp_path / "m.onnx", CHAIN), target="cpu", out=tmp_path / "out")
+    assert result.verdict is not None and result.verdict.ok
+    assert result.artifact.native_nodes == (0, 7)
+
+
 def emulated_by(script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a shell script be the runner of artifacts for other processors."""
     program = tmp_path / "runner"
