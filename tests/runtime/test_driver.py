@@ -215,6 +215,26 @@ def test_an_input_of_unknown_rank(tmp_path: Path) -> None:
         np.testing.assert_allclose(y, np.full(shape, 1 / shape[-1]), rtol=1e-6)
 
 
+@pytest.mark.tvm
+def test_a_mask_as_long_as_past_and_present(tmp_path: Path) -> None:
+    """Its length is named as the sum of the others, as exporters of decoders with a cache do."""
+    text = """(bool[b,1,1,all] mask, float[b,p,4] past, float[b,t,4] new) => (bool[b,1,t,all] y)
+        <int64 zero = {0}, int64 one = {1}, int64[1] row = {1}> {
+            keys = Concat<axis = 1>(past, new)  k = Shape<start = 1, end = 2>(keys)  n = Squeeze(k)
+            q = Shape<start = 1, end = 2>(past)  m = Squeeze(q)
+            key = Range(zero, n, one)  own = Range(m, n, one)  query = Unsqueeze(own, row)
+            seen = LessOrEqual(key, query)  y = And(mask, seen) }"""
+    path = write(tmp_path / "m.onnx", text)
+    model = onnx.load(path)
+    for value in (*model.graph.input, *model.graph.output):
+        for dim in value.type.tensor_type.shape.dim:
+            dim.dim_param = dim.dim_param.replace("all", "p + t")
+    onnx.save(model, path)
+    result = graphwright.optimize(path, target="cpu", out=tmp_path / "out")
+    native, nodes = result.artifact.native_nodes
+    assert result.verdict is not None and result.verdict.ok and native == nodes
+
+
 def test_sizes_that_cannot_be_guessed(tmp_path: Path) -> None:
     """A tracer baked 7 x 11 into the graph, the declared axes are dynamic: not verified, and said so."""
     text = "(float[A,B] x) => (float[C,D] y) { y = Reshape(x, s) }"
