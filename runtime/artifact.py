@@ -13,11 +13,12 @@ import ctypes
 import errno
 import json
 import logging
+import math
 import mmap
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Final, Literal
@@ -63,12 +64,25 @@ class Parameter(_Strict):
     nbytes: int
 
 
+class Times(_Strict):
+    """So many operations times the sizes of these axes, each as [argument, axis]: of sizes known only at run time."""
+
+    each: float
+    times: list[list[int]]
+
+
 class KernelWork(_Strict):
     """What one kernel does in a call: operations, and bytes of its inputs and outputs. None: depends on the sizes."""
 
-    flops: float | None
+    flops: float | Times | None
     bytes: int | None
     op: str
+
+    def flops_of(self, shapes: Sequence[Sequence[int]]) -> float | None:
+        """Operations of a call. shapes: of its arguments, inputs and outputs."""
+        if not isinstance(self.flops, Times):
+            return self.flops
+        return self.flops.each * math.prod(shapes[argument][axis] for argument, axis in self.flops.times)
 
 
 class RegionSpec(_Strict):

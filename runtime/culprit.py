@@ -21,7 +21,7 @@ from .session import Session
 from .target import Target
 from .verify import Trial
 
-BUDGET = 600.0  # seconds that a search may take
+BUDGET = 600.0  # seconds that all searches of a model may take
 
 log = logging.getLogger("graphwright")
 
@@ -60,22 +60,23 @@ def find_wrong(
     known: Collection[str] = (),
     threads: int | None = None,
     progress: Callable[[str], None] = lambda message: None,
-    budget: float = BUDGET,
-) -> ir.Node | None:
+    end: float | None = None,
+) -> list[ir.Node]:
     """The node of a model that makes the difference between what onnxruntime gives and what the compiled code does.
 
     The first k nodes are compiled and the others left to onnxruntime; of all k between none, where nothing differs, and
     all, where something does, the halves lead to one where a single node more makes the difference. That takes as many
     compilations as the number of nodes has binary digits. known: sites of nodes that stay with onnxruntime throughout.
-    None when a trial cannot be built, or when `budget` seconds have not been enough.
+    end: of `time.monotonic()`, by default BUDGET seconds from now. When it has come, or a trial cannot be built, the
+    nodes that are left, of which one makes the difference; [] where those are all.
     """
     nodes = [node for node in model.graph if site(node) not in known]
-    end = time.monotonic() + budget
+    end = time.monotonic() + BUDGET if end is None else end
     right, wrong = 0, len(nodes)
     while wrong - right > 1:
         if time.monotonic() > end:
-            log.info("the search for the node that makes the difference takes too long")
-            return None
+            log.warning("the search for the node that makes the difference takes too long")
+            break
         middle = (right + wrong) // 2
         progress(f"look for the node that makes the difference: {wrong - right} left")
         trusted = {site(node) for node in nodes[:middle]}
@@ -85,9 +86,10 @@ def find_wrong(
             else:
                 right = middle
         except GraphwrightError as error:
-            log.info("no search for the node that makes the difference: %s", error)
-            return None
-    return nodes[right] if nodes else None
+            log.info("the search for the node that makes the difference ends: %s", error)
+            break
+    left = nodes[right:wrong]
+    return left if len(left) < max(2, len(nodes)) else []
 
 
 def _is_wrong(model: ir.Model, target: Target, tried: Trial, trusted: Collection[str], threads: int | None) -> bool:

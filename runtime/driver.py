@@ -8,6 +8,7 @@ import functools
 import gc
 import logging
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,7 @@ from .tuner import Tuned, check_tunable, find_tiles
 if TYPE_CHECKING:
     from .artifact import Artifact
 
-MOST_BLAMED = 3  # nodes that TVM and onnxruntime differ in, before the whole model is left to onnxruntime
+MOST_BLAMED = 3  # searches for a node that TVM and onnxruntime differ in, before onnxruntime gets the whole model
 
 log = logging.getLogger("graphwright")
 F = TypeVar("F", bound=Callable[..., Any])
@@ -207,8 +208,8 @@ def optimize(
         tuned = find_tiles(rewritten, goal, tune, threads, progress)
         goal = dataclasses.replace(goal, tuning=tuned.tuning)
 
+    from . import culprit
     from .build import build
-    from .culprit import find_wrong, judged
     from .device import NoAnswer
 
     defaults = [value.name for value in rewritten.graph.inputs if value.is_initializer()]
@@ -224,7 +225,7 @@ def optimize(
             return None
         progress("compare")
         try:
-            found = judged(artifact, tried, threads)
+            found = culprit.judged(artifact, tried, threads)
         except TargetError as error:
             unverified = f"the artifact cannot run here: {str(error).removeprefix(str(artifact.root)).lstrip(':/ ')}"
             return None
@@ -243,13 +244,20 @@ def optimize(
         """The rewritten model passed its own check. What the compiler makes of it is another function."""
         assert tried is not None  # nothing else can have failed
         blamed: dict[str, str] = {}
-        while len(blamed) < MOST_BLAMED:
+        end = time.monotonic() + culprit.BUDGET
+        for _ in range(MOST_BLAMED):
             log.warning("%s; looking for the node that makes the difference", error)
-            node = find_wrong(rewritten, goal, tried, known=blamed, threads=threads, progress=progress)
-            if node is None:
+            nodes = culprit.find_wrong(
+                rewritten, goal, tried, known=blamed, threads=threads, progress=progress, end=end
+            )
+            if not nodes:
                 break
-            blamed[site(node)] = f"TVM and onnxruntime differ: {error}"
-            log.warning("%s (%s) makes the difference; onnxruntime runs it", site(node), node.op_type)
+            which = f"{site(nodes[0])} ({nodes[0].op_type})"
+            if len(nodes) > 1:
+                which = f"one of the {len(nodes)} nodes from {which} to {site(nodes[-1])} ({nodes[-1].op_type})"
+            runs = "it" if len(nodes) == 1 else "all of them"
+            log.warning("%s makes the difference; onnxruntime runs %s", which, runs)
+            blamed.update({site(node): f"TVM and onnxruntime differ: {error}" for node in nodes})
             try:
                 return built(lambda node: blamed.get(site(node), ""))
             except VerificationError as again:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import itertools
 import math
 import os
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,6 +18,9 @@ import onnx_ir as ir
 from ..passes.errors import GraphwrightError, InputError, ModelError, did_you_mean
 from ..passes.prepare.pin_shapes import bound_symbols
 from .indices import Extent, distinct_places, index_range
+
+# What the name of a size may consist of, to be read as an expression of other sizes.
+ARITHMETIC = (ast.BinOp, ast.Add, ast.Sub, ast.Mult, ast.FloorDiv, ast.Name, ast.Constant, ast.Load)
 
 Feeds = dict[str, np.ndarray]
 Result = TypeVar("Result")
@@ -168,7 +172,8 @@ def _accepted(
     last: GraphwrightError | None = None
     inputs = required_inputs(model)
     unranked = any(value.shape is None and value.name not in pins for value in inputs)
-    for rank, chosen in itertools.product(RANKS if unranked else (0,), _size_choices(model, pins, bound)):
+    choices = itertools.chain(_tied_choices(model, pins, bound), _size_choices(_places(model, pins, bound), model))
+    for rank, chosen in itertools.product(RANKS if unranked else (0,), choices):
         sizes = {**chosen, **bound}
         if any(size in used.get(name, ()) for name, size in chosen.items()):
             continue
@@ -217,10 +222,59 @@ def _symbols(model: ir.Model, pins: Mapping[str, Sequence[int]]) -> dict[str, li
     return places
 
 
-def _size_choices(
+def _places(
+    model: ir.Model, pins: Mapping[str, Sequence[int]], bound: Mapping[str, int]
+) -> dict[str, list[tuple[int, int]]]:
+    """The symbols that have no size yet."""
+    return {name: at for name, at in _symbols(model, pins).items() if name not in bound}
+
+
+def _tied_choices(
     model: ir.Model, pins: Mapping[str, Sequence[int]], bound: Mapping[str, int]
 ) -> Iterator[dict[str, int]]:
-    places = {name: at for name, at in _symbols(model, pins).items() if name not in bound}
+    """Sizes where a symbol like "past + length" is the sum of those of these names, as exporters mean it. Without
+    that, a mask of one key would be accepted because it is broadcast. Nothing where no name is such an expression.
+    """
+    places = _places(model, pins, bound)
+    terms = {name: parsed for name in places if (parsed := _expression(name, {*places, *bound})) is not None}
+    if not terms:
+        return
+    for chosen in _size_choices({name: at for name, at in places.items() if name not in terms}, model):
+        sizes = {name: _value(parsed, {**bound, **chosen}) for name, parsed in terms.items()}
+        if all(size is not None and size > 0 for size in sizes.values()):
+            yield {**chosen, **{name: size for name, size in sizes.items() if size is not None}}
+
+
+def _expression(name: str, symbols: Collection[str]) -> ast.expr | None:
+    """A symbol's name as arithmetic of other symbols and numbers; None where it is none."""
+    try:
+        parsed = ast.parse(name, mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
+    parts = list(ast.walk(parsed))
+    names = [part.id for part in parts if isinstance(part, ast.Name)]
+    if not isinstance(parsed, ast.BinOp) or not all(isinstance(part, ARITHMETIC) for part in parts):
+        return None
+    return parsed if names and all(each in symbols for each in names) else None
+
+
+def _value(term: ast.expr, sizes: Mapping[str, int]) -> int | None:
+    """None where it divides by zero or has other constants than whole numbers."""
+    if isinstance(term, ast.Name):
+        return sizes[term.id]
+    if isinstance(term, ast.Constant):
+        return term.value if type(term.value) is int else None
+    assert isinstance(term, ast.BinOp)
+    left, right = _value(term.left, sizes), _value(term.right, sizes)
+    if left is None or right is None:
+        return None
+    if isinstance(term.op, ast.FloorDiv):
+        return left // right if right else None
+    return {ast.Add: left + right, ast.Sub: left - right, ast.Mult: left * right}[type(term.op)]
+
+
+def _size_choices(places: Mapping[str, list[tuple[int, int]]], model: ir.Model) -> Iterator[dict[str, int]]:
+    """places: of the symbols that are to be chosen, see `_symbols`."""
     if not places:
         yield {}
         return

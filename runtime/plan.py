@@ -18,6 +18,7 @@ from .kernels import channels, convolutions, products
 from .kernels.vectors import Vectors
 from .target import Target
 from .templates import anchor, spec_of
+from .work import FLOPS
 
 # Operators that are looked at here before they are turned into loops.
 CONVOLUTIONS = ("relax.nn.conv1d", "relax.nn.conv2d")
@@ -129,7 +130,7 @@ class _Planner(relax.PyExprMutator):
             shape = convolutions.dims_of(kind)
             assert shape is not None, "the sizes of an image are known"
             out = relax.TensorType(blocked_shape(shape, self.lanes), "float32")
-            flops = int(function.attrs["graphwright.flops"])
+            flops = int(function.attrs[FLOPS])
             result = anchor(self.builder_, spec["template"], spec["parameters"], [source, *arguments[1:]], out, flops)
             return self.unpacked(result, kind)
         dims = convolutions.dims_of(kind)

@@ -1,11 +1,13 @@
 """Where the time of a run goes: every kernel's against the least that the machine could do its work in.
 
 TVM's virtual machine calls an observer before and after every instruction, which adds about half a microsecond to
-each call. The work of the kernels comes from the manifest, the limits from `peaks`.
+each call. The work of the kernels comes from the manifest, and where it depends on sizes that are known only at run
+time, from the tensors of the call; the limits from `peaks`.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +20,7 @@ from .artifact import Artifact, KernelWork, RegionSpec
 from .partition import TVM
 from .peaks import Peaks, peaks
 from .session import Session, Step, _TvmStep
+from .work import moved
 
 RUNS = 10
 WARMUP = 2
@@ -81,11 +84,7 @@ class Profile:
         groups: dict[str, list[Row]] = {}
         for row in self.rows:
             groups.setdefault(row.op, []).append(row)
-        joined = [
-            Row(op, op, sum(r.calls for r in rows), sum(r.seconds for r in rows), _sum(r.flops for r in rows),
-                _sum(r.nbytes for r in rows), _sum(r.limit for r in rows))
-            for op, rows in groups.items()
-        ]  # fmt: skip
+        joined = [_joined(op, op, rows) for op, rows in groups.items()]
         return sorted(joined, key=lambda row: -row.seconds)
 
     def to_json(self) -> dict[str, Any]:
@@ -102,6 +101,12 @@ class Profile:
         }
 
 
+def _joined(name: str, op: str, rows: Sequence[Row]) -> Row:
+    """Several rows as one."""
+    return Row(name, op, sum(r.calls for r in rows), sum(r.seconds for r in rows), _sum(r.flops for r in rows),
+               _sum(r.nbytes for r in rows), _sum(r.limit for r in rows))  # fmt: skip
+
+
 def _sum(values: Iterator[float | None]) -> float | None:
     found = list(values)
     known = [value for value in found if value is not None]
@@ -109,17 +114,41 @@ def _sum(values: Iterator[float | None]) -> float | None:
 
 
 @dataclass
-class _Watch:
-    """The observer: seconds of every call of a kernel, in the order of the calls."""
+class _Call:
+    """One call of a kernel, or a run of a region on onnxruntime. shapes: of its arguments, () for what is no tensor.
+    sizes: of the tensors, in bytes.
+    """
 
-    calls: list[tuple[str, float]] = field(default_factory=list)
+    name: str
+    seconds: float = 0.0
+    shapes: Sequence[tuple[int, ...]] = ()
+    sizes: Sequence[int] = ()
+
+    def flops(self, known: KernelWork | None) -> float | None:
+        return known.flops_of(self.shapes) if known is not None else None
+
+    def bytes(self, known: KernelWork | None) -> float | None:
+        if known is None or known.bytes is not None:
+            return known.bytes if known is not None else None
+        return moved(self.sizes, known.op) if self.sizes else None
+
+
+@dataclass
+class _Watch:
+    """The observer: every call of a kernel, in order."""
+
+    calls: list[_Call] = field(default_factory=list)
     _start: float = 0.0
 
     def __call__(self, function: Any, name: str, before: bool, result: Any, *arguments: Any) -> int:
         if before:
+            tensors = [a for a in arguments if hasattr(a, "data_ptr")]
+            shapes = [tuple(a.shape) if hasattr(a, "data_ptr") else () for a in arguments]
+            sizes = [math.prod(a.shape) * a.dtype.itemsize for a in tensors]
+            self.calls.append(_Call(name, shapes=shapes, sizes=sizes))
             self._start = time.perf_counter()
         else:
-            self.calls.append((name, time.perf_counter() - self._start))
+            self.calls[-1].seconds = time.perf_counter() - self._start
         return 0  # go on
 
 
@@ -143,20 +172,23 @@ def profile(session: Session, feeds: Mapping[str, Any], runs: int = RUNS) -> Pro
     )  # fmt: skip
 
 
-def _watched(session: Session, feeds: Mapping[str, Any]) -> list[tuple[str, float]]:
-    """(kernel, seconds) of every call of one run."""
+def _watched(session: Session, feeds: Mapping[str, Any]) -> list[_Call]:
+    """Every call of one run."""
     values = session._check(feeds)
-    calls: list[tuple[str, float]] = []
+    calls: list[_Call] = []
     regions = session.artifact.manifest.regions
     for index, (step, region) in enumerate(zip(session._steps, regions, strict=True)):
         start = time.perf_counter()
         if region.runtime == TVM:
             with _watch(step) as watch:
                 values.update(step(values))
-            calls += [(_label(regions, index, name), s) for name, s in watch.calls if not name.startswith(BUILTIN)]
+            for call in watch.calls:
+                if not call.name.startswith(BUILTIN):
+                    call.name = _label(regions, index, call.name)
+                    calls.append(call)
         else:
             values.update(step(values))
-            calls.append((f"region {index} on onnxruntime", time.perf_counter() - start))
+            calls.append(_Call(f"region {index} on onnxruntime", time.perf_counter() - start))
     return calls
 
 
@@ -179,24 +211,21 @@ def _watch(step: Step) -> Iterator[_Watch]:
             step._idle.remove(machine)
 
 
-def _rows(artifact: Artifact, watched: list[list[tuple[str, float]]], most: Peaks) -> tuple[Row, ...]:
+def _rows(artifact: Artifact, watched: list[list[_Call]], most: Peaks) -> tuple[Row, ...]:
     """Calls of the same kernel as one row, each call's time the median of the runs."""
     work: dict[str, KernelWork] = {}
     regions = artifact.manifest.regions
     for index, region in enumerate(regions):
         work.update({_label(regions, index, name): known for name, known in region.kernels.items()})
-    names = [name for name, _ in watched[0]]
-    if any([name for name, _ in run] != names for run in watched):
+    names = [call.name for call in watched[0]]
+    if any([call.name for call in run] != names for run in watched):
         raise InputError("the model takes another way through its branches in every run; nothing to average")
-    seconds: dict[str, list[float]] = {}
-    for index, name in enumerate(names):
-        seconds.setdefault(name, []).append(statistics.median(run[index][1] for run in watched))
-    rows = []
-    for name, times in seconds.items():
-        known, calls = work.get(name), len(times)
-        flops = known.flops * calls if known is not None and known.flops is not None else None
-        nbytes = known.bytes * calls if known is not None and known.bytes is not None else None
-        least = most.seconds(known.flops, known.bytes) if known is not None else None
-        limit = least * calls if least is not None else None
-        rows.append(Row(name, known.op if known else name, calls, sum(times), flops, nbytes, limit))
+    calls: dict[str, list[Row]] = {}
+    for index, call in enumerate(watched[0]):
+        known = work.get(call.name)
+        flops, nbytes = call.flops(known), call.bytes(known)
+        time_ = statistics.median(run[index].seconds for run in watched)
+        row = Row(call.name, known.op if known else call.name, 1, time_, flops, nbytes, most.seconds(flops, nbytes))
+        calls.setdefault(call.name, []).append(row)
+    rows = [_joined(name, several[0].op, several) for name, several in calls.items()]
     return tuple(sorted(rows, key=lambda row: -row.seconds))

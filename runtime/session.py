@@ -126,6 +126,7 @@ class Session:
         self.threads = threads or default_threads()
         self._inputs = {spec.name: spec for spec in artifact.manifest.inputs}
         self._outputs = [spec.name for spec in artifact.manifest.outputs]
+        self._passing = [name for name in self._outputs if name not in artifact.manifest.state.values()]
         self._steps = _steps(artifact, self.threads)
         self._rescue = rescue and artifact.target.beside_onnxruntime
 
@@ -213,8 +214,7 @@ class Session:
         """
         if isinstance(output_names, str):
             raise InputError(f"output_names is the text {output_names!r}; expected a list of names")
-        kept = self.artifact.manifest.state if state is not None else {}
-        outputs = [name for name in self._outputs if name not in kept.values()]
+        outputs = self._outputs if state is None else self._passing
         names = list(output_names or outputs)
         for name in names:
             if name not in outputs:
@@ -261,8 +261,14 @@ class Session:
         return values
 
     def _check(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
-        if not isinstance(feeds, Mapping):
+        if not isinstance(feeds, (dict, Mapping)):  # to ask for a dict first is faster
             raise InputError(f"input_feed is a {type(feeds).__name__}; expected a dict of arrays by input name")
+        given = self._inputs if feeds.keys() == self._inputs.keys() else self._given(feeds)
+        symbols: dict[str, tuple[int, str]] = {}
+        return {name: _fit(feeds[name], spec, symbols) for name, spec in given.items()}
+
+    def _given(self, feeds: Mapping[str, Any]) -> dict[str, TensorSpec]:
+        """What is known of each of the feeds, which are not the inputs without a default."""
         given = dict(self._inputs)
         for name in feeds:
             if name in self._inputs:
@@ -273,15 +279,17 @@ class Session:
         missing = [name for name in self._inputs if name not in feeds]
         if missing:
             raise InputError(f"input {missing[0]!r} is missing; expected {', '.join(self._inputs)}")
-        symbols: dict[str, tuple[int, str]] = {}
-        return {name: _fit(feeds[name], spec, symbols) for name, spec in given.items()}
+        return given
 
 
 def _fit(value: Any, spec: TensorSpec, symbols: dict[str, tuple[int, str]]) -> Any:
     """The feed as an array of the declared type. `symbols`: dimension name -> (size, input that set it)."""
-    if spec.dtype not in ("string",) and "(" in spec.dtype:
+    if "(" in spec.dtype:
         return value  # a sequence or optional: onnxruntime's to check
-    array = _typed(value, spec, numpy_type(spec.dtype))
+    expected = numpy_type(spec.dtype)
+    if type(value) is np.ndarray and value.dtype == expected and list(value.shape) == spec.shape:
+        return value  # as usual; what follows would find the same, later
+    array = _typed(value, spec, expected)
     if spec.shape is None:
         return array
     if array.ndim != len(spec.shape):
@@ -437,6 +445,7 @@ class _TvmStep:
         tvm = load_tvm()
         import tvm_ffi
 
+        self._from_dlpack, self._empty = tvm_ffi.from_dlpack, tvm.runtime.empty
         self.region, self.threads = region, threads
         self.device = device or tvm.cpu()
         self.on_cpu = device is None
@@ -448,9 +457,12 @@ class _TvmStep:
         except Exception as error:  # the loader raises what the dynamic linker says
             raise ArtifactError(f"{path}: cannot be loaded ({first_line(error)}); compile the model again") from error
         self._arrays = mapped_weights(artifact.root / WEIGHTS, region.parameters)
-        weights = [self._tensor(array) for array in self._arrays]
+        owned = map(self._own, self._arrays)
+        weights = [
+            self._copy(array) if own is None else own for own, array in zip(owned, self._arrays, strict=True)
+        ]
         self._weights = tvm_ffi.Array(weights)  # `tvm.runtime.convert` takes 0.2 s to find out what it was given
-        self._constant = sorted(span for span in map(_span, weights) if span)
+        self._constant = sorted(map(_span, weights, self._arrays))
         self._sizes: set[tuple[Any, ...]] = set()
         self._overwritten = set(region.in_place.values())
         self._clear = tvm.get_global_func("vm.builtin.memory_manager.clear")
@@ -459,27 +471,37 @@ class _TvmStep:
     def _machine(self) -> _Machine:
         return _Machine(self._library, self.device, len(self.region.inputs))
 
-    def _tensor(self, array: np.ndarray) -> tvm.runtime.Tensor:
-        tvm = load_tvm()
-        if self.on_cpu and _shareable(array):
-            return tvm.runtime.from_dlpack(array)
-        return tvm.runtime.empty(array.shape, str(array.dtype), self.device).copyfrom(array)
+    def _own(self, array: np.ndarray) -> tvm.runtime.Tensor | None:
+        """A tensor over the array's own memory, where TVM can use that."""
+        flags = array.flags
+        # DLPack has no word for memory that may not be written.
+        if not (self.on_cpu and array.dtype.isbuiltin == 1 and array.size and flags.c_contiguous and flags.writeable):
+            return None
+        tensor = self._from_dlpack(array)
+        return tensor if tensor.data_ptr() % ALIGNMENT == 0 else None
 
-    def _input(self, machine: _Machine, index: int, value: Any, state: State | None) -> tvm.runtime.Tensor:
-        array = np.asarray(value)
+    def _copy(self, array: np.ndarray) -> tvm.runtime.Tensor:
+        return self._empty(array.shape, str(array.dtype), self.device).copyfrom(array)
+
+    def _input(self, machine: _Machine, index: int, array: np.ndarray, state: State | None) -> tvm.runtime.Tensor:
         name = self.region.inputs[index]
         if name in self._overwritten:
-            return self._own(array, name, state)
-        if self.on_cpu and array.size and array.dtype.isbuiltin == 1 and not _shareable(array):
+            return self._overwritable(array, name, state)
+        tensor = self._own(array)
+        if tensor is not None:
+            return tensor
+        if self.on_cpu and array.size and array.dtype.isbuiltin == 1:
             return machine.staged(index, array)
-        return self._tensor(array)
+        return self._copy(array)
 
-    def _own(self, array: np.ndarray, name: str, state: State | None) -> tvm.runtime.Tensor:
+    def _overwritable(self, array: np.ndarray, name: str, state: State | None) -> tvm.runtime.Tensor:
         """An input that the code overwrites: the state's own memory, else a copy of what was given."""
         if state is None or name not in state.arrays:
-            return load_tvm().runtime.empty(array.shape, str(array.dtype), self.device).copyfrom(array)
+            return self._copy(array)
         if name not in state.tensors:
-            state.tensors[name] = self._tensor(array)
+            own = self._own(array)
+            assert own is not None, "a state's arrays are aligned"
+            state.tensors[name] = own
         return state.tensors[name]
 
     def __call__(self, values: Mapping[str, Any], state: State | None = None) -> dict[str, Any]:
@@ -488,45 +510,50 @@ class _TvmStep:
             machine = self._idle.pop()
         except IndexError:
             machine = self._machine()
-        inputs = [self._input(machine, index, values[name], state) for index, name in enumerate(self.region.inputs)]
-        self._bound_pool(inputs)
+        arrays = [np.asarray(values[name]) for name in self.region.inputs]
+        inputs = [self._input(machine, index, array, state) for index, array in enumerate(arrays)]
+        self._bound_pool(tuple([array.shape for array in arrays]))
         try:
             result = machine.main(*inputs, self._weights)
         except Exception as error:  # a run-time check of the compiled code: shapes that the model cannot take
             raise Refused(f"the compiled model refused these inputs: {first_line(error)}") from error
         results = [result] if len(self.region.outputs) == 1 and hasattr(result, "numpy") else list(result)
-        outputs = self._outputs(results, inputs, values, state)
+        outputs = self._outputs(results, inputs, arrays, values, state)
         self._idle.append(machine)  # not after an error, which leaves its frames behind
         return outputs
 
     def _outputs(
-        self, results: Sequence[Any], inputs: Sequence[Any], values: Mapping[str, Any], state: State | None
-    ) -> dict[str, Any]:
+        self, results: Sequence[Any], inputs: Sequence[Any], arrays: Sequence[np.ndarray], values: Mapping[str, Any],
+        state: State | None,
+    ) -> dict[str, Any]:  # fmt: skip
         """The results by name; what lies in the state is the state's array."""
-        if not self._overwritten:
-            return dict(zip(self.region.outputs, self._arrays_of(results, inputs), strict=True))
         named = dict(zip(self.region.outputs, results, strict=True))
-        outputs = {}
-        for made, name in self.region.in_place.items():
-            if state is not None and name in state.arrays:
-                outputs[made] = values[name]
-                del named[made]
-        given = zip(self.region.inputs, inputs, strict=True)
-        arrays = self._arrays_of(list(named.values()), [x for name, x in given if name not in self._overwritten])
-        return {**outputs, **dict(zip(named, arrays, strict=True))}
+        kept = {}
+        if state is not None:
+            for made, name in self.region.in_place.items():
+                if name in state.arrays:
+                    kept[made] = values[name]
+                    del named[made]
+        given = zip(self.region.inputs, inputs, arrays, strict=True)
+        taken = [_span(tensor, array) for name, tensor, array in given if name not in self._overwritten]
+        return {**kept, **dict(zip(named, self._arrays_of(list(named.values()), taken), strict=True))}
 
-    def _bound_pool(self, inputs: Sequence[Any]) -> None:
-        """TVM's pool keeps every buffer by its size: with other sizes every run it would grow without end."""
-        sizes = tuple(tensor.shape for tensor in inputs)
+    def _bound_pool(self, sizes: tuple[tuple[int, ...], ...]) -> None:
+        """TVM's pool keeps every buffer by its size: with other sizes every run it would grow without end.
+
+        sizes: the shapes of the inputs.
+        """
         if sizes not in self._sizes:
             if len(self._sizes) == POOLED_SIZES:
                 self._clear()
                 self._sizes.clear()
             self._sizes.add(sizes)
 
-    def _arrays_of(self, results: Sequence[Any], inputs: Sequence[Any]) -> list[np.ndarray]:
-        """The results as arrays that share memory with nothing: not with inputs, weights or each other."""
-        taken = [span for span in map(_span, inputs) if span]
+    def _arrays_of(self, results: Sequence[Any], taken: list[tuple[int, int]]) -> list[np.ndarray]:
+        """The results as arrays that share memory with nothing: not with inputs, weights or each other.
+
+        taken: where the inputs lie; the results are added.
+        """
         arrays = []
         for tensor in results:
             try:
@@ -534,7 +561,7 @@ class _TvmStep:
             except (BufferError, RuntimeError, TypeError):  # memory or types that DLPack or NumPy do not share
                 arrays.append(tensor.numpy())
                 continue
-            address = array.ctypes.data
+            address = tensor.data_ptr()
             # Up to SMALL bytes it may be a constant of the library's own.
             if array.nbytes <= SMALL or any(a <= address < b for a, b in taken) or self._is_weight(address):
                 array = array.copy()
@@ -548,19 +575,7 @@ class _TvmStep:
         return at >= 0 and address < self._constant[at][1]
 
 
-def _shareable(array: np.ndarray) -> bool:
-    """Whether TVM can use the array's own memory."""
-    return bool(
-        array.dtype.isbuiltin == 1
-        and array.size
-        and array.flags.c_contiguous
-        and array.flags.writeable  # DLPack has no word for memory that may not be written
-        and array.ctypes.data % ALIGNMENT == 0
-    )
-
-
-def _span(tensor: Any) -> tuple[int, int] | None:
-    """First and last address of a tensor's memory; None when it has none."""
-    start = int(tensor.data_ptr())
-    size = math.prod(tensor.shape) * (tensor.dtype.itemsize or 1)
-    return (start, start + size) if size else None
+def _span(tensor: Any, array: np.ndarray) -> tuple[int, int]:
+    """First address of a tensor's memory, and the one behind it. array: of the same type and shape."""
+    start = tensor.data_ptr()
+    return start, start + array.nbytes

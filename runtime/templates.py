@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import json
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
@@ -28,10 +29,11 @@ from .kernels import moves
 from .kernels.elementwise import emit_elementwise
 from .kernels.vectors import Buffer, Expr, Vectors
 from .target import Target
+from .work import FLOPS, with_flops
 
 log = logging.getLogger("graphwright")
 
-ANCHOR, FLOPS = "graphwright.anchor", "graphwright.flops"
+ANCHOR = "graphwright.anchor"
 FUSES = 4  # Relax's operator pattern of a function into whose output elementwise operators are fused
 OPAQUE = 8
 
@@ -80,7 +82,8 @@ def template(name: str, per_item: bool = False) -> Callable[[Template], Template
 def anchor(
     bb: relax.BlockBuilder, name: str, parameters: dict[str, Any], inputs: Sequence[Any], out: Any, flops: int = 0
 ) -> Any:
-    """A call of template `name`. out: the Relax type of the result. parameters: what JSON can hold."""
+    """A call of template `name`. out: the Relax type of the result. parameters: what JSON can hold. flops: operations,
+    where sizes of the result that are known only at run time count as 1."""
     dims = [*(i.ty for i in inputs), out]
     with IRBuilder() as builder, T.prim_func(is_private=True, s_tir=True):
         T.func_name(name)
@@ -232,13 +235,13 @@ def _kernel(
     write: Callable[[Vectors, Any, Any, str], None],
 ) -> tirx.PrimFunc:
     """A function over tensors of these kinds, the output last; `write(vectors, flat inputs, flat output, index)` fills
-    it."""
+    it. flops: operations, where sizes of the output that are known only at run time count as 1."""
     dims = [shapes.of(kind) for kind in kinds]
     sizes = [elements.product(shape) for shape in dims]
     index = "int32" if all(isinstance(size, int) and size < 1 << 30 for size in sizes) else "int64"
     with IRBuilder() as builder, T.prim_func(is_private=True, s_tir=True):
         T.func_name(name)
-        T.func_attr({"tirx.noalias": True, "op_pattern": OPAQUE, "tirx.is_scheduled": True, FLOPS: flops})
+        T.func_attr({"tirx.noalias": True, "op_pattern": OPAQUE, "tirx.is_scheduled": True})
         shaped = []
         for number, (kind, shape) in enumerate(zip(kinds, dims, strict=True)):
             extents = [elements.expression(d, index) for d in shape]
@@ -254,7 +257,8 @@ def _kernel(
             ]
             with v.prelude():
                 write(v, buffers[:-1], buffers[-1], index)
-    return builder.get()
+    open_axes = [(len(dims) - 1, axis) for axis, size in enumerate(dims[-1]) if not isinstance(size, int)]
+    return with_flops(builder.get(), [flops, *open_axes])
 
 
 def _elementwise_kernel(name: str, calls: Sequence[_Call], params: Sequence[Any], target: Target) -> tirx.PrimFunc:
@@ -273,7 +277,7 @@ def _elementwise_kernel(name: str, calls: Sequence[_Call], params: Sequence[Any]
     def write(v: Vectors, inputs: Sequence[Buffer], y: Buffer, index: str) -> None:
         emit_elementwise(v, tree, shape, inputs, y, target.cores, index)
 
-    return _kernel(name, kinds, shapes, target, size if isinstance(size, int) else 0, write)
+    return _kernel(name, kinds, shapes, target, math.prod(d for d in shape if isinstance(d, int)), write)
 
 
 def _transposes(tree: Tree, extents: Sequence[Size]) -> TypeGuard[elements.Load]:

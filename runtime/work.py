@@ -7,23 +7,27 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:
     import tvm
     from tvm import tirx
 
 STORAGE = ("relax.vm.alloc_storage", "relax.memory.alloc_storage")
-FLOPS, OP = "graphwright.flops", "graphwright.op"  # what a kernel says of itself, as attributes of its function
+# What a kernel says of itself, as attributes of its function. TIMES: pairs of numbers, parameter and axis, whose sizes
+# the operations are to be multiplied with.
+FLOPS, TIMES, OP = "graphwright.flops", "graphwright.flops_times", "graphwright.op"
+# A number, the name of a size that is known only at run time, or where one is: (parameter, axis).
+Factor: TypeAlias = "int | str | tuple[int, int]"
 GATHERS = ("take", "gather", "embedding")  # read as many elements of their table as they write
 
 
 @dataclass(frozen=True)
 class Work:
-    """Of one module. kernels: name -> {"flops", "bytes", "op"}; None where sizes are only known at run time.
-    activation_bytes: of all storage that the plan of its buffers allocates, outputs included.
+    """Of one module. kernels: name -> the fields of `KernelWork`. activation_bytes: of all storage that the plan of its
+    buffers allocates, outputs included; None where sizes are only known at run time.
     """
 
     kernels: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -59,13 +63,39 @@ def work_of(module: tvm.IRModule) -> Work:
     return Work(kernels, sum(known) if len(known) == len(sizes) else None)
 
 
+def with_flops(function: tirx.PrimFunc, factors: Iterable[Factor]) -> tirx.PrimFunc:
+    """The kernel with the word that its operations are the product of the factors."""
+    each = 1
+    times: list[int] = []
+    for factor in factors:
+        if isinstance(factor, int):
+            each *= factor
+        else:
+            times += _place(function, factor) if isinstance(factor, str) else factor
+    function = function.with_attr(FLOPS, each)
+    return function.with_attr(TIMES, times) if times else function
+
+
+def _place(function: tirx.PrimFunc, name: str) -> tuple[int, int]:
+    """The first parameter and axis whose size has that name."""
+    for number, parameter in enumerate(function.params):
+        for axis, size in enumerate(getattr(parameter.ty, "shape", ())):
+            if getattr(size, "name", None) == name:
+                return number, axis
+    raise ValueError(f"no parameter has an axis of the size {name}")
+
+
 def kernel_work(name: str, function: tirx.PrimFunc, arguments: Sequence[Any]) -> dict[str, Any]:
     """What one kernel does: {"flops", "bytes", "op"}. arguments: of a call of it, inputs and outputs."""
     attrs = function.attrs or {}
     op = str(attrs[OP]) if OP in attrs else _op(name)
     flops = float(attrs[FLOPS]) if FLOPS in attrs else _estimate(function)
     nbytes = _bytes(arguments, op)
-    # Kernels count 0 operations where a size is known only at run time.
+    if flops and TIMES in attrs:
+        places = [int(n) for n in attrs[TIMES]]
+        times = [list(place) for place in zip(places[::2], places[1::2], strict=True)]
+        return {"flops": {"each": flops, "times": times}, "bytes": nbytes, "op": op}
+    # TVM counts 0 operations where a size is known only at run time.
     return {"flops": None if not flops and nbytes is None else flops, "bytes": nbytes, "op": op}
 
 
@@ -98,11 +128,12 @@ def _bytes(arguments: Sequence[Any], op: str) -> int | None:
         if None in known:
             return None
         sizes.append(math.prod(dim for dim in known if dim is not None) * _itemsize(str(argument.ty.dtype.dtype)))
-    if not sizes:
-        return None
-    if op.startswith(GATHERS):
-        sizes = [min(size, sizes[-1]) for size in sizes]
-    return sum(sizes)
+    return moved(sizes, op) if sizes else None
+
+
+def moved(sizes: Sequence[int], op: str) -> int:
+    """Bytes that must move, of tensors of these bytes, the result last."""
+    return sum(min(size, sizes[-1]) for size in sizes) if op.startswith(GATHERS) else sum(sizes)
 
 
 def _storage_bytes(call: Any) -> int | None:

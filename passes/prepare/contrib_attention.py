@@ -35,8 +35,23 @@ def multi_head_attention(call: Call) -> Body:
         if by_heads:
             raise Refusal("it has a bias, and keys that are split into heads already")
         q, k, v = _with_bias(call, q, k, v, heads)
+    if call.attr("unidirectional", 0) and call.has(1) and not call.has(6):
+        _check_square(call, 2 if by_heads else 1)
     _attention(call, q, k, v, heads, by_heads, mask=4, bias=5, past=(call.x(6), call.x(7)))
     return call.body
+
+
+def _check_square(call: Call, axis: int) -> None:
+    """Raises Refusal unless there are as many keys as queries: of more keys, onnxruntime lets a query see others than
+    is_causal does. axis: of the keys."""
+    queries, keys = call.dims(0), call.dims(1)
+    if queries is None or keys is None:
+        raise Refusal("it is unidirectional, and its lengths are not known; run infer-shapes first")
+    if not graph.same_dim(queries[1], keys[axis]):
+        raise Refusal(
+            f"it is unidirectional with {queries[1]} queries and {keys[axis]} keys; expected one length, a number or "
+            "a symbol (pin-shapes)"
+        )
 
 
 def _unpacked(call: Call) -> tuple[str, str, str]:

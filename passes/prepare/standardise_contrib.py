@@ -37,7 +37,7 @@ class StandardiseContrib(Pass):
     BiasSplitGelu, BiasAdd, FusedMatMul, FusedGemm, FusedConv and NhwcFusedConv. The model is brought to opset 23.
     A cache becomes the past with the new keys put in their places, also where sequences differ in length.
     Left alone, with the reason: forms that the standard has no words for, such as caches that share a buffer,
-    attention sinks and quantized caches; onnxruntime runs those as they are.
+    attention sinks, quantized caches, and causal attention of unequal lengths; onnxruntime runs those as they are.
 
     Options: ops: only these operators; all when empty.
     """

@@ -98,9 +98,8 @@ def global_pool(site: Site, kind: str) -> Any:
 
 
 def work(dims: Sequence[Dim], each: int) -> int:
-    """Operations on a tensor, `each` an element; 0 where its size is known only at run time."""
-    numbers = [d for d in dims if isinstance(d, int)]
-    return math.prod(numbers) * each if len(numbers) == len(dims) else 0
+    """Operations on a tensor, `each` an element; a size that is known only at run time counts as 1."""
+    return math.prod(d for d in dims if isinstance(d, int)) * each
 
 
 @converts("AveragePool")

@@ -111,5 +111,12 @@ class AttentionSpec:
         return self.heads // self.kv_heads
 
     @property
+    def flops(self) -> list[int | str]:
+        """Of both products over all keys, as factors; those known at run time by the names of `attention_tensors`."""
+        sizes = {"b": self.batch, "sq": self.queries, "sk": self.keys}
+        known = [name if size is None else size for name, size in sizes.items()]
+        return [2 * (self.head_size + self.value_size), self.heads, *known]
+
+    @property
     def dynamic(self) -> bool:
         return None in (self.batch, self.queries, self.keys)

@@ -86,10 +86,6 @@ class _Sizes:
     out: list[Any]
     fields: dict[str, Any]
 
-    def flops(self, multiply_adds: int) -> int:
-        """Of the whole batch, 0 where it is not known. multiply_adds: those of the spec."""
-        return 2 * multiply_adds if isinstance(self.out[0], int) else 0
-
 
 def dims_of(kind: Any) -> list[Any] | None:
     """A shape of which all but the first axis, the batch, are numbers; None for others."""
@@ -169,7 +165,7 @@ def convolution(
     source = pack(call.args[0]) if spec.blocked_input else call.args[0]
     kind = relax.TensorType(blocked_shape(sizes.out, lanes), "float32")
     taps = math.prod(spec.kernel) * spec.in_channels // spec.groups
-    flops = sizes.flops(spec.batch * math.prod(sizes.out[1:]) * taps)
+    flops = 2 * (spec.batch or 1) * math.prod(sizes.out[1:]) * taps
     parameters = {"spec": vars(spec), "tile": vars(tile), "swapped": swapped}
     return anchor(bb, "conv", parameters, [source, packed[key]], kind, flops)
 
@@ -192,7 +188,7 @@ def transposed_convolution(
     kind = relax.TensorType(sizes.out if narrow else blocked_shape(sizes.out, lanes), "float32")
     inputs = [source, *(relax.const(w, "float32") for w in weights)]
     parameters = {"spec": vars(spec), "tiles": [vars(tile) for tile in tiles]}
-    return anchor(bb, "conv-transposed", parameters, inputs, kind, sizes.flops(spec.multiply_adds)), not narrow
+    return anchor(bb, "conv-transposed", parameters, inputs, kind, 2 * spec.multiply_adds), not narrow
 
 
 # --- layouts ----------------------------------------------------------------------------------------------------

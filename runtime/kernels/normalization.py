@@ -47,10 +47,8 @@ def normalization(
         emit = _row(v, buffers, length, epsilon, centred, index)
         each_row(count, count * length, threads, index, lambda r: emit(T.Bind(r * tirx.const(length, index))))
 
-    known = math.prod(d if isinstance(d, int) else 0 for d in rows)
-    flops = None if any(isinstance(d, str) for d in rows) else known * length * (8 if centred else 4)
     symbol = name or ("layer_normalization" if centred else "rms_normalization")
-    return flat_kernel(symbol, tensors, isa, write, name is not None, flops)
+    return flat_kernel(symbol, tensors, isa, write, name is not None, [*rows, length, 8 if centred else 4])
 
 
 def _row(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import tvm
@@ -100,7 +101,8 @@ def matmul(bb: relax.BlockBuilder, a: Any, b: Any, target: Target, packed: dict[
             packed[key] = relax.const(pack(weight.reshape(weight.shape[-2:]), tile, lanes), "float32")
         b = packed[key]
     out = relax.TensorType([expression(d) for d in (*batch, rows, columns)], "float32")
-    return anchor(bb, "gemm", {"spec": vars(spec), "tile": vars(tile)}, [a, b], out, spec.flops)
+    flops = 2 * (spec.inner or 0) * math.prod(d for d in (*batch, rows, columns) if isinstance(d, int))
+    return anchor(bb, "gemm", {"spec": vars(spec), "tile": vars(tile)}, [a, b], out, flops)
 
 
 def _padded(dims: list[Size], other: list[Size]) -> list[Size]:

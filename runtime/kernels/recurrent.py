@@ -87,10 +87,9 @@ class RecurrentSpec:
         return choose_tile(self.rows(threads), part * self.hidden, isa, Vectors(isa).lanes)
 
     @property
-    def flops(self) -> int | None:
-        if not isinstance(self.steps, int) or not isinstance(self.batch, int):
-            return None
-        return 2 * self.directions * self.steps * self.batch * self.gates * self.hidden**2
+    def flops(self) -> list[Size]:
+        """Multiplications and additions, as factors."""
+        return [2, self.directions, self.steps, self.batch, self.gates, self.hidden**2]
 
 
 def pack_recurrence(r: np.ndarray, spec: RecurrentSpec, isa: InstructionSet, threads: int) -> list[np.ndarray]:

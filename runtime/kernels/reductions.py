@@ -69,12 +69,7 @@ def reduction(
 
         each_row(count * blocks, count * terms * inner, threads, index, task)
 
-    return flat_kernel(name or f"reduce_{kind}", tensors, isa, write, name is not None, _flops(*outer, *length, inner))
-
-
-def _flops(*sizes: Size) -> int | None:
-    static = [d for d in sizes if isinstance(d, int)]
-    return math.prod(static) if len(static) == len(sizes) else None
+    return flat_kernel(name or f"reduce_{kind}", tensors, isa, write, name is not None, [*outer, *length, inner])
 
 
 def _share(terms: int | Expr) -> Expr:
@@ -216,7 +211,7 @@ def place_of_greatest(
 
         each_row(count, count * length, threads, index, emit)
 
-    return flat_kernel(name or "place_of_greatest", tensors, isa, write, name is not None, _flops(*rows, length))
+    return flat_kernel(name or "place_of_greatest", tensors, isa, write, name is not None, [*rows, length])
 
 
 def gather_rows(

@@ -112,9 +112,7 @@ def rotary(spec: RotarySpec, isa: InstructionSet, threads: int = 1, name: str | 
 
         each_row(count, count * (spec.heads * spec.size), threads, index, emit)
 
-    numbers = (spec.batch, spec.length)
-    known = isinstance(spec.batch, int) and isinstance(spec.length, int)
-    flops = int(numbers[0]) * int(numbers[1]) * spec.heads * 3 * spec.rotary if known else None
+    flops = [spec.batch, spec.length, spec.heads, 3 * spec.rotary]
     return flat_kernel(name or "rotary_embedding", tensors, isa, write, name is not None, flops, RotaryVectors)
 
 

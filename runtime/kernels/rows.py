@@ -11,10 +11,10 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
 
 from ..target import InstructionSet
+from ..work import OP, with_flops
 from .vectors import LOWEST, Buffer, Expr, Vectors
 
 OPAQUE = 8  # Relax's operator pattern of a function that nothing is fused into
-FLOPS, OP = "graphwright.flops", "graphwright.op"
 # Elements below which a second thread costs more than it gives.
 PARALLEL = 1 << 16
 UNROLLED = 16  # vectors of a row up to which a sweep is written out without a loop
@@ -34,14 +34,14 @@ def flat_kernel(
     isa: InstructionSet,
     write: Callable[[Vectors, dict[str, Buffer], Callable[[Size], int | Expr], str], None],
     exported: bool = False,
-    flops: int | None = None,
+    flops: int | Sequence[Size] | None = None,
     vectors: Callable[[InstructionSet], Vectors] = Vectors,
 ) -> tirx.PrimFunc:
     """A function of tensors, the output last, each as (shape, element type).
 
     write: called as `write(vectors, flat buffers by name, size, index)`; size(d) is d as a number or expression,
-    index the type of offsets. exported: keep the symbol; else only its own module calls it. flops: None where the
-    number of operations is only known at run time.
+    index the type of offsets. exported: keep the symbol; else only its own module calls it. flops: the number of
+    operations, or sizes whose product it is; None where nobody knows.
     """
     shapes = [shape for shape, _ in tensors.values()]
     static = all(isinstance(d, int) for shape in shapes for d in shape)
@@ -53,8 +53,7 @@ def flat_kernel(
 
     with IRBuilder() as builder, T.prim_func(is_private=not exported, s_tir=True):
         T.func_name(symbol)
-        attributes = {"tirx.noalias": True, "op_pattern": OPAQUE, "tirx.is_scheduled": True, OP: symbol}
-        T.func_attr(attributes if flops is None else {**attributes, FLOPS: flops})
+        T.func_attr({"tirx.noalias": True, "op_pattern": OPAQUE, "tirx.is_scheduled": True, OP: symbol})
         given, flat = {}, {}
         for name, (shape, dtype) in tensors.items():
             dims = [tirx.const(d, index) if isinstance(d, int) else symbols[d] for d in shape]
@@ -69,7 +68,9 @@ def flat_kernel(
                 flat[name] = T.decl_buffer((length,), tensors[name][1], data=buffer.data)
             with v.prelude():
                 write(v, flat, size, index)
-    return builder.get()
+    if flops is None:
+        return builder.get()
+    return with_flops(builder.get(), [flops] if isinstance(flops, int) else flops)
 
 
 def _product(shape: Shape) -> int:

@@ -47,9 +47,7 @@ def top_k(
         each_row(number, number * length * WEIGHT, threads, index, lambda row: _row(v, buffers, row, length, count,
                                                                                     least, index))  # fmt: skip
 
-    known = math.prod(d if isinstance(d, int) else 0 for d in rows)
-    flops = None if any(isinstance(d, str) for d in rows) else known * length
-    return flat_kernel(name or "top_k", tensors, isa, write, name is not None, flops)
+    return flat_kernel(name or "top_k", tensors, isa, write, name is not None, [*rows, length])
 
 
 def _row(

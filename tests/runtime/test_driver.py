@@ -108,6 +108,51 @@ def test_when_too_many_are_wrong_onnxruntime_runs_all(tmp_path: Path, monkeypatc
     assert result.artifact.native_nodes == (0, 7)
 
 
+def clock(monkeypatch: pytest.MonkeyPatch, trials: int) -> None:
+    """Let the time for searches be over after so many trials."""
+    from graphwright.runtime import culprit
+
+    asked = []
+
+    class Clock:
+        @staticmethod
+        def monotonic() -> float:
+            asked.append(1)
+            return 0.0 if len(asked) <= trials else 1e9
+
+    monkeypatch.setattr(culprit, "time", Clock)
+    monkeypatch.setattr("graphwright.runtime.driver.time", type("Start", (), {"monotonic": lambda: 0.0}))
+
+
+@pytest.mark.tvm
+@pytest.mark.parametrize(("trials", "left"), [(0, 7), (1, 4), (2, 2)])
+def test_when_the_time_is_over_onnxruntime_runs_what_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, trials: int, left: int
+) -> None:
+    """Of seven nodes the fourth is wrong: each trial halves those that may be."""
+    mistaken(monkeypatch, "Tanh")
+    clock(monkeypatch, trials)
+    result = graphwright.optimize(write(tmp_path / "m.onnx", CHAIN), target="cpu", out=tmp_path / "out")
+    assert result.verdict is not None and result.verdict.ok
+    assert result.artifact.native_nodes == (7 - left, 7)
+    said = {
+        7: "onnxruntime runs the whole model instead",
+        4: "one of the 4 nodes from d (Tanh) to y (Exp) makes the difference; onnxruntime runs all of them",
+        2: "one of the 2 nodes from d (Tanh) to e (Add) makes the difference; onnxruntime runs all of them",
+    }
+    assert said[left] in caplog.text
+
+
+@pytest.mark.tvm
+def test_the_time_is_that_of_all_searches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three trials find the first of two wrong nodes; nothing is left for the second."""
+    mistaken(monkeypatch, "Tanh", "Sigmoid")
+    clock(monkeypatch, 3)
+    result = graphwright.optimize(write(tmp_path / "m.onnx", CHAIN), target="cpu", out=tmp_path / "out")
+    assert result.verdict is not None and result.verdict.ok
+    assert result.artifact.native_nodes == (0, 7)
+
+
 def emulated_by(script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a shell script be the runner of artifacts for other processors."""
     program = tmp_path / "runner"
@@ -168,6 +213,26 @@ def test_an_input_of_unknown_rank(tmp_path: Path) -> None:
     for shape in ((5,), (2, 3), (2, 3, 4)):
         (y,) = ours.run(None, {"x": np.zeros(shape, np.float32)})
         np.testing.assert_allclose(y, np.full(shape, 1 / shape[-1]), rtol=1e-6)
+
+
+@pytest.mark.tvm
+def test_a_mask_as_long_as_past_and_present(tmp_path: Path) -> None:
+    """Its length is named as the sum of the others, as exporters of decoders with a cache do."""
+    text = """(bool[b,1,1,all] mask, float[b,p,4] past, float[b,t,4] new) => (bool[b,1,t,all] y)
+        <int64 zero = {0}, int64 one = {1}, int64[1] row = {1}> {
+            keys = Concat<axis = 1>(past, new)  k = Shape<start = 1, end = 2>(keys)  n = Squeeze(k)
+            q = Shape<start = 1, end = 2>(past)  m = Squeeze(q)
+            key = Range(zero, n, one)  own = Range(m, n, one)  query = Unsqueeze(own, row)
+            seen = LessOrEqual(key, query)  y = And(mask, seen) }"""
+    path = write(tmp_path / "m.onnx", text)
+    model = onnx.load(path)
+    for value in (*model.graph.input, *model.graph.output):
+        for dim in value.type.tensor_type.shape.dim:
+            dim.dim_param = dim.dim_param.replace("all", "p + t")
+    onnx.save(model, path)
+    result = graphwright.optimize(path, target="cpu", out=tmp_path / "out")
+    native, nodes = result.artifact.native_nodes
+    assert result.verdict is not None and result.verdict.ok and native == nodes
 
 
 def test_sizes_that_cannot_be_guessed(tmp_path: Path) -> None:

@@ -44,6 +44,40 @@ def test_every_symbol_gets_two_sizes() -> None:
     assert [one["x"].dtype for one in made] == [np.float32] * 2 and made[0]["ids"].dtype == np.int64
 
 
+def renamed(model: ir.Model, names: dict[str, str]) -> ir.Model:
+    """The model with other names of sizes, which the parser has no syntax for."""
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        value.shape = ir.Shape([d if isinstance(d, int) else names.get(d.value or "", d.value) for d in value.shape])
+    return model
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [("past + new", lambda p, t: p + t), ("past+1", lambda p, t: p + 1), ("2*(past - 1) + new//2", None)],
+)
+def test_a_size_named_as_a_sum_is_that_sum(name: str, size: Callable[[int, int], int] | None) -> None:
+    """Though 1, which is broadcast, would be accepted as well."""
+    text = "(float[B,past] p, float[B,new] t, float[B,all] m) => (float[B,all] y) { y = Neg(m) }"
+    made = feeds(renamed(model(text), {"all": name}), lambda feeds: None)
+    assert len(made) == 2
+    for one in made:
+        past, new = one["p"].shape[1], one["t"].shape[1]
+        assert one["m"].shape[1] == (size(past, new) if size else 2 * (past - 1) + new // 2)
+
+
+@pytest.mark.parametrize("name", ["past + other", "past.shape + 1", "f(past)", "past + ", "past / 2", "-past", "a b"])
+def test_names_that_are_no_arithmetic_of_sizes_are_names(name: str) -> None:
+    text = "(float[B,past] p, float[B,all] m) => (float[B,all] y) { y = Neg(m) }"
+    made = feeds(renamed(model(text), {"all": name}), lambda feeds: None)
+    assert len(made) == 2 and made[0]["m"].shape[1] != made[1]["m"].shape[1]
+
+
+def test_a_size_whose_name_is_wrong_is_found_all_the_same() -> None:
+    text = "(float[4,past] p, float[all,4] m) => (float[4,4] y) { y = MatMul(p, m) }"
+    made = feeds(renamed(model(text), {"all": "past + 1"}))
+    assert len(made) == 2 and all(one["m"].shape[0] == one["p"].shape[1] for one in made)
+
+
 def test_fixed_shapes_need_one_set() -> None:
     (made,) = feeds(model("(float[2,3] x, float s) => (float[2,3] y) { y = Mul(x, s) }"))
     assert made["x"].shape == (2, 3) and isinstance(made["s"], np.ndarray) and made["s"].shape == ()

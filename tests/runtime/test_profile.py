@@ -60,10 +60,11 @@ def test_the_probes_do_what_they_say(what: str) -> None:
         assert y.numpy().sum(dtype=float) == 2 * x.sum(dtype=float)
 
 
-def built(text: str, folder: Path) -> Session:
+def built(text: str, folder: Path, weights: dict[str, np.ndarray] | None = None, opset: int = 20) -> Session:
     from graphwright.runtime.build import build
 
-    model = parser.parse_model(f'<ir_version: 10, opset_import: ["" : 20]>\n{text}')
+    model = parser.parse_model(f'<ir_version: 10, opset_import: ["" : {opset}]>\n{text}')
+    model.graph.initializer.extend(onnx.numpy_helper.from_array(array, name) for name, array in (weights or {}).items())
     build(ir.from_proto(onnx.shape_inference.infer_shapes(model)), Target.named("cpu"), folder)
     return Session(folder, threads=1)
 
@@ -86,6 +87,35 @@ def test_every_kernel_of_a_run_has_its_row(tmp_path: Path) -> None:
     data = json.loads(json.dumps(found.to_json(), allow_nan=False))
     assert data["kernels"][0]["share"] > 0 and data["activation_bytes"] == session.artifact.activation_bytes
     np.testing.assert_array_equal(session.run(None, x)[0], before)  # nothing watches any more
+
+
+FREE = {
+    "decoder": """g (float[{n},{s},64] x) => (float[{n},{s},64] y)
+        <int64[1] last = {{-1}}>
+        {{ q = MatMul(x, w)  k = MatMul(q, w)  a = Attention<q_num_heads = 4, kv_num_heads = 4>(q, k, x)
+           l = RMSNormalization(a, g)  t = Tanh(l)  m = ReduceMax(t, last)  y = Add(t, m) }}""",
+    "image": """g (float[{n},16,12,12] x) => (float[{n},16,6,6] y)
+        {{ c = Conv<pads = [1, 1, 1, 1]>(x, w)  y = MaxPool<kernel_shape = [2, 2], strides = [2, 2]>(c) }}""",
+    "lookup": "g (int64[{n},{s}] x) => (float[{n},{s},64] y) {{ y = Gather(w, x) }}",
+}
+WEIGHTS = {"decoder": (64, 64), "image": (16, 16, 3, 3), "lookup": (1000, 64)}
+
+
+@pytest.mark.parametrize("name", FREE)
+def test_free_sizes_are_those_of_the_run(tmp_path: Path, name: str) -> None:
+    """The same operations and bytes as of a model of these very sizes."""
+    rng = np.random.default_rng(0)
+    weight = rng.standard_normal(WEIGHTS[name]).astype(np.float32) / 8
+    found = []
+    for n, s in (("n", "s"), ("3", "5")):
+        session = built(FREE[name].format(n=n, s=s), tmp_path / n, {"w": weight, "g": np.ones(64, np.float32)}, 23)
+        shape = [{"n": 3, "s": 5}.get(d, d) for d in session.get_inputs()[0].shape]
+        whole = np.zeros(shape, np.int64) if name == "lookup" else rng.standard_normal(shape).astype(np.float32)
+        rows = [row for row in profile(session, {"x": whole}, runs=2).rows if row.op != "shape_func"]
+        assert all(row.limit is not None and row.of_limit for row in rows)
+        # What TVM counts is open where sizes are.
+        found.append(sorted((row.op, row.calls, row.flops or None, row.nbytes) for row in rows))
+    assert found[0] == found[1] and found[0]
 
 
 def test_a_region_on_onnxruntime_is_a_row(tmp_path: Path) -> None:

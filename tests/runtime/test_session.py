@@ -540,6 +540,17 @@ def test_a_run_costs_little_above_the_kernels(optimized: Optimize) -> None:
     assert best < 60e-6
 
 
+@pytest.mark.parametrize("change", [unaligned, aligned])
+def test_a_run_does_not_set_up_tvm_again(
+    session: Session, monkeypatch: pytest.MonkeyPatch, change: Callable[[np.ndarray], Any]
+) -> None:
+    """Which reads the environment and counts processors: more than the rest of a small run."""
+    feeds = {"x": change(X)}
+    expected = session.run(None, feeds)
+    monkeypatch.delattr("graphwright.runtime.session.load_tvm")
+    equal(expected, session.run(None, feeds))
+
+
 def test_a_process_of_its_own_starts_and_ends_well(mlp: Any) -> None:
     """No word on stderr, also when sessions are still alive at the end."""
     code = f"""

@@ -10,7 +10,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 from graphwright.passes.errors import ArtifactError
-from graphwright.runtime.artifact import MANIFEST, Artifact
+from graphwright.runtime.artifact import MANIFEST, Artifact, KernelWork
 from graphwright.runtime.target import Target
 from graphwright.runtime.work import Work, _op, work_of
 from onnx import numpy_helper, parser
@@ -57,12 +57,14 @@ def test_activations_are_the_storage_of_the_plan() -> None:
     assert 2 * 65536 <= work.activation_bytes <= 3 * 65536
 
 
-def test_sizes_that_are_known_at_run_time_only_leave_the_work_open() -> None:
+def test_sizes_that_are_known_at_run_time_only_are_left_as_factors() -> None:
     work, _ = lowered(HEADER + "g (float[n,32] x) => (float[n,32] y) { a = Exp(x)  y = MatMul(a, w) }",
                       {"w": np.ones((32, 32), np.float32)})  # fmt: skip
     assert work.kernels and all(kernel["bytes"] is None for kernel in work.kernels.values())
     products = [kernel for kernel in work.kernels.values() if kernel["op"] == "gemm"]
-    assert products and all(kernel["flops"] is None for kernel in products)
+    assert [kernel["flops"] for kernel in products] == [{"each": 2.0 * 32 * 32, "times": [[2, 0]]}]
+    known = KernelWork(**products[0])
+    assert known.flops_of([(7, 32), (32, 32), (7, 32)]) == 2 * 7 * 32 * 32
 
 
 def test_a_gather_reads_no_more_than_it_gives() -> None:

@@ -33,7 +33,7 @@ def ints(*values: Any) -> np.ndarray:
 class Site:
     """One node: its operator, inputs (None is left out), attributes and how many outputs are used.
 
-    weights: positions of inputs that are constants. open: the sizes of the other inputs are symbols.
+    weights: positions of inputs that are constants. together: of those whose lengths, if open, are one symbol.
     """
 
     op: str
@@ -41,6 +41,7 @@ class Site:
     attributes: Mapping[str, Any] = field(default_factory=dict)
     outputs: Sequence[int] = (0,)
     weights: Sequence[int] = ()
+    together: Sequence[int] = ()
     domain: str = "com.microsoft"
     opset: int = 17
     tolerance: float = 2e-6
@@ -62,6 +63,8 @@ class Site:
                 shape = [d if j in fixed or not open_sizes else f"n{i}_{j}" for j, d in enumerate(x.shape)]
                 if open_sizes and x.ndim:
                     shape[0] = "batch" if x.shape[0] == self.batch else shape[0]
+                if open_sizes and i in self.together:
+                    shape[1] = "length"
                 given.append(helper.make_tensor_value_info(f"x{i}", TYPES[x.dtype], shape))
         kinds = [
             TensorProto.INT32 if self.op.startswith("Embed") and i == 1 else TYPES[self.dtype] for i in self.outputs
@@ -95,6 +98,7 @@ LENGTHS, LEFT = ints([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]), ints([[1, 1, 1, 1, 1],
 QKV = [draw(B, S, W), draw(B, S, W) * 2, draw(B, S, W) + 1]
 PAST = [draw(B, H, 3, D), draw(B, H, 3, D) * 2]
 HEADS = {"num_heads": H}
+CAUSAL = {**HEADS, "unidirectional": 1}
 
 SITES = {
     "gelu": Site("Gelu", [X]),
@@ -149,9 +153,9 @@ SITES = {
     "mha-filter": Site("MultiHeadAttention", [*QKV, None, LENGTHS], {**HEADS, "mask_filter_value": -2.0}),
     "mha-added": Site("MultiHeadAttention", [*QKV, None, None, draw(1, H, S, S)], HEADS),
     "mha-mask-and-added": Site("MultiHeadAttention", [*QKV, draw(3 * W), LENGTHS, draw(B, 1, S, S)], HEADS),
-    "mha-causal": Site("MultiHeadAttention", QKV, {**HEADS, "unidirectional": 1}),
-    "mha-causal-mask": Site("MultiHeadAttention", [*QKV, None, LENGTHS], {**HEADS, "unidirectional": 1}),
-    "mha-causal-left-mask": Site("MultiHeadAttention", [*QKV, None, LEFT], {**HEADS, "unidirectional": 1}),
+    "mha-causal": Site("MultiHeadAttention", QKV, CAUSAL, together=[0, 1, 2]),
+    "mha-causal-mask": Site("MultiHeadAttention", [*QKV, None, LENGTHS], CAUSAL, together=[0, 1, 2]),
+    "mha-causal-left-mask": Site("MultiHeadAttention", [*QKV, None, LEFT], CAUSAL, together=[0, 1, 2]),
     "mha-by-heads": Site("MultiHeadAttention", [X, draw(B, H, 7, D), draw(B, H, 7, D) * 2], HEADS),
     "mha-past": Site("MultiHeadAttention", [*QKV, None, None, None, *PAST], HEADS, outputs=[0, 1, 2]),
     "mha-past-causal": Site("MultiHeadAttention", [*QKV, draw(3 * W), None, None, *PAST],
@@ -274,6 +278,9 @@ REFUSED = {
     "shared": ("MultiHeadAttention", [*QKV, None, None, None, *PAST, ints([3])], HEADS, "share one buffer"),
     "mask-length": ("Attention", [X, draw(W, 3 * W), draw(3 * W), ints([1, 2, 3])], HEADS, "a mask of 3 numbers"),
     "mask-rank": ("MultiHeadAttention", [*QKV, None, np.zeros((B, 1, S, S), np.int32)], HEADS, "a mask of rank 4"),
+    "causal-more-keys": ("MultiHeadAttention", [X, draw(B, 7, W), draw(B, 7, W)], CAUSAL, "5 queries and 7 keys"),
+    "causal-fewer-keys": ("MultiHeadAttention", [X, draw(B, 3, W), draw(B, 3, W)], CAUSAL, "5 queries and 3 keys"),
+    "causal-by-heads": ("MultiHeadAttention", [X, draw(B, H, 7, D), draw(B, H, 7, D)], CAUSAL, "and 7 keys"),
     "sinks": ("GroupQueryAttention", [Q4, *KV, None, None, ints([4, 4]), np.array(5, np.int32), None, None, None, None,
               draw(4)], GROUPS, "it has sinks"),
     "smooth": ("GroupQueryAttention", [Q4, *KV, None, None, ints([4, 4]), np.array(5, np.int32)],
@@ -292,6 +299,14 @@ def test_what_the_standard_has_no_words_for_is_left_with_the_reason(name: str) -
     model, (report,) = Pipeline.parse("standardise-contrib").run(ir.from_proto(proto))
     assert [reason in skip.reason for skip in report.skips] == [True], report.skips
     assert model.opset_imports[""] == 17 and not report.changes
+
+
+def test_causal_attention_of_lengths_that_may_differ_is_left() -> None:
+    """Of more keys than queries onnxruntime lets a query see others than is_causal does."""
+    proto = Site("MultiHeadAttention", QKV, CAUSAL).model(open_sizes=True)
+    _, (report,) = Pipeline.parse("standardise-contrib").run(ir.from_proto(proto))
+    assert not report.changes
+    assert ["n0_1 queries and n1_1 keys" in skip.reason for skip in report.skips] == [True], report.skips
 
 
 def test_ops_must_exist() -> None:
