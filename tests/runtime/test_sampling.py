@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -94,10 +95,12 @@ def test_draws_are_distributed_so(sampling: Sampling) -> None:
 @pytest.mark.parametrize("sampling", [Sampling(1.0, seed=5), Sampling(0.5, 4, seed=5), Sampling(1.0, 0, 0.5, seed=5)])
 def test_a_seed_gives_the_same_tokens(sampling: Sampling) -> None:
     logits = np.random.default_rng(1).standard_normal((50, 64)).astype(np.float32)
-    runs = [[sampler.choose(row, *largest(row)) for row in logits] for sampler in (Sampler(sampling), Sampler(sampling))]
-    assert runs[0] == runs[1]
-    other = Sampler(Sampling(sampling.temperature, sampling.top_k, sampling.top_p, seed=6))
-    assert runs[0] != [other.choose(row, *largest(row)) for row in logits]
+
+    def run(chosen: Sampling) -> list[int]:
+        sampler = Sampler(chosen)
+        return [sampler.choose(row, *largest(row)) for row in logits]
+
+    assert run(sampling) == run(sampling) != run(replace(sampling, seed=6))
 
 
 def test_temperature_zero_takes_the_first_candidate_and_draws_nothing() -> None:
@@ -127,7 +130,7 @@ def test_one_token_is_always_drawn() -> None:
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_logits_that_are_no_distribution_are_refused(bad: float) -> None:
     logits = np.full(4, bad, np.float32)
-    with pytest.raises(ModelError, match="largest logit is .*; expected a finite number"):
+    with pytest.raises(ModelError, match=r"largest logit is .*; expected a finite number"):
         Sampler(Sampling(1.0)).choose(logits, *largest(logits))
 
 
