@@ -6,7 +6,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -18,31 +18,38 @@ OPSET = 20  # the first with Gelu
 def from_torch(
     name: str,
     module: torch.nn.Module,
-    example: tuple[torch.Tensor, ...],
+    example: tuple[torch.Tensor | tuple[torch.Tensor, ...], ...],
     inputs: Mapping[str, tuple[int | str, ...]],
     outputs: tuple[str, ...],
     largest: Mapping[str, int] | None = None,
+    *,
+    opset: int = OPSET,
+    translations: Mapping[Any, Any] | None = None,
 ) -> ir.Model:
     """The module in evaluation mode as ONNX.
 
-    `inputs` gives the shapes; a word in one is a dynamic axis of that name, and `largest` its bound, if it
-    has one. `example` must have a size of at least 2 there, because a size of 1 is taken to be constant.
+    `inputs` gives the shapes, tuples of the example flattened; a word in one is a dynamic axis of that name, and
+    `largest` its bound, if it has one. `example` must have a size of at least 2 there, because a size of 1 is taken
+    to be constant.
+    `translations` gives operators of torch that the exporter does not know, each as a function of onnxscript.
     """
     import torch
+    from torch.utils._pytree import tree_map
 
     bounds = largest or {}
     words = {d for shape in inputs.values() for d in shape if isinstance(d, str)}
     dims = {word: torch.export.Dim(word, max=bounds.get(word)) for word in words}
-    dynamic = tuple({i: dims[d] for i, d in enumerate(s) if isinstance(d, str)} for s in inputs.values())
+    axes = iter({i: dims[d] for i, d in enumerate(s) if isinstance(d, str)} for s in inputs.values())
     with _quiet():
         program = torch.onnx.export(
             module.eval(),
-            tuple(tensor.clone() for tensor in example),  # one tensor given twice would become one input
+            tree_map(torch.Tensor.clone, example),  # one tensor given twice would become one input
             dynamo=True,
             input_names=list(inputs),
             output_names=list(outputs),
-            dynamic_shapes=dynamic,
-            opset_version=OPSET,
+            dynamic_shapes=tree_map(lambda _: next(axes), example),
+            opset_version=opset,
+            custom_translation_table=dict(translations or {}),
             verbose=False,
         )
     if program is None:

@@ -8,10 +8,15 @@ Legend: batch b, sequence s, width d, heads h.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+from graphwright.passes.errors import UsageError
 from torch import Tensor, nn
+
+from .decoding import Attend
 
 
 @dataclass(frozen=True)
@@ -21,31 +26,45 @@ class Sizes:
     width: int = 384
     layers: int = 6
     heads: int = 6
+    epsilon: float = 1e-5
+
+    @property
+    def key_value_heads(self) -> int:
+        return self.heads
+
+    @property
+    def head_width(self) -> int:
+        return self.width // self.heads
+
+
+def masked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+    """All (b, h, s, e), and mask (s, s), which is added to the scores."""
+    scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5 + mask
+    return scores.softmax(-1) @ value
 
 
 class Layer(nn.Module):
     def __init__(self, sizes: Sizes) -> None:
         super().__init__()
         self.heads = sizes.heads
-        self.attention_norm = nn.LayerNorm(sizes.width)
+        self.attention_norm = nn.LayerNorm(sizes.width, sizes.epsilon)
         self.qkv = nn.Linear(sizes.width, 3 * sizes.width)
         self.output = nn.Linear(sizes.width, sizes.width)
-        self.hidden_norm = nn.LayerNorm(sizes.width)
+        self.hidden_norm = nn.LayerNorm(sizes.width, sizes.epsilon)
         self.expand = nn.Linear(sizes.width, 4 * sizes.width)
         self.contract = nn.Linear(4 * sizes.width, sizes.width)
 
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), mask)
+    def forward(self, x: Tensor, attend: Attend) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), attend)
         hidden = nn.functional.gelu(self.expand(self.hidden_norm(x)), approximate="tanh")
         return x + self.contract(hidden)
 
-    def attention(self, x: Tensor, mask: Tensor) -> Tensor:
+    def attention(self, x: Tensor, attend: Attend) -> Tensor:
         def split(t: Tensor) -> Tensor:  # (b, s, d) -> (b, h, s, d/h)
             return t.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
         query, key, value = map(split, self.qkv(x).chunk(3, dim=-1))
-        scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5 + mask
-        return self.output((scores.softmax(-1) @ value).transpose(1, 2).flatten(-2))
+        return self.output(attend(query, key, value).transpose(1, 2).flatten(-2))
 
 
 class GPT(nn.Module):
@@ -53,19 +72,39 @@ class GPT(nn.Module):
 
     def __init__(self, sizes: Sizes = Sizes()) -> None:
         super().__init__()
+        self.sizes = sizes
         self.words = nn.Embedding(sizes.vocabulary, sizes.width)
         self.positions = nn.Embedding(sizes.positions, sizes.width)
         self.layers = nn.ModuleList(Layer(sizes) for _ in range(sizes.layers))
-        self.norm = nn.LayerNorm(sizes.width)
+        self.norm = nn.LayerNorm(sizes.width, sizes.epsilon)
         mask = torch.full((sizes.positions, sizes.positions), torch.finfo(torch.float32).min).triu(1)
         self.register_buffer("mask", mask, persistent=False)
 
     def forward(self, input_ids: Tensor) -> Tensor:
         length = input_ids.shape[1]
         x = self.words(input_ids) + self.positions.weight[:length]
-        for layer in self.layers:
-            x = layer(x, self.mask[:length, :length])
-        return self.norm(x) @ self.words.weight.T
+        attend = partial(masked_attention, mask=self.mask[:length, :length])
+        return self.logits(self.walk(x, [attend] * self.sizes.layers))
+
+    def walk(self, x: Tensor, attends: Sequence[Attend]) -> Tensor:
+        """From the embedded tokens (b, s, d) to the hidden state behind the last layer."""
+        for layer, attend in zip(self.layers, attends, strict=True):
+            x = layer(x, attend)
+        return x
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self.norm(hidden) @ self.words.weight.T
+
+    def reserve(self, capacity: int) -> None:
+        """Raises UsageError when there are no positions for so many tokens."""
+        if capacity > self.sizes.positions:
+            raise UsageError(
+                f"capacity is {capacity}, but the model has learned {self.sizes.positions} positions; give no more"
+            )
+
+    def continued(self, input_ids: Tensor, places: Tensor, attends: Sequence[Attend]) -> Tensor:
+        """`walk` for tokens at the positions `places` (b, s), behind what a cache holds."""
+        return self.walk(self.words(input_ids) + self.positions(places), attends)
 
 
 def seeded(seed: int, sizes: Sizes = Sizes()) -> GPT:
@@ -80,4 +119,17 @@ def seeded(seed: int, sizes: Sizes = Sizes()) -> GPT:
             nn.init.normal_(parameter, std=std, generator=generator)
         else:
             nn.init.normal_(parameter, std=0.1, generator=generator)
+    return model
+
+
+def untrained(seed: int, sizes: Sizes = Sizes()) -> GPT:
+    """Weights to start a training from: std 0.02, less for what is added to the residual; biases 0."""
+    generator = torch.Generator().manual_seed(seed)
+    model = GPT(sizes)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 2:
+            residual = name.endswith((".output.weight", "contract.weight"))
+            nn.init.normal_(parameter, std=0.02 * ((2 * sizes.layers) ** -0.5 if residual else 1), generator=generator)
+        elif name.endswith("bias"):
+            nn.init.zeros_(parameter)
     return model

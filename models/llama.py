@@ -1,4 +1,4 @@
-"""The Llama family of decoders (RMSNorm, rotary positions, grouped heads, SwiGLU), read from GGUF: SmolLM2.
+"""The Llama family of decoders (RMSNorm, rotary positions, grouped heads, SwiGLU).
 
 Sources: Touvron et al., "LLaMA", arXiv 2302.13971; Su et al., "RoFormer", arXiv 2104.09864.
 Importing this file imports torch; `registry` does so only when the model is exported.
@@ -7,21 +7,25 @@ Legend: batch b, sequence s, width d, heads h, key-value heads g, head width e.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.onnx.ops import rotary_embedding
 
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
+from .decoding import Attend
+
+Turn = Callable[[Tensor], Tensor]  # rotary positions into (b, h, s, e)
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """The defaults are SmolLM2-135M."""
+    """The defaults are SmolLM2-135M.
+
+    own_head_width: None for width / heads. tied: the output projection is the embedding. biases: of query, key, value.
+    """
 
     vocabulary: int = 49152
     width: int = 576
@@ -29,8 +33,15 @@ class Sizes:
     heads: int = 9
     key_value_heads: int = 3
     hidden: int = 1536
+    own_head_width: int | None = None
     rotary_base: float = 100_000.0
     epsilon: float = 1e-5
+    tied: bool = True
+    biases: bool = False
+
+    @property
+    def head_width(self) -> int:
+        return self.own_head_width or self.width // self.heads
 
 
 class RMSNorm(nn.Module):
@@ -57,25 +68,29 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat([-second, first], dim=-1) * sin
 
 
+def grouped_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+    """query (b, h, s, e), key and value (b, g, s, e), mask (s, s) that is added to the scores: (b, h, s, e)."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
+    scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5 + mask
+    return scores.softmax(-1) @ value
+
+
 class Attention(nn.Module):
     def __init__(self, sizes: Sizes) -> None:
         super().__init__()
-        self.groups = sizes.heads // sizes.key_value_heads
-        self.head_width = sizes.width // sizes.heads
-        self.query = nn.Linear(sizes.width, sizes.width, bias=False)
-        self.key = nn.Linear(sizes.width, sizes.key_value_heads * self.head_width, bias=False)
-        self.value = nn.Linear(sizes.width, sizes.key_value_heads * self.head_width, bias=False)
-        self.output = nn.Linear(sizes.width, sizes.width, bias=False)
+        self.head_width = sizes.head_width
+        wide, narrow = sizes.heads * sizes.head_width, sizes.key_value_heads * sizes.head_width
+        self.query = nn.Linear(sizes.width, wide, bias=sizes.biases)
+        self.key = nn.Linear(sizes.width, narrow, bias=sizes.biases)
+        self.value = nn.Linear(sizes.width, narrow, bias=sizes.biases)
+        self.output = nn.Linear(wide, sizes.width, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, x: Tensor, turn: Turn, attend: Attend) -> Tensor:
         def split(t: Tensor) -> Tensor:  # (b, s, h·e) -> (b, h, s, e)
             return t.unflatten(-1, (-1, self.head_width)).transpose(1, 2)
 
-        query = rotate(split(self.query(x)), cos, sin)
-        key = rotate(split(self.key(x)), cos, sin).repeat_interleave(self.groups, dim=1)
-        value = split(self.value(x)).repeat_interleave(self.groups, dim=1)
-        scores = query @ key.transpose(-1, -2) * self.head_width**-0.5 + mask
-        mixed = scores.softmax(-1) @ value
+        mixed = attend(turn(split(self.query(x))), turn(split(self.key(x))), split(self.value(x)))
         return self.output(mixed.transpose(1, 2).flatten(-2))
 
 
@@ -89,96 +104,67 @@ class Layer(nn.Module):
         self.up = nn.Linear(sizes.width, sizes.hidden, bias=False)
         self.down = nn.Linear(sizes.hidden, sizes.width, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), cos, sin, mask)
+    def forward(self, x: Tensor, turn: Turn, attend: Attend) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), turn, attend)
         y = self.hidden_norm(x)
         return x + self.down(nn.functional.silu(self.gate(y)) * self.up(y))
 
 
-class Llama(nn.Module):
-    """input_ids, int64 (b, s) -> logits, float32 (b, s, vocabulary), for one fixed length s.
+class Decoder(nn.Module):
+    """The weights, and one walk through the layers, which is told how to turn and how to attend.
 
-    The output projection is the embedding itself, so the 113 MB table is stored once.
+    A tied output projection is the embedding itself, so the 113 MB table of SmolLM2 is stored once.
     """
 
-    def __init__(self, length: int, sizes: Sizes = Sizes()) -> None:
+    def __init__(self, sizes: Sizes = Sizes()) -> None:
         super().__init__()
+        self.sizes = sizes
         self.embedding = nn.Embedding(sizes.vocabulary, sizes.width)
         self.layers = nn.ModuleList(Layer(sizes) for _ in range(sizes.layers))
         self.norm = RMSNorm(sizes.width, sizes.epsilon)
-        cos, sin = rotary_tables(length, sizes.width // sizes.heads, sizes.rotary_base)
+        if not sizes.tied:
+            self.head = nn.Linear(sizes.width, sizes.vocabulary, bias=False)
+
+    def walk(self, input_ids: Tensor, turn: Turn, attends: Sequence[Attend]) -> Tensor:
+        """The hidden state behind the last layer, (b, s, d)."""
+        x = self.embedding(input_ids)
+        for layer, attend in zip(self.layers, attends, strict=True):
+            x = layer(x, turn, attend)
+        return x
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        x = self.norm(hidden)
+        return x @ self.embedding.weight.T if self.sizes.tied else self.head(x)
+
+    def reserve(self, capacity: int) -> None:
+        """Tables for positions below `capacity`, (c, e/2): what `continued` turns by."""
+        tables = rotary_tables(capacity, self.sizes.head_width, self.sizes.rotary_base)
+        for name, table in zip(("cos_rows", "sin_rows"), tables, strict=True):
+            self.register_buffer(name, table[:, : self.sizes.head_width // 2].clone(), persistent=False)
+
+    def continued(self, input_ids: Tensor, places: Tensor, attends: Sequence[Attend]) -> Tensor:
+        """`walk` for tokens at the positions `places` (b, s), behind what a cache holds."""
+
+        def turn(x: Tensor) -> Tensor:
+            return rotary_embedding(x, self.cos_rows, self.sin_rows, places)
+
+        return self.walk(input_ids, turn, attends)
+
+
+class Llama(Decoder):
+    """input_ids, int64 (b, s) -> logits, float32 (b, s, vocabulary), for one fixed length s and without a cache."""
+
+    def __init__(self, length: int, sizes: Sizes = Sizes()) -> None:
+        super().__init__(sizes)
+        cos, sin = rotary_tables(length, sizes.head_width, sizes.rotary_base)
         mask = torch.full((length, length), torch.finfo(torch.float32).min).triu(1)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
         self.register_buffer("mask", mask, persistent=False)
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        x = self.embedding(input_ids)
-        for layer in self.layers:
-            x = layer(x, self.cos, self.sin, self.mask)
-        return self.norm(x) @ self.embedding.weight.T
+        def turn(x: Tensor) -> Tensor:
+            return rotate(x, self.cos, self.sin)
 
-
-def load_gguf(path: Path, length: int) -> Llama:
-    """The model of a GGUF file of architecture llama with a tied embedding, dequantised to float32."""
-    from gguf import GGUFReader, dequantize
-
-    reader = GGUFReader(path)
-    sizes = _sizes(reader)
-    state = {}
-    for tensor in reader.tensors:
-        array = dequantize(tensor.data, tensor.tensor_type)
-        if tensor.name.endswith("attn_q.weight"):
-            array = halves_from_pairs(array, sizes.heads)
-        elif tensor.name.endswith("attn_k.weight"):
-            array = halves_from_pairs(array, sizes.key_value_heads)
-        state[_renamed(tensor.name)] = torch.from_numpy(array.copy())
-    model = Llama(length, sizes).eval()
-    model.load_state_dict(state)
-    return model
-
-
-def halves_from_pairs(weight: NDArray[np.float32], heads: int) -> NDArray[np.float32]:
-    """Rows of a query or key weight from GGUF's order to ours.
-
-    GGUF stores the two members of a rotated pair next to each other (2i, 2i + 1); `rotate` wants them half a
-    head apart (i, i + e/2).
-    """
-    rows, columns = weight.shape
-    return weight.reshape(heads, rows // heads // 2, 2, columns).swapaxes(1, 2).reshape(rows, columns)
-
-
-def _sizes(reader: Any) -> Sizes:
-    def value(key: str) -> Any:
-        return reader.get_field(f"llama.{key}").contents()
-
-    return Sizes(
-        vocabulary=value("vocab_size"),
-        width=value("embedding_length"),
-        layers=value("block_count"),
-        heads=value("attention.head_count"),
-        key_value_heads=value("attention.head_count_kv"),
-        hidden=value("feed_forward_length"),
-        rotary_base=value("rope.freq_base"),
-        epsilon=value("attention.layer_norm_rms_epsilon"),
-    )
-
-
-def _renamed(name: str) -> str:
-    table = (
-        ("token_embd.", "embedding."),
-        ("output_norm.", "norm."),
-        ("blk.", "layers."),
-        ("attn_norm.", "attention_norm."),
-        ("attn_output.", "attention.output."),
-        ("attn_q.", "attention.query."),
-        ("attn_k.", "attention.key."),
-        ("attn_v.", "attention.value."),
-        ("ffn_norm.", "hidden_norm."),
-        ("ffn_gate.", "gate."),
-        ("ffn_up.", "up."),
-        ("ffn_down.", "down."),
-    )
-    for theirs, ours in table:
-        name = name.replace(theirs, ours)
-    return name
+        attend = partial(grouped_attention, mask=self.mask)
+        return self.logits(self.walk(input_ids, turn, [attend] * self.sizes.layers))

@@ -139,7 +139,7 @@ def sample_inputs(name: str, seed: int | np.random.Generator = 0, dims: Mapping[
     _require(entry, entry.sample_assets)
     rng = np.random.default_rng(seed)
     shapes = entry.shapes(dims)
-    with _extra(name):
+    with extra(name):
         feeds = entry.sample(rng, {**entry.sizes, **(dims or {})})
     for key, shape in shapes.items():
         if feeds[key].shape != shape:
@@ -165,7 +165,7 @@ def export(name: str, path: str | Path, *, overwrite: bool = False, **options: A
     if path.is_dir():
         raise OutputError(f"{path}: is a folder; expected a file name")
     _require(entry, entry.needs_assets)
-    with _extra(name):
+    with extra(name):
         built = entry.build(**options)
     if isinstance(built, Path):
         with io.replacing(path) as temporary:
@@ -184,7 +184,7 @@ def torch_module(name: str, **options: Any) -> torch.nn.Module:
     if entry.module is None:
         raise UsageError(f"{name} is an ONNX file, not a torch module; see `graphwright models list`")
     _require(entry, entry.needs_assets)
-    with _extra(name):
+    with extra(name):
         return entry.module(**options).eval()
 
 
@@ -209,7 +209,7 @@ def _require(entry: ModelEntry, wanted: tuple[str, ...]) -> None:
 
 
 @contextmanager
-def _extra(name: str) -> Iterator[None]:
+def extra(name: str) -> Iterator[None]:
     """Turns a missing package of the extra "models" into an error that says how to install it."""
     try:
         yield

@@ -20,10 +20,11 @@ import numpy as np
 import torch
 from graphwright.passes.errors import InputError
 from numpy.typing import NDArray
+from torch import nn
 from torch.nn.functional import cross_entropy
 
 from .fit import schedule
-from .tiny_lm import Sizes, TinyLM, seeded
+from .tiny_lm import seeded
 
 LARGEST_NORM = 1.0  # of all gradients together
 BETAS = (0.9, 0.95)
@@ -38,7 +39,7 @@ log = logging.getLogger("graphwright")
 class Plan:
     """One training: `batch` windows of `length` bytes a step. rate: the largest learning rate."""
 
-    sizes: Sizes
+    sizes: Any  # of tiny_lm or of gpt, with their repr as what a checkpoint is of
     length: int = 128
     steps: int = 1200
     batch: int = 8
@@ -65,9 +66,15 @@ class Corpus:
         return cls(np.delete(whole, places.ravel()), whole[places])
 
 
-def train(plan: Plan, corpus: Corpus, checkpoint: Path, say: Callable[[str], None] = lambda message: None) -> TinyLM:
-    """The trained model. `checkpoint` is read if it is of the same plan and text, and written as it goes."""
-    model = seeded(plan.seed, plan.sizes)
+def train(
+    plan: Plan, corpus: Corpus, checkpoint: Path, say: Callable[[str], None] = lambda message: None,
+    build: Callable[[int, Any], nn.Module] = seeded,
+) -> nn.Module:  # fmt: skip
+    """The trained model, which starts as `build(seed, sizes)`.
+
+    `checkpoint` is read if it is of the same plan and text, and written as it goes.
+    """
+    model = build(plan.seed, plan.sizes)
     matrices = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() <= 1]
     optimizer = torch.optim.AdamW(
@@ -92,8 +99,7 @@ def train(plan: Plan, corpus: Corpus, checkpoint: Path, say: Callable[[str], Non
         if (now := time.perf_counter()) - said >= SAID_EVERY:
             said = now
             left = (now - begun - spent) / (step + 1 - first) * (plan.steps - step - 1)
-            say(f"{plan.sizes.attention} {bar(step + 1, plan.steps)} {step + 1}/{plan.steps}, loss {recent:.3f}, "
-                f"{left / 60:.0f} min left")  # fmt: skip
+            say(f"{bar(step + 1, plan.steps)} {step + 1}/{plan.steps}, loss {recent:.3f}, {left / 60:.0f} min left")
     if first < plan.steps:
         _save(plan, corpus, checkpoint, model, optimizer, plan.steps, time.perf_counter() - begun)
     return model.eval()
@@ -135,7 +141,7 @@ def loss_at(logits: Callable[[NDArray[np.int64]], NDArray[np.float32]], held_out
     return float(losses.mean()), float(losses[:, -tail:].mean())
 
 
-def in_torch(model: TinyLM) -> Callable[[NDArray[np.int64]], NDArray[np.float32]]:
+def in_torch(model: nn.Module) -> Callable[[NDArray[np.int64]], NDArray[np.float32]]:
     """The model as `loss_at` takes it."""
 
     def logits(ids: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -156,7 +162,7 @@ def _fingerprint(plan: Plan, corpus: Corpus) -> str:
 
 
 def _restore(
-    plan: Plan, corpus: Corpus, checkpoint: Path, model: TinyLM, optimizer: torch.optim.Optimizer
+    plan: Plan, corpus: Corpus, checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[int, float]:
     """The step to go on from, and the seconds that were spent before."""
     if not checkpoint.is_file():
@@ -174,7 +180,7 @@ def _restore(
 
 
 def _save(
-    plan: Plan, corpus: Corpus, checkpoint: Path, model: TinyLM, optimizer: torch.optim.Optimizer, step: int,
+    plan: Plan, corpus: Corpus, checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int,
     seconds: float,
 ) -> None:  # fmt: skip
     temporary = checkpoint.with_name(checkpoint.name + ".new")

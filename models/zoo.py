@@ -74,9 +74,9 @@ def build_efficientnet_lite0() -> ir.Model:
 
 
 def smollm2_module(length: int = 32) -> torch.nn.Module:
-    from . import llama
+    from . import gguf_file
 
-    return llama.load_gguf(assets.find("smollm2-gguf"), length)
+    return gguf_file.load_llama(assets.find("smollm2-gguf"), length)
 
 
 @register_model(

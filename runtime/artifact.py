@@ -274,16 +274,19 @@ def recover(out: Path) -> None:
 
 
 class Workplace:
-    """A folder beside the final one that takes its place when all is done and vanishes when it is not."""
+    """A folder beside the final one that takes its place when all is done and vanishes when it is not.
 
-    def __init__(self, out: Path, overwrite: bool) -> None:
-        self.out, self.overwrite = out, overwrite
+    mark: the file by which a folder is known as one that may be replaced, `what` it is then.
+    """
+
+    def __init__(self, out: Path, overwrite: bool, mark: str = MANIFEST, what: str = "an artifact") -> None:
+        self.out, self.overwrite, self.mark, self.what = out, overwrite, mark, what
 
     def __enter__(self) -> Path:
         recover(self.out)
         check_output(self.out, self.overwrite)
         if (self.out.exists() or self.out.is_symlink()) and not self._replaceable():
-            raise OutputError(f"{self.out}: is not an artifact folder and will not be replaced; choose another output")
+            raise OutputError(f"{self.out}: is not {self.what} folder and will not be replaced; choose another output")
         try:
             self.out.parent.mkdir(parents=True, exist_ok=True)
             self.folder = Path(tempfile.mkdtemp(prefix=f".{self.out.name}.", suffix=".part", dir=self.out.parent))
@@ -330,4 +333,4 @@ class Workplace:
     def _replaceable(self) -> bool:
         if self.out.is_symlink() or not self.out.is_dir():
             return False
-        return (self.out / MANIFEST).is_file() or not any(self.out.iterdir())
+        return (self.out / self.mark).is_file() or not any(self.out.iterdir())

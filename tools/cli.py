@@ -15,6 +15,7 @@ from .shell import Group
 COMMANDS = {
     "optimize": "Rewrite a model with passes and, with --target, compile it.",
     "compile": "Compile a model with the exact default passes only.",
+    "export": "Write a language model as a generator folder: prefill, decode, tokenizer.",
     "run": "Run an artifact or an ONNX model on inputs from a file.",
     "compare": "Are two models the same function? Exit 3 if they are not.",
     "bench": "Time a model against onnxruntime or another model.",

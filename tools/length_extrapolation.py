@@ -96,7 +96,7 @@ def measure(folder: Path, plan: Plan, corpus: Corpus, checked: int, threads: int
         known = {"key": key, "attention": name, "length": plan.length, "loss": {}, "tail": {}, "check": {}}
     if len(known["loss"]) == len(FACTORS) and len(known["check"]) == len(CHECKED):
         return known
-    model = tiny_lm_training.train(plan, corpus, checkpoint, say)
+    model = tiny_lm_training.train(plan, corpus, checkpoint, lambda message: say(f"{name} {message}"))
     known["minutes"] = tiny_lm_training.seconds_spent(checkpoint) / 60
     known["parameters"] = sum(parameter.numel() for parameter in model.parameters())
     by = runs(folder, model, threads, say)

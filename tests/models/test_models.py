@@ -170,11 +170,11 @@ def test_efficientnet_names_what_the_photo_shows(photo: str, classes: set[int], 
 @pytest.mark.assets
 def test_smollm2_knows_the_capital_of_france(fetched: Callable[[str], None]) -> None:
     import torch
-    from graphwright.models import llama
+    from graphwright.models import gguf_file
 
     fetched("smollm2")
     prompt = tokens.smollm2().encode("The capital of France is").ids
-    model = llama.load_gguf(assets.find("smollm2-gguf"), len(prompt))
+    model = gguf_file.load_llama(assets.find("smollm2-gguf"), len(prompt))
     with torch.inference_mode():
         logits = model(torch.tensor([prompt]))
     assert tokens.smollm2().decode([int(logits[0, -1].argmax())]) == " Paris"
@@ -248,10 +248,10 @@ def test_rotation_depends_only_on_the_distance() -> None:
 
 @pytest.mark.torch
 def test_gguf_rows_come_out_half_a_head_apart() -> None:
-    from graphwright.models import llama
+    from graphwright.models import gguf_file
 
     pairs = np.array([[0], [10], [1], [11], [2], [12], [3], [13]], np.float32)  # two heads of width 4
-    assert llama.halves_from_pairs(pairs, 2)[:, 0].tolist() == [0, 1, 10, 11, 2, 3, 12, 13]
+    assert gguf_file.halves_from_pairs(pairs, 2)[:, 0].tolist() == [0, 1, 10, 11, 2, 3, 12, 13]
 
 
 @pytest.mark.slow
@@ -259,12 +259,12 @@ def test_gguf_rows_come_out_half_a_head_apart() -> None:
 @pytest.mark.assets
 @pytest.mark.parametrize("length", [32, 64])
 def test_smollm2_export_equals_torch(length: int, exported: Exported) -> None:
-    from graphwright.models import llama
+    from graphwright.models import gguf_file
 
     path = exported("smollm2", length=length)
     assert path.stat().st_size < 550e6  # 135 M parameters, the tied embedding among them once
     feeds = registry.sample_inputs("smollm2", 1, {"length": length})
-    assert_equals_torch(path, llama.load_gguf(assets.find("smollm2-gguf"), length), feeds)
+    assert_equals_torch(path, gguf_file.load_llama(assets.find("smollm2-gguf"), length), feeds)
 
 
 @pytest.mark.slow
@@ -273,13 +273,13 @@ def test_smollm2_export_equals_torch(length: int, exported: Exported) -> None:
 def test_smollm2_perplexity_on_moby_dick(fetched: Callable[[str], None]) -> None:
     """From character 30,000, the first 2,048 tokens in windows of 512: 2,044 predictions."""
     import torch
-    from graphwright.models import llama
+    from graphwright.models import gguf_file
 
     fetched("smollm2")
     fetched("moby-dick")
     ids = tokens.smollm2().encode(datasets.moby_dick()[30_000:45_000]).ids[:2048]
     windows = torch.tensor(ids).reshape(4, 512)
-    model = llama.load_gguf(assets.find("smollm2-gguf"), 512)
+    model = gguf_file.load_llama(assets.find("smollm2-gguf"), 512)
     with torch.inference_mode():
         losses = [torch.nn.functional.cross_entropy(model(w[None])[0, :-1], w[1:], reduction="sum") for w in windows]
     perplexity = float((torch.stack(losses).sum() / 2044).exp())

@@ -1,0 +1,166 @@
+"""Decoders in GGUF: sizes, weights made float32, tokenizer and chat template.
+
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Importing this file imports torch.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from graphwright.passes.errors import ModelError
+from graphwright.passes.io import first_line
+
+from . import llama, tokens
+from .checkpoint import Checkpoint, Names, fill
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+ARCHITECTURES = ("llama", "qwen2")  # qwen2: llama with biases at query, key and value
+NAMES = Names(
+    "blk.{}.",
+    {
+        "embedding": "token_embd",
+        "norm": "output_norm",
+        "head": "output",
+        "attention_norm": "attn_norm",
+        "attention.query": "attn_q",
+        "attention.key": "attn_k",
+        "attention.value": "attn_v",
+        "attention.output": "attn_output",
+        "hidden_norm": "ffn_norm",
+        "gate": "ffn_gate",
+        "up": "ffn_up",
+        "down": "ffn_down",
+    },
+)
+HEAD = "output.weight"  # absent when the embedding is the output projection
+ROTARY_FACTORS = "rope_freqs.weight"  # frequencies of Llama 3.1's scaled rotary positions
+
+
+def load(path: Path) -> Checkpoint:
+    """Raises ModelError for a file that is damaged, or of an architecture or tokenizer that is not known here."""
+    reader = _reader(path)
+    sizes = _sizes(reader, path)
+    decoder = fill(llama.Decoder, sizes, _state(reader, sizes, path), NAMES, path)
+    bos, eos = (_optional(reader, f"tokenizer.ggml.{key}_token_id", None) for key in ("bos", "eos"))
+    vocabulary = _value(reader, "tokenizer.ggml.tokens", path)
+    tokenizer = tokens.from_gguf({key: _value(reader, f"tokenizer.ggml.{key}", path) for key in tokens.GGUF_KEYS})
+    special = {"bos_token": bos, "eos_token": eos}
+    return Checkpoint(
+        architecture=_value(reader, "general.architecture", path),
+        decoder=decoder,
+        context=_value(reader, f"{_architecture(reader, path)}.context_length", path),
+        tokenizer=tokenizer,
+        stop_tokens=tokens.ends(tokenizer, [] if eos is None else [eos]),
+        add_bos=bos if _optional(reader, "tokenizer.ggml.add_bos_token", False) else None,
+        chat_template=_optional(reader, "tokenizer.chat_template", None),
+        special_tokens={name: vocabulary[index] for name, index in special.items() if index is not None},
+        source=path.name,
+    )
+
+
+def load_llama(path: Path, length: int) -> llama.Llama:
+    """The decoder for one fixed length, without a cache."""
+    reader = _reader(path)
+    sizes = _sizes(reader, path)
+    return fill(lambda sizes: llama.Llama(length, sizes), sizes, _state(reader, sizes, path), NAMES, path)
+
+
+def halves_from_pairs(weight: NDArray[np.float32], heads: int) -> NDArray[np.float32]:
+    """Rows of a query or key weight from GGUF's order to ours.
+
+    GGUF stores the two members of a rotated pair next to each other (2i, 2i + 1); `rotate` wants them half a
+    head apart (i, i + e/2).
+    """
+    rows, columns = weight.shape
+    return weight.reshape(heads, rows // heads // 2, 2, columns).swapaxes(1, 2).reshape(rows, columns)
+
+
+def _reader(path: Path) -> Any:
+    from gguf import GGUFReader
+
+    try:
+        return GGUFReader(path)
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read ({error.strerror or error}); expected a GGUF file") from error
+    except Exception as error:  # whatever the reader meets behind the end or in wrong bytes
+        raise ModelError(f"{path}: is not a whole GGUF file ({first_line(error)}); download it again") from error
+
+
+def _value(reader: Any, key: str, path: Path) -> Any:
+    field = reader.get_field(key)
+    if field is None:
+        raise ModelError(f"{path}: has no {key}; expected a complete GGUF file of a decoder")
+    return field.contents()
+
+
+def _optional(reader: Any, key: str, default: Any) -> Any:
+    field = reader.get_field(key)
+    return default if field is None else field.contents()
+
+
+def _architecture(reader: Any, path: Path) -> str:
+    found = _value(reader, "general.architecture", path)
+    if found not in ARCHITECTURES:
+        raise ModelError(f"{path}: is of architecture {found!r}; expected one of {', '.join(ARCHITECTURES)}")
+    return found
+
+
+def _sizes(reader: Any, path: Path) -> llama.Sizes:
+    architecture = _architecture(reader, path)
+
+    def value(key: str) -> Any:
+        return _value(reader, f"{architecture}.{key}", path)
+
+    def optional(key: str, default: Any) -> Any:
+        return _optional(reader, f"{architecture}.{key}", default)
+
+    scaling = optional("rope.scaling.type", "none")
+    tensors = {tensor.name for tensor in reader.tensors}
+    if scaling != "none" or ROTARY_FACTORS in tensors:
+        kind = scaling if scaling != "none" else ROTARY_FACTORS
+        raise ModelError(f"{path}: scales its rotary positions ({kind}); expected a model that does not")
+    heads, width = value("attention.head_count"), value("embedding_length")
+    own = optional("attention.key_length", width // heads)
+    turned, values = optional("rope.dimension_count", own), optional("attention.value_length", own)
+    if not own == turned == values:
+        raise ModelError(
+            f"{path}: heads have keys of width {own}, of which {turned} turn, and values of width {values}; "
+            "expected one width for all three"
+        )
+    return llama.Sizes(
+        vocabulary=len(_value(reader, "tokenizer.ggml.tokens", path)),
+        width=width,
+        layers=value("block_count"),
+        heads=heads,
+        key_value_heads=optional("attention.head_count_kv", heads),
+        hidden=value("feed_forward_length"),
+        own_head_width=own,
+        rotary_base=optional("rope.freq_base", 10_000.0),
+        epsilon=value("attention.layer_norm_rms_epsilon"),
+        tied=HEAD not in tensors,
+        biases=architecture == "qwen2",
+    )
+
+
+def _state(reader: Any, sizes: llama.Sizes, path: Path) -> dict[str, torch.Tensor]:
+    """Tensors by GGUF's names. Rows of query and key are put in our order where GGUF has another, in llama."""
+    from gguf import dequantize
+
+    paired = {"attn_q.weight": sizes.heads, "attn_k.weight": sizes.key_value_heads}
+    state = {}
+    for tensor in reader.tensors:
+        try:
+            array = dequantize(tensor.data, tensor.tensor_type)
+            heads = paired.get(tensor.name.partition(".")[2].partition(".")[2])
+            if heads and not sizes.biases:
+                array = halves_from_pairs(array, heads)
+        except (NotImplementedError, ValueError) as error:
+            kind = tensor.tensor_type.name
+            raise ModelError(f"{path}: {tensor.name} of type {kind} cannot be read ({first_line(error)})") from error
+        state[tensor.name] = torch.from_numpy(array.copy())
+    return state

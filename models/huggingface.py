@@ -1,0 +1,224 @@
+"""Decoders in Hugging Face folders: config.json, safetensors in one file or several, tokenizer.json.
+
+Importing this file imports torch.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from graphwright.passes.errors import ModelError
+
+from . import gpt, llama, tokens
+from .checkpoint import Checkpoint, Names, fill
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
+    from .decoding import Decoder
+
+CONFIG, TOKENIZER, WEIGHTS = "config.json", "tokenizer.json", "model.safetensors"
+INDEX = WEIGHTS + ".index.json"  # of a model in several files
+LLAMA = Names(
+    "model.layers.{}.",
+    {
+        "embedding": "model.embed_tokens",
+        "norm": "model.norm",
+        "head": "lm_head",
+        "attention_norm": "input_layernorm",
+        "attention.query": "self_attn.q_proj",
+        "attention.key": "self_attn.k_proj",
+        "attention.value": "self_attn.v_proj",
+        "attention.output": "self_attn.o_proj",
+        "hidden_norm": "post_attention_layernorm",
+        "gate": "mlp.gate_proj",
+        "up": "mlp.up_proj",
+        "down": "mlp.down_proj",
+    },
+)
+GPT2 = Names(
+    "h.{}.",
+    {
+        "words": "wte",
+        "positions": "wpe",
+        "norm": "ln_f",
+        "attention_norm": "ln_1",
+        "qkv": "attn.c_attn",
+        "output": "attn.c_proj",
+        "hidden_norm": "ln_2",
+        "expand": "mlp.c_fc",
+        "contract": "mlp.c_proj",
+    },
+)
+TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # GPT-2 keeps these as (in, out)
+MASKS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # tables that older files hold beside the weights
+GELU = ("gelu_new", "gelu_pytorch_tanh")  # the same function
+
+
+def load(folder: Path) -> Checkpoint:
+    """Raises ModelError for a folder that is damaged, incomplete, or of a model type that is not known here."""
+    config = _json(folder / CONFIG)
+    kinds = {"llama": _llama, "qwen2": _llama, "gpt2": _gpt2}
+    kind = config.get("model_type")
+    if kind not in kinds:
+        raise ModelError(f"{folder / CONFIG}: is of model type {kind!r}; expected one of {', '.join(kinds)}")
+    try:
+        decoder, context = kinds[kind](config, folder)
+    except KeyError as error:
+        raise ModelError(f"{folder / CONFIG}: has no {error}; expected the sizes of a {kind} model") from error
+    tokenizer = _tokenizer(folder / TOKENIZER)
+    told = _json(folder / "tokenizer_config.json", {})
+    generation = _json(folder / "generation_config.json", {})
+    eos = generation.get("eos_token_id", config.get("eos_token_id"))
+    named = [token for token in (eos if isinstance(eos, list) else [eos]) if isinstance(token, int)]
+    return Checkpoint(
+        architecture=kind,
+        decoder=decoder,
+        context=context,
+        tokenizer=tokenizer,
+        stop_tokens=tokens.ends(tokenizer, named),
+        add_bos=_first(tokenizer),
+        chat_template=_chat_template(folder, told),
+        special_tokens={
+            name: text
+            for name, value in told.items()
+            if name.endswith("_token") and (text := value.get("content") if isinstance(value, dict) else value)
+            and isinstance(text, str)
+        },
+        source=folder.resolve().name,
+    )  # fmt: skip
+
+
+def _llama(config: Mapping[str, Any], folder: Path) -> tuple[Decoder, int]:
+    rotary = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    scaling = rotary.get("rope_type", rotary.get("type", "default"))
+    if scaling != "default":
+        raise ModelError(f"{folder}: scales its rotary positions ({scaling}); expected a model that does not")
+    if config.get("use_sliding_window"):
+        raise ModelError(f"{folder}: attends in a sliding window; expected a model that attends to all tokens")
+    if config.get("hidden_act", "silu") != "silu":
+        raise ModelError(f"{folder}: has the activation {config['hidden_act']}, expected silu")
+    state = _state(folder)
+    sizes = llama.Sizes(
+        vocabulary=config["vocab_size"],
+        width=config["hidden_size"],
+        layers=config["num_hidden_layers"],
+        heads=config["num_attention_heads"],
+        key_value_heads=config.get("num_key_value_heads", config["num_attention_heads"]),
+        hidden=config["intermediate_size"],
+        own_head_width=config.get("head_dim"),
+        rotary_base=rotary.get("rope_theta", config.get("rope_theta", 10_000.0)),
+        epsilon=config["rms_norm_eps"],
+        tied=config.get("tie_word_embeddings", False) or "lm_head.weight" not in state,
+        biases="model.layers.0.self_attn.q_proj.bias" in state,
+    )
+    if sizes.tied:
+        state.pop("lm_head.weight", None)
+    return fill(llama.Decoder, sizes, state, LLAMA, folder), config["max_position_embeddings"]
+
+
+def _gpt2(config: Mapping[str, Any], folder: Path) -> tuple[Decoder, int]:
+    if config.get("activation_function", "gelu_new") not in GELU:
+        raise ModelError(
+            f"{folder}: has the activation {config['activation_function']}, expected one of {', '.join(GELU)}"
+        )
+    state = {name.removeprefix("transformer."): tensor for name, tensor in _state(folder).items()}
+    state.pop("lm_head.weight", None)  # the embedding again
+    state = {name: t.T.contiguous() if name.endswith(TRANSPOSED) else t for name, t in state.items()}
+    sizes = gpt.Sizes(
+        vocabulary=config["vocab_size"],
+        positions=config["n_positions"],
+        width=config["n_embd"],
+        layers=config["n_layer"],
+        heads=config["n_head"],
+        epsilon=config.get("layer_norm_epsilon", 1e-5),
+    )
+    return fill(gpt.GPT, sizes, state, GPT2, folder), sizes.positions
+
+
+def save_gpt2(model: gpt.GPT, folder: Path) -> None:
+    """Write config.json and model.safetensors, float16, in the form that `load` reads."""
+    import torch
+    from safetensors.torch import save_file
+
+    sizes = model.sizes
+    config = {
+        "model_type": "gpt2", "vocab_size": sizes.vocabulary, "n_positions": sizes.positions, "n_embd": sizes.width,
+        "n_layer": sizes.layers, "n_head": sizes.heads, "activation_function": "gelu_new",
+        "layer_norm_epsilon": sizes.epsilon, "torch_dtype": "float16",
+    }  # fmt: skip
+    state = {GPT2.of(name): tensor.detach() for name, tensor in model.state_dict().items()}
+    state = {name: t.T if name.endswith(TRANSPOSED) else t for name, t in state.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({name: t.to(torch.float16).contiguous() for name, t in state.items()}, folder / WEIGHTS)
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _state(folder: Path) -> dict[str, Tensor]:
+    """All tensors of the folder by their names there, without masks."""
+    from safetensors import SafetensorError, safe_open
+
+    index = _json(folder / INDEX, {}).get("weight_map")
+    if index is None and not (folder / WEIGHTS).is_file():
+        raise ModelError(f"{folder}: has neither {WEIGHTS} nor {INDEX}; expected weights in safetensors")
+    state: dict[str, Tensor] = {}
+    for name in sorted(set(index.values())) if index is not None else [WEIGHTS]:
+        path = folder / name
+        if path.parent != folder:
+            raise ModelError(f"{folder / INDEX}: refers to {name}; expected files of the same folder")
+        try:
+            with safe_open(path, framework="pt") as file:
+                state |= {key: file.get_tensor(key) for key in file.keys() if not key.endswith(MASKS)}  # noqa: SIM118
+        except FileNotFoundError as error:
+            raise ModelError(f"{path}: no such file, though {INDEX} names it; download it") from error
+        except (OSError, SafetensorError) as error:
+            raise ModelError(f"{path}: is not a whole safetensors file ({error}); download it again") from error
+    return state
+
+
+def _json(path: Path, default: Any = None) -> Any:
+    if default is not None and not path.is_file():
+        return default
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ModelError(f"{path}: no such file; expected a Hugging Face folder with {CONFIG}") from error
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: cannot be read as JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise ModelError(f"{path}: holds a {type(found).__name__}, expected an object")
+    return found
+
+
+def _tokenizer(path: Path) -> Any:
+    from tokenizers import Tokenizer
+
+    if not path.is_file():
+        raise ModelError(f"{path}: no such file; expected a tokenizer in the format of Hugging Face's tokenizers")
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # of that package's own, which has no narrower class
+        raise ModelError(f"{path}: is not a tokenizer ({error})") from error
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+def _first(tokenizer: Any) -> int | None:
+    """The token that the tokenizer puts in front of every text."""
+    added = tokenizer.encode("", add_special_tokens=True).ids
+    return added[0] if added else None
+
+
+def _chat_template(folder: Path, told: Mapping[str, Any]) -> str | None:
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    template = told.get("chat_template")
+    if isinstance(template, list):  # several, by name
+        template = next((each["template"] for each in template if each.get("name") == "default"), None)
+    return template
