@@ -140,7 +140,8 @@ def ranked_outputs(model: ir.Model) -> dict[str, str]:
             continue
         numbers, rank = node.outputs[0], len(node.outputs[0].shape) if node.outputs[0].shape is not None else None
         last = node.attributes.get_int("axis", -1) in (-1, (rank or 0) - 1)
-        if numbers in names and last and node.attributes.get_int("sorted", 1):
+        is_sorted = node.attributes.get_int("sorted", 1) == 1
+        if numbers in names and last and is_sorted:
             found[names[value]] = names[numbers]
     return found
 
