@@ -3,6 +3,10 @@
     result = graphwright.optimize("model.onnx", passes="two-pass-softmax", target="cpu", out="out")
     session = graphwright.load("out")            # run, get_inputs, get_outputs as in onnxruntime
     outputs = session.run(None, {"x": x})
+
+    generator = graphwright.Generator("smollm2")          # a folder of `graphwright export` or `compile`
+    for piece in generator.generate("The capital of France is", max_tokens=16):
+        print(piece, end="", flush=True)
 """
 
 from __future__ import annotations
@@ -15,15 +19,17 @@ if TYPE_CHECKING:
     from graphwright.passes.pipeline import Pipeline
     from graphwright.runtime.artifact import Artifact
     from graphwright.runtime.driver import Result
+    from graphwright.runtime.generator import Generator
     from graphwright.runtime.session import Session
     from graphwright.runtime.target import Target
 
 __version__ = "0.1.0"
-__all__ = ["Artifact", "Pipeline", "Result", "Session", "Target", "compile", "load", "optimize"]
+__all__ = ["Artifact", "Generator", "Pipeline", "Result", "Session", "Target", "compile", "load", "optimize"]
 
 # Everything is imported on first use: `import graphwright` costs nothing.
 _HOMES = {
     "Artifact": "graphwright.runtime.artifact",
+    "Generator": "graphwright.runtime.generator",
     "Pipeline": "graphwright.passes.pipeline",
     "Result": "graphwright.runtime.driver",
     "Session": "graphwright.runtime.session",

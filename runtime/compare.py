@@ -130,20 +130,37 @@ def approximate_outputs(model: ir.Model) -> frozenset[str]:
     return frozenset(found)
 
 
+def ranked_outputs(model: ir.Model) -> dict[str, str]:
+    """Outputs that are the places of the largest numbers along the last axis -> the output that is these numbers."""
+    names = {value: value.name or "" for value in model.graph.outputs}
+    found = {}
+    for value in names:
+        node = value.producer()
+        if node is None or node.domain != "" or node.op_type != "TopK" or value.index() != 1:
+            continue
+        numbers, rank = node.outputs[0], len(node.outputs[0].shape) if node.outputs[0].shape is not None else None
+        last = node.attributes.get_int("axis", -1) in (-1, (rank or 0) - 1)
+        is_sorted = node.attributes.get_int("sorted", 1) == 1
+        if numbers in names and last and is_sorted:
+            found[names[value]] = names[numbers]
+    return found
+
+
 def compare(
     reference: Runner, candidate: Runner, feeds: Sequence[Mapping[str, np.ndarray]], limit: float | None = None,
-    inputs: str = "", approximate: Collection[str] = (),
+    inputs: str = "", approximate: Collection[str] = (), ranked: Mapping[str, str] | None = None,
 ) -> Verdict:  # fmt: skip
     """Run both on every set of feeds. limit: relative error allowed; None: by the output's type."""
-    return judge(feeds, map(reference, feeds), candidate, limit, inputs, approximate)
+    return judge(feeds, map(reference, feeds), candidate, limit, inputs, approximate, ranked)
 
 
 def judge(
     feeds: Sequence[Mapping[str, np.ndarray]], expectations: Iterable[Mapping[str, Any]], candidate: Runner,
     limit: float | None = None, inputs: str = "", approximate: Collection[str] = (),
+    ranked: Mapping[str, str] | None = None,
 ) -> Verdict:  # fmt: skip
     """Run `candidate` on every set of feeds and compare with what is expected of it. approximate: outputs of which
-    absolute errors below FLOOR are not judged."""
+    absolute errors below FLOOR are not judged. ranked: what `ranked_outputs` says of the model."""
     outputs: list[Difference] = []
     shapes = []
     for one, expected in zip(feeds, expectations, strict=True):
@@ -154,6 +171,9 @@ def judge(
                 outputs.append(Difference(name, (), math.nan, math.nan, math.nan, limit or LIMIT, "is missing"))
             else:
                 one_output = difference(name, value, found[name], limit)
+                numbers = expected.get((ranked or {}).get(name, ""))
+                if numbers is not None and not one_output.note and same_ranks(value, found[name], numbers):
+                    one_output = replace(one_output, max_abs=0.0, relative=0.0)
                 outputs.append(replace(one_output, floor=FLOOR) if name in approximate else one_output)
     return Verdict(tuple(outputs), len(feeds), inputs, tuple(shapes))
 
@@ -200,6 +220,30 @@ def difference(name: str, expected: Any, found: Any, limit: float | None = None)
     scale = float(np.max(np.abs(x[finite]), initial=0.0))
     error = float(np.max(np.abs(x[finite] - y[finite]), initial=0.0))
     return verdict(error, scale, error / max(scale, TINY) if error else 0.0)
+
+
+def same_ranks(expected: np.ndarray, found: np.ndarray, numbers: np.ndarray, limit: float = LIMIT) -> bool:
+    """Whether two lists of places of the largest numbers, each (..., K), differ only in the order of equal ones.
+
+    numbers: those at `expected`, (..., K) in falling or rising order; equal are neighbours that rounding, an error of
+    `limit` times the largest, can exchange. The last may be equal to one that is not in the list.
+    """
+    rows = (array.reshape(-1, array.shape[-1]) for array in (expected, found, numbers))
+    for a, b, values in zip(*rows, strict=True):
+        if np.array_equal(a, b):
+            continue
+        wide = values.astype(np.float64)
+        if not np.isfinite(wide).all() or len(set(b.tolist())) < len(b):
+            return False
+        apart = np.abs(np.diff(wide)) > 2 * limit * np.abs(wide).max()
+        runs = np.concatenate([[0], np.cumsum(apart)])
+        for run in range(runs[-1]):  # the last run may hold others
+            if set(a[runs == run].tolist()) != set(b[runs == run].tolist()):
+                return False
+        kept = set(b[runs == runs[-1]].tolist())
+        if kept & set(a[runs != runs[-1]].tolist()):
+            return False
+    return True
 
 
 def _limit(dtype: np.dtype[Any]) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from ..passes.errors import BudgetError, InputError, ModelError, VerificationErr
 from ..passes.graph import all_nodes
 from ..passes.pipeline import Pipeline
 from ..passes.quality import cosine_drop, held_out, rows_that_count
-from .compare import Runner, Verdict, approximate_outputs, compare, judge
+from .compare import Runner, Verdict, approximate_outputs, compare, judge, ranked_outputs
 from .feeds import Feeds, check_names, made_up
 from .reference import Reference
 
@@ -43,10 +43,11 @@ class Trial:
     expected: Sequence[Mapping[str, Any]]
     source: str
     approximate: frozenset[str] = frozenset()
+    ranked: Mapping[str, str] = field(default_factory=dict)
 
     def judge(self, candidate: Runner, limit: float | None = None) -> Verdict:
         """limit: relative error allowed; None: by the output's type."""
-        return judge(self.feeds, self.expected, candidate, limit, self.source, self.approximate)
+        return judge(self.feeds, self.expected, candidate, limit, self.source, self.approximate, self.ranked)
 
 
 def trial(model: ir.Model, ctx: PassContext, threads: int = 0) -> Trial:
@@ -57,10 +58,12 @@ def trial(model: ir.Model, ctx: PassContext, threads: int = 0) -> Trial:
         feeds = [{name: values[i] for name, values in ctx.calibration.items()} for i in range(count)]
         for one in feeds:
             check_names(one, model, "calibration")
-        return Trial(feeds, [reference.run(one) for one in feeds], "calibration", approximate_outputs(model))
+        expected = [reference.run(one) for one in feeds]
+        return Trial(feeds, expected, "calibration", approximate_outputs(model), ranked_outputs(model))
     found = made_up(model, reference.run, pins=ctx.pins, seed=ctx.seed)
     source = f"random, seed {ctx.seed}"
-    return Trial([one for one, _ in found], [outputs for _, outputs in found], source, approximate_outputs(model))
+    feeds, expected = [one for one, _ in found], [outputs for _, outputs in found]
+    return Trial(feeds, expected, source, approximate_outputs(model), ranked_outputs(model))
 
 
 def limit_of(pipeline: Pipeline, reports: Sequence[PassReport], max_drop: float | None) -> float | None:
@@ -104,7 +107,10 @@ class Verifier:
         old = Reference(self._before, threads=self.threads)
         try:
             new = Reference(model, threads=self.threads)
-            verdict = compare(old.run, new.run, self.feeds, limit, approximate=approximate_outputs(model))
+            verdict = compare(
+                old.run, new.run, self.feeds, limit, approximate=approximate_outputs(model),
+                ranked=ranked_outputs(model),
+            )  # fmt: skip
         except UNUSABLE as error:
             raise VerificationError(f"pass {step}: its result cannot be run: {error}") from error
         verdict.check(f"pass {step}")
@@ -138,7 +144,7 @@ def retold(tried: Trial, model: ir.Model, threads: int = 0) -> Trial:
     reference = Reference(model, threads=threads)
     return replace(
         tried, expected=[reference.run(one) for one in tried.feeds], approximate=approximate_outputs(model),
-        source=f"{tried.source}; against the rewritten model",
+        ranked=ranked_outputs(model), source=f"{tried.source}; against the rewritten model",
     )  # fmt: skip
 
 

@@ -38,7 +38,7 @@ def compare_models(
     Without a file, inputs are made up, with two sizes of every symbolic dimension. Raises ModelError when a model
     gives other numbers every run, and what loading and running raise.
     """
-    from graphwright.runtime.compare import approximate_outputs, compare
+    from graphwright.runtime.compare import approximate_outputs, compare, ranked_outputs
     from graphwright.runtime.verify import random_node
 
     from .opened import choose_feeds, opened
@@ -60,7 +60,7 @@ def compare_models(
             feeds, where = choose_feeds(a, b, file, seed)
             say("compare")
             approximate = approximate_outputs(a.graph) if limit is None else ()
-            return compare(a.run, b.run, feeds, limit, where, approximate)
+            return compare(a.run, b.run, feeds, limit, where, approximate, ranked_outputs(a.graph))
 
 
 @click.command(cls=Command, name="compare")

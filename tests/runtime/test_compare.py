@@ -11,7 +11,15 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from graphwright.passes.errors import VerificationError
-from graphwright.runtime.compare import FLOAT16_LIMIT, FLOOR, LIMIT, approximate_outputs, compare, difference
+from graphwright.runtime.compare import (
+    FLOAT16_LIMIT,
+    FLOOR,
+    LIMIT,
+    approximate_outputs,
+    compare,
+    difference,
+    ranked_outputs,
+)
 from onnx import parser
 
 ONE = np.ones(4, np.float32)
@@ -143,3 +151,40 @@ def test_only_results_of_approximate_functions_have_an_absolute_floor() -> None:
     verdict = compare(lambda feeds: small, lambda feeds: other, [{}], approximate=names)
     assert [output.ok for output in verdict.outputs] == [True, False] and verdict.outputs[0].by_floor
     assert not compare(lambda feeds: small, lambda feeds: other, [{}], 1e-4).ok
+
+
+TOP_K = """<ir_version: 10, opset_import: ["" : 20]> g (float[2,5] x) => (float[2,3] values, int64[2,3] places)
+{ k = Constant<value = int64[1] {3}>()  values, places = TopK(x, k) }"""
+
+
+def ranks_ok(numbers: list[float], expected: list[int], found: list[int]) -> bool:
+    ranked = ranked_outputs(ir.from_proto(parser.parse_model(TOP_K)))
+    values = np.array([numbers], np.float32)
+    a, b = ({"values": values, "places": np.array([places])} for places in (expected, found))
+    return compare(lambda feeds: a, lambda feeds: b, [{}], ranked=ranked).ok
+
+
+def test_places_of_equal_numbers_may_change_their_order() -> None:
+    """1 and 1.00001 are exchanged by rounding; 1 and 1.01 are not."""
+    assert ranks_ok([2, 1.00001, 1], [4, 0, 3], [4, 3, 0])
+    assert not ranks_ok([2, 1.01, 1], [4, 0, 3], [4, 3, 0])
+    assert not ranks_ok([2, 1.00001, 1], [4, 0, 3], [0, 4, 3])
+
+
+def test_only_the_last_place_may_be_one_that_was_not_in_the_list() -> None:
+    assert ranks_ok([3, 2, 1], [4, 0, 3], [4, 0, 2])
+    assert not ranks_ok([3, 2, 1], [4, 0, 3], [4, 2, 3])
+    assert not ranks_ok([3, 2, 1], [4, 0, 3], [4, 0, 0])
+    assert not ranks_ok([3, 2, 1], [4, 0, 3], [4, 0, 4])
+    assert not ranks_ok([np.inf, 2, 1], [4, 0, 3], [4, 0, 2])
+
+
+def test_places_without_their_numbers_are_whole_numbers() -> None:
+    """Other axes and unsorted results too."""
+    for text in (
+        TOP_K.replace("float[2,3] values, ", ""),
+        TOP_K.replace("TopK(", "TopK<axis = 0>(").replace("[2,3]", "[3,5]").replace("[2,5]", "[4,5]"),
+        TOP_K.replace("TopK(", "TopK<sorted = 0>("),
+    ):
+        assert ranked_outputs(ir.from_proto(parser.parse_model(text))) == {}
+    assert not ok(np.array([4, 0, 3]), np.array([4, 3, 0]))
