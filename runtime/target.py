@@ -31,7 +31,8 @@ class InstructionSet:
     """What kernel templates take their tile sizes from.
 
     vector_bits: width of one vector register. registers: how many there are. fma: fused multiply-add on
-    vectors. scalef: multiply by a power of two in one instruction (AVX-512). streaming: non-temporal stores.
+    vectors. scalef: multiply by a power of two in one instruction (AVX-512). lookup: choose among eight
+    numbers of a register by the low bits of eight others (AVX2's vpermd). streaming: non-temporal stores.
     dot_int8 / dot_bf16: dot-product instructions.
     """
 
@@ -40,6 +41,7 @@ class InstructionSet:
     registers: int
     fma: bool = False
     scalef: bool = False
+    lookup: bool = False
     streaming: bool = False
     dot_int8: bool = False
     dot_bf16: bool = False
@@ -50,7 +52,7 @@ class InstructionSet:
 
 
 AVX512 = InstructionSet("avx512", 512, 32, fma=True, scalef=True, streaming=True)
-AVX2 = InstructionSet("avx2", 256, 16, fma=True, streaming=True)
+AVX2 = InstructionSet("avx2", 256, 16, fma=True, lookup=True, streaming=True)
 SSE2 = InstructionSet("sse2", 128, 16, streaming=True)
 NEON = InstructionSet("neon", 128, 32, fma=True)
 NEON32 = InstructionSet("neon32", 128, 16, fma=True)

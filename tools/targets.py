@@ -56,7 +56,7 @@ def command(name: str | None, as_json: bool) -> None:
         print_json({**target.to_json(), "runs_here": target.runs_here})
         return
     isa, caches = target.isa, target.caches
-    flags = [flag for flag in ("fma", "scalef", "streaming", "dot_int8", "dot_bf16") if getattr(isa, flag)]
+    flags = [flag for flag in ("fma", "scalef", "lookup", "streaming", "dot_int8", "dot_bf16") if getattr(isa, flag)]
     rows_of = [
         ("description", target.description), ("kind", target.kind), ("triple", target.triple), ("mcpu", target.mcpu),
         ("mattr", " ".join(target.mattr)), ("vectors", f"{isa.name}: {isa.registers} of {isa.vector_bits} bits"),

@@ -26,7 +26,7 @@ from ...passes.ops.two_pass_softmax import NARROWEST, Form, longest_column
 from ..target import InstructionSet
 from . import functions
 from .rows import LANE_TERMS, Shape, Size, each_row, flat_kernel, number_of, tree
-from .softmax_passes import EMPTY, FLOOR, REGISTER_VECTORS, SoftmaxEmitter
+from .softmax_passes import EMPTY, REGISTER_VECTORS, SoftmaxEmitter
 from .vectors import LINE, LOWEST, Buffer, Expr, Vectors
 
 # Columns of a tile at most, 1 KiB of every row: out of the cache long runs are read faster than short ones.
@@ -35,6 +35,8 @@ TOGETHER = 4  # vectors of a tile whose sums are in registers at a time
 PAIRS = 2  # the same where X is read again
 MOVED = 2  # vectors of a row that are copied at a time
 PAIR_ROWS = 1 << 6  # rows that are added up in registers before their sum goes into that of the column
+# An element below FLOOR counts as FLOOR, so that its n is still exact: |n| < 2^22.
+FLOOR = -2.9e6
 # A column whose greatest n is outside (-LIMIT, LIMIT), where n is not exact, is computed by three plain passes.
 LIMIT = 4.0e6
 WEIGHT = 4  # work of an element against that of a sum: an exponential

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
-from .vectors import LINE, LOWEST, NEGATIVE_INFINITY, POLYNOMIAL, Buffer, Expr, Vectors
+from .vectors import LINE, LOWEST, NEGATIVE_INFINITY, Buffer, Exponential, Expr, Vectors
 
 # Rows of up to so many vectors stay in registers. Longer ones would be no faster in the cache and up to twice as slow
 # out of it, where all stores of a row at once wait for memory.
@@ -20,8 +21,8 @@ REGISTER_VECTORS = 8
 # What a float32 lane of the two-pass form adds up before its block ends: a sum of 2^26 elements in 64 lanes is off by
 # 8e-4, one in blocks of this size by 2e-7.
 LANE_TERMS = 1 << 8
-# An element below FLOOR counts as FLOOR, so that its n is still exact: |n| < 2^22.
-FLOOR = -2.9e6
+# How much greater an element may be than the one whose power of two a block is summed with.
+HEADROOM = 20.0
 # Elements ahead of what the two-pass form reads: the processor's own prefetching stops at the end of each page.
 AHEAD = 1 << 8
 EMPTY = -16777216.0  # the n of an empty sum
@@ -198,48 +199,52 @@ class SoftmaxEmitter:
         """Elements of a two-pass block."""
         return LANE_TERMS * self.pair_sums * self.vectors.lanes
 
-    def pairs(
-        self, offsets: Sequence[Expr], part: Expr | None, coefficients: Sequence[Expr] | None
-    ) -> list[tuple[Expr, Expr]]:
-        """(m, n) of each vector of X: e^x = m·2^n, times whatever the coefficients were multiplied by."""
-        v = self.vectors
-        result = []
+    def ask_ahead(self, offsets: Sequence[Expr]) -> None:
+        """Ask for what lies AHEAD of a group of vectors of X."""
         if len(offsets) > 1:
-            for offset in offsets[:: max(1, LINE // v.lanes)]:
-                v.prefetch(self.x, offset + AHEAD)
-        for offset in offsets:
-            # The constant first: a NaN passes.
-            x = T.Bind(T.max(v.splat(FLOOR), v.load(self.x, offset, part, NEGATIVE_INFINITY)))
-            n, t = v.split(x)
-            result.append((T.Bind(v.polynomial(t, coefficients)), n))
-        return result
+            for offset in offsets[:: max(1, LINE // self.vectors.lanes)]:
+                self.vectors.prefetch(self.x, offset + AHEAD)
 
     def pair_sum(self, start: Expr, count: int | Expr) -> tuple[Expr, Expr]:
-        """(m, n) of the sum of e^x over `count` elements."""
+        """(m, n) of the sum of e^x over `count` elements, n being that of the greatest.
+
+        They are added up as multiples of one 2^n, that of the greatest element of the first vector. Where others turn
+        out to be greater by more than HEADROOM, the sum begins anew with theirs.
+        """
         v = self.vectors
-        sums, share = self.pair_sums, 2  # two vectors share an accumulator and so its rescaling
-        ms, ns = v.registers(sums, 0.0), v.registers(sums, EMPTY)
+        accumulators = self.pair_sums
+        state = T.alloc_buffer((2,), "float32", scope="global")  # the element whose n is taken, and the greatest
+        some = T.min(self.const(v.lanes), self.const(count) if isinstance(count, int) else count)
+        T.buffer_store(state, v.greatest(v.load(self.x, start, some, NEGATIVE_INFINITY)), [0])
+        T.buffer_store(state, T.float32(float("inf")), [1])
+        sums, tops = v.registers(accumulators, 0.0), v.registers(1, NEGATIVE_INFINITY)
 
-        def body(offsets: list[Expr], part: Expr | None) -> None:
-            terms = self.pairs(offsets, part, None)
-            for w in range(0, len(terms), share):
-                here = v.at(w // share * v.lanes)
-                greatest = ns[here]
-                for _, n in terms[w : w + share]:
-                    # A NaN in n loses here; it stays in m.
-                    greatest = T.max(n, greatest)
-                greatest = T.Bind(greatest)
-                total = v.times_power(ms[here], ns[here] - greatest)
-                for m, n in terms[w : w + share]:
-                    total = total + v.times_power(m, n - greatest)
-                T.buffer_store(ms, total, [here])
-                T.buffer_store(ns, greatest, [here])
+        def add(exponential: Exponential, offsets: list[Expr], part: Expr | None) -> None:
+            self.ask_ahead(offsets)
+            for w, offset in enumerate(offsets):
+                here = v.at(w % accumulators * v.lanes)
+                x = exponential.clamp(v.load(self.x, offset, part, NEGATIVE_INFINITY))
+                T.buffer_store(tops, T.max(tops[v.at(0)], x), [v.at(0)])
+                T.buffer_store(sums, v.fma(*exponential.factors(x), sums[here]), [here])
 
-        self.sweep(count, sums * share, body, start)
-        each = [v.at(w * v.lanes) for w in range(sums)]
-        n_sum = v.greatest(_tree(T.max, [ns[at] for at in each]))
-        aligned = [v.times_power(ms[at], ns[at] - v.splat(n_sum)) for at in each]
-        return v.total(_tree(lambda a, b: a + b, aligned)), n_sum
+        with T.serial(self.const(2)) as turn, T.If(state[1] > state[0] + T.float32(HEADROOM)), T.Then():
+            T.buffer_store(state, T.Select(turn > self.const(0), state[1], state[0]), [0])
+            for w in range(accumulators):
+                T.buffer_store(sums, v.splat(0.0), [v.at(w * v.lanes)])
+            exponential = v.exponential(self._power(state[0]))
+            self.sweep(count, 2 * accumulators, partial(add, exponential), start)
+            T.buffer_store(state, v.greatest(tops[v.at(0)]), [1])
+        n = self._power(state[1])
+        total = _tree(lambda a, b: a + b, [sums[v.at(w * v.lanes)] for w in range(accumulators)])
+        return v.total(v.times_power(total, self._power(state[0]) - n)), v.greatest(n)
+
+    def _power(self, x: Expr) -> Expr:
+        """In every lane the n of e^x, of an x as far from 0 as `farthest` at most."""
+        v = self.vectors
+        farthest = v.farthest
+        # The constants first: a NaN passes.
+        inside = T.min(v.splat(farthest), T.max(v.splat(-farthest), v.splat(x)))
+        return v.split(T.Bind(inside))[0]
 
     def merge_pairs(self, ms: Buffer, ns: Buffer, blocks: int | Expr) -> tuple[Expr, Expr]:
         """(m, n) of the sum of the blocks' pairs: exponents are aligned, which is exact, and mantissas added."""
@@ -263,11 +268,14 @@ class SoftmaxEmitter:
         """
         v = self.vectors
         factor = T.Bind(T.float32(1) / m_sum)
-        coefficients = [T.Bind(v.splat(T.Bind(factor * T.float32(c)))) for c in POLYNOMIAL]
+        exponential = v.exponential(T.Bind(v.splat(n_sum)), factor)
 
         def body(offsets: list[Expr], part: Expr | None) -> None:
-            for offset, (m, n) in zip(offsets, self.pairs(offsets, part, coefficients), strict=True):
-                v.store(self.y, offset, v.times_power(m, n - v.splat(n_sum)), part, stream)
+            self.ask_ahead(offsets)
+            for offset in offsets:
+                x = exponential.clamp(v.load(self.x, offset, part, NEGATIVE_INFINITY))
+                m, power = exponential.factors(x)
+                v.store(self.y, offset, m * power, part, stream)
 
         group = 8 if v.wide else 4
         if stream:

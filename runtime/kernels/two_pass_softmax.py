@@ -43,9 +43,6 @@ OPAQUE = 8  # Relax's operator pattern of a function that nothing is fused into
 PARALLEL, SPLIT = 1 << 17, 1 << 19
 # Elements of a three-pass block: input and output together are half of a 32 KiB cache.
 RELOAD_BLOCK = 1 << 11
-# A row whose greatest n is outside (-LIMIT, LIMIT), where n is not exact, is left to three plain passes, as are rows
-# with a NaN.
-LIMIT = 4.0e6
 # The three-pass form writes rows past the caches that, with their result, are more than this share of the last-level
 # cache: they gain a tenth by it, shorter ones nothing.
 STREAM_SHARE = 8
@@ -192,7 +189,9 @@ class _Driver:
                 stream,
             )
 
-        usual = _all(m_sum > T.float32(0), m_sum < T.float32(3e38), n_sum < T.float32(LIMIT), n_sum > T.float32(-LIMIT))
+        # Rows with a NaN, and those whose greatest n is not exact, are left to three plain passes.
+        limit = e.vectors.farthest * 1.4
+        usual = _all(m_sum > T.float32(0), m_sum < T.float32(3e38), n_sum < T.float32(limit), n_sum > T.float32(-limit))
         _when(usual, output, lambda: e.reload_row(start, self.length))
 
     def emit(self, form: Form, limit: int) -> None:

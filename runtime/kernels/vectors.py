@@ -10,6 +10,7 @@ arXiv 2001.04438, and its implementation in google/XNNPACK.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from tvm.tirx.script import builder as T
 
 from ..target import InstructionSet
 
+LN2 = float.fromhex("0x1.62E42FEFA39EFp-1")
 LOG2E = float.fromhex("0x1.715476p+0")
 # ln 2 in two parts. With a fused multiply-add n·LN2_HIGH is exact inside it; without one the high part must
 # end in zeros so that the product itself is exact.
@@ -27,11 +29,14 @@ POLYNOMIAL = tuple(
     float.fromhex(c)
     for c in ("0x1.0F9F9Cp-7", "0x1.573A1Ap-5", "0x1.555A80p-3", "0x1.FFFDC6p-2", "0x1.FFFFF6p-1", "1.0")
 )
+# 2^(j/PARTS) in one register, where the instruction set can look it up, leaves |t| <= ln(2)/(2·PARTS), for which this
+# is off by 2.6e-8. By Lawson's iteration, the last two coefficients being set.
+PARTS = 8
+SHORT_POLYNOMIAL = (float.fromhex("0x1.555658p-3"), float.fromhex("0x1.000884p-1"), 1.0, 1.0)
 # Adding 1.5·2^23 to a float rounds it to a whole number, half to even, and leaves that number in the low
 # mantissa bits. Exact for |n| < 2^22; needs no rounding instruction, which SSE2 and 32-bit ARM do not have.
 ROUND = 12582912.0
-# With the bias of an exponent: the low mantissa bits are then the exponent bits of 2^n.
-ROUND_BIASED = ROUND + 127.0
+BIAS = 127.0  # of an exponent: the low mantissa bits of ROUND + BIAS + n are the exponent bits of 2^n
 # Where 2^n is built from its exponent bits: here n is -127, whose exponent bits are those of 0.
 EXP_ZERO_BITS = -88.0
 # x·2^k is 0 for k below this, whatever float x below 2^27 is: 2^-150 is half the smallest one.
@@ -55,6 +60,8 @@ class Vectors:
         self.isa = isa
         self.lanes = max(4, isa.lanes(32))
         self.dtype = f"float32x{self.lanes}"
+        # Steps that a power of two is taken in by `Exponential`.
+        self.parts = PARTS if isa.lookup else 1
         # Live vectors that fit beside the constants of exp.
         self.wide = isa.registers >= 32
 
@@ -72,26 +79,28 @@ class Vectors:
         name, dtype = ("llvm.fma.f32", "float32") if lanes == 1 else (f"llvm.fma.v{lanes}f32", f"float32x{lanes}")
         return T.call_llvm_pure_intrin(T.llvm_lookup_intrinsic_id(name), a, b, c, dtype=dtype)
 
-    def round(self, x: Expr, magic: float) -> Expr:
-        """x·log2 e rounded to a whole number, plus `magic`, whose low mantissa bits it is in."""
+    def round(self, x: Expr, magic: float | Expr, parts: int = 1) -> Expr:
+        """x·log2 e in whole `parts`, plus `magic`, whose low mantissa bits it is in."""
+        log2e = self.splat(LOG2E * parts)
+        addend = self.splat(magic) if isinstance(magic, float) else magic
         if self.isa.fma:
-            return T.Bind(self.fma(x, self.splat(LOG2E), self.splat(magic)))
+            return T.Bind(self.fma(x, log2e, addend))
         # Hidden from TVM, which takes (a + c) - c for a.
-        return T.Bind(T.call_extern(self.dtype, self._name("add"), x * self.splat(LOG2E), self.splat(magic)))
+        return T.Bind(T.call_extern(self.dtype, self._name("add"), x * log2e, addend))
 
     def split(self, x: Expr) -> tuple[Expr, Expr]:
         """x = n·ln 2 + t with n whole and |t| <= ln(2)/2, for |x| < 2.9e6. Returns (n, t)."""
         n = T.Bind(self.round(x, ROUND) - self.splat(ROUND))
         return n, self.rest(x, n)
 
-    def rest(self, x: Expr, n: Expr, low: bool = True) -> Expr:
-        """x - n·ln 2; without `low` only its high part, where one multiply-add is exact in it."""
-        high_part, low_part = LN2_FUSED if self.isa.fma else LN2_SPLIT
+    def rest(self, x: Expr, n: Expr, low: bool = True, parts: int = 1) -> Expr:
+        """x - n·ln(2)/parts; without `low` only its high part, where one multiply-add is exact in it."""
+        high_part, low_part = (part / parts for part in (LN2_FUSED if self.isa.fma else LN2_SPLIT))
         t = self.fma(n, self.splat(-high_part), x)
         return T.Bind(self.fma(n, self.splat(-low_part), t) if low or not self.isa.fma else t)
 
     def polynomial(self, t: Expr, coefficients: Sequence[Expr] | None = None) -> Expr:
-        """e^t for |t| <= ln(2)/2, times whatever the coefficients were multiplied by."""
+        """e^t for |t| <= ln(2)/2, or whatever polynomial has the coefficients, highest power first."""
         k = coefficients or [self.splat(c) for c in POLYNOMIAL]
         p = k[0]
         for c in k[1:]:
@@ -108,7 +117,9 @@ class Vectors:
         return x * T.reinterpret(T.shift_left(bits, T.broadcast(T.int32(23), self.lanes)) + one, dtype=self.dtype)
 
     def exp(self, x: Expr, low: bool = True) -> Expr:
-        """e^x for x <= 88. 0 for x < -105 and -inf, without `scalef` for x < -87.7; a NaN stays one.
+        """e^x for x <= 88; a NaN stays one. 0 for x < -105 and -inf; without `scalef` for x < -88.1.
+
+        There, results below the normal numbers are off by up to 2^-127.
 
         low: use the low part of ln 2. Left out, the error grows by 2e-9·|x|: no more than a difference is rounded by.
         Without a fused multiply-add it is always used.
@@ -117,13 +128,21 @@ class Vectors:
             # Of -inf n is -inf, whose power is 0, and p a NaN.
             n = T.Bind(self.round(x, ROUND) - self.splat(ROUND))
             return T.Bind(T.call_extern(self.dtype, self._name("scalef"), self.polynomial(self.rest(x, n, low)), n))
-        x = T.Bind(T.max(self.splat(EXP_ZERO_BITS), x))
-        rounded = self.round(x, ROUND_BIASED)
-        n = T.Bind(rounded - self.splat(ROUND_BIASED))
-        p = self.polynomial(self.rest(x, n, low))
-        bits = T.reinterpret(rounded, dtype=f"int32x{self.lanes}")
-        power = T.shift_left(bits, T.broadcast(T.int32(23), self.lanes))
-        return T.Bind(p * T.reinterpret(power, dtype=self.dtype))
+        zero, magic = self.splat(EXP_ZERO_BITS), self.splat(ROUND + BIAS * self.parts)
+        exponential = Exponential(self, zero, magic, None, low)
+        m, power = exponential.factors(exponential.clamp(x))
+        return T.Bind(m * power)
+
+    @property
+    def farthest(self) -> float:
+        """How far from 0 `exponential` takes arguments: below 2^22 parts."""
+        return 2.9e6 / self.parts
+
+    def exponential(self, n: Expr, factor: Expr | None = None) -> Exponential:
+        """What computes factor·e^x / 2^n. n: whole, the same in every lane, that of e^±`farthest` at most."""
+        floor = T.Bind((n - self.splat(BIAS)) * self.splat(LN2))
+        magic = T.Bind(self.splat(ROUND) + (self.splat(BIAS) - n) * self.splat(float(self.parts)))
+        return Exponential(self, floor, magic, factor, low=False)
 
     def choose(self, comparison: str, a: Expr, b: Expr, then: Expr, otherwise: Expr) -> Expr:
         """Lane by lane `then` where a compares so with b, else `otherwise`.
@@ -244,11 +263,52 @@ class Vectors:
         for name, word in (("above", "ogt"), ("above_or_nan", "ugt")):
             text += _ABOVE.format(name=name, word=word, lanes=lanes, vector=vector, mask=mask)
         text += _LOWEST_BIT
+        if self.isa.lookup:
+            text += _LOOKUP.format(entries=", ".join(f"i32 {_root_of_two(j)}" for j in range(PARTS)))
         if self.isa.scalef:
             text += _SCALEF.format(zero=", ".join([f"float {POWER_ZERO}"] * 16))
         if self.isa.streaming:
             text += _FENCE
         return text
+
+
+class Exponential:
+    """factor·e^x / 2^n for x that are less than 88 above n·ln 2; 0 for those 88.1 below it.
+
+    The power of two of x is taken against 2^n from the start, in whole parts, so that the loop over a row neither
+    subtracts a maximum nor rescales. The error is 2 ulp (2.5 without fma) and, without `low`, 2.7e-9·x, in softmax of
+    the difference to the greatest; results between 87.3 and 88.1 below n·ln 2, no normal numbers, are off by up to 2^-127.
+
+    floor: (n - 127)·ln 2, to which less is raised; its power has the bits of 0. magic: ROUND + parts·(BIAS - n).
+    """
+
+    def __init__(self, vectors: Vectors, floor: Expr, magic: Expr, factor: Expr | None, low: bool) -> None:
+        self.vectors, self.floor, self.magic, self.low = vectors, floor, magic, low
+        polynomial = POLYNOMIAL if vectors.parts == 1 else SHORT_POLYNOMIAL
+        self.coefficients = [
+            T.Bind(vectors.splat(c if factor is None else T.Bind(factor * T.float32(c)))) for c in polynomial
+        ]
+
+    def clamp(self, x: Expr) -> Expr:
+        """x, or `floor` where it is less. The constant first: a NaN passes."""
+        return T.Bind(T.max(self.floor, x))
+
+    def factors(self, x: Expr) -> tuple[Expr, Expr]:
+        """Two numbers whose product is the result for an x that is clamped."""
+        v, integer = self.vectors, f"int32x{self.vectors.lanes}"
+        rounded = v.round(x, self.magic, v.parts)
+        t = v.rest(x, T.Bind(rounded - self.magic), self.low, v.parts)
+        bits = T.Bind(T.reinterpret(rounded, dtype=integer))
+        power = T.shift_left(bits, T.broadcast(T.int32(23 - (v.parts.bit_length() - 1)), v.lanes))
+        if v.parts > 1:
+            power = power + T.call_extern(integer, "gw_roots_of_two", bits)
+        return T.Bind(v.polynomial(t, self.coefficients)), T.Bind(T.reinterpret(power, dtype=v.dtype))
+
+
+def _root_of_two(j: int) -> int:
+    """The bits of 2^(j/PARTS) less those of j parts, which have been shifted into the mantissa, and of the exponent."""
+    (bits,) = struct.unpack("<i", struct.pack("<f", 2 ** (j / PARTS)))
+    return bits - (127 << 23) - (j << 23) // PARTS
 
 
 def _int32(value: Expr | int) -> Expr:
@@ -348,6 +408,15 @@ define <16 x float> @gw_scalef_nan_16(<16 x float> %v, <16 x float> %k) alwaysin
   ret <16 x float> %r
 }}
 declare <16 x float> @llvm.x86.avx512.mask.scalef.ps.512(<16 x float>, <16 x float>, <16 x float>, i16, i32)
+"""
+
+# By the low three bits of each lane.
+_LOOKUP = """
+define <8 x i32> @gw_roots_of_two(<8 x i32> %j) alwaysinline {{
+  %r = call <8 x i32> @llvm.x86.avx2.permd(<8 x i32> <{entries}>, <8 x i32> %j)
+  ret <8 x i32> %r
+}}
+declare <8 x i32> @llvm.x86.avx2.permd(<8 x i32>, <8 x i32>)
 """
 
 _FENCE = """

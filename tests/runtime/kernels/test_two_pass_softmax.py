@@ -78,6 +78,25 @@ def test_two_pass_form_is_exact_to_float32(runnable: Callable[[str], Target], na
     check(kernel(runnable(name), (2, length), Form.TWO_PASS), rows_of(2, length), 5e-7)
 
 
+@pytest.mark.parametrize("name", X86)
+def test_two_pass_sums_begin_anew_where_later_elements_are_greater(
+    runnable: Callable[[str], Target], name: str
+) -> None:
+    """A block is summed with the power of two of its first vector: smaller and greater ones behind it, far from 0."""
+    target = runnable(name)
+    rows = [(0, 19, 0), (0, 21, 0), (0, 60, 0), (0, 200, 0), (-200, 0, 60), (0, 0, 90), (50, 0, 0), (200, 0, 20)]
+    if target.isa.fma:  # without it n·ln 2 is rounded far from 0
+        rows += [(-1e5, -1e5 + 60, -1e5), (1e5, 1e5 + 60, 1e5), (0, 3e5, 0)]
+    x = rows_of(len(rows), 2 * PAIRS + 5)
+    for row, (first, rest, last) in enumerate(rows):
+        x[row] += rest
+        x[row, :16] += first - rest
+        x[row, -3:] += last - rest
+    x[:, 40] = -INF
+    got = kernel(target, (None, None), Form.TWO_PASS)(x)
+    np.testing.assert_allclose(got, TWO_PASS_SOFTMAX.reference(x), rtol=1e-6, atol=1.2e-38)
+
+
 def test_empty_tensors() -> None:
     target = Target.named("cpu")
     for shape in [(0, 8), (8, 0), (0, 0), (0, 5000), (0,)]:
