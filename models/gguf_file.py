@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from graphwright.passes.errors import ModelError
-from graphwright.passes.io import first_line
+from graphwright.passes.errors import ModelError, first_line
 
 from . import llama, tokens
 from .checkpoint import Checkpoint, Names, fill

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from ..passes.errors import ModelError
-from ..passes.io import first_line
+from ..passes.errors import ModelError, first_line
 from .generator_folder import DECODE, PREFILL, GeneratorFolder
-from .reference import default_threads
+from .ort import default_threads
 from .session import Session
+from .state import State
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -122,7 +122,7 @@ def _ort_session(path: Path, threads: int) -> onnxruntime.InferenceSession:
 
 
 class CompiledDecoder:
-    """The artifacts of a compiled folder."""
+    """The artifacts of a compiled folder. Both write the cache where it lies."""
 
     def __init__(self, folder: GeneratorFolder, threads: int | None = None) -> None:
         self.folder, self.threads = folder, threads
@@ -132,21 +132,16 @@ class CompiledDecoder:
             self._session(part)
 
     def reset(self) -> None:
-        self.__dict__.pop("_cache", None)
+        pass  # rows from `position` on are never read
 
     def extend(self, ids: Sequence[int], position: int, wanted: Sequence[int]) -> Logits:
         part = DECODE if len(ids) == self.folder.about.decode_tokens else PREFILL
-        past = {f"past_{name}": array for name, array in self._cache.items()}
-        present = [f"present_{name}" for name in self._cache]
-        feeds = _feeds(part, ids, position, wanted) | past
-        results = self._session(part).run([*RESULTS, *present], feeds)
-        self._cache.update(zip(self._cache, results[len(RESULTS) :], strict=True))
-        return _rows(part, results[: len(RESULTS)], wanted)
+        results = self._session(part).run(RESULTS, _feeds(part, ids, position, wanted), state=self._cache)
+        return _rows(part, results, wanted)
 
     @functools.cached_property
-    def _cache(self) -> dict[str, np.ndarray]:
-        about = self.folder.about
-        return {name: np.zeros(about.cache_shape, np.float32) for name in about.cache_names}
+    def _cache(self) -> State:
+        return self._session(DECODE).new_state()
 
     @functools.cache  # noqa: B019 -- as long-lived as the decoder
     def _session(self, part: str) -> Session:

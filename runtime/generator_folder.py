@@ -24,8 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ..passes.errors import ArtifactError, InputError, OutputError
-from ..passes.io import first_line
+from ..passes.errors import ArtifactError, InputError, OutputError, first_line
 from .artifact import MANIFEST, MODEL, Workplace
 
 if TYPE_CHECKING:
@@ -167,11 +166,15 @@ def rewrite(
     """
     if out.exists() and source.root.exists() and os.path.samefile(out, source.root):
         raise OutputError(f"{out}: is read by this run and will not be replaced; choose another output")
+    from .sharing import share_weights
+
     done = {}
     with Workplace(out, overwrite, DESCRIPTION, "a generator") as folder:
         for part in PARTS:
             target = folder / (part if compiles else f"{part}.onnx")
             done[part] = optimize(source.model(part), target, check_feeds(source.about, part))
+        if compiles:
+            share_weights(folder, PARTS)
         for name in (DESCRIPTION, TOKENIZER):
             shutil.copyfile(source.root / name, folder / name)
     return done
