@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from graphwright.models import assets, datasets, generators, tokens
+from graphwright.models import generators, tokens
 from graphwright.passes.errors import ModelError, UsageError
 
 torch = pytest.importorskip("torch")
@@ -151,13 +151,13 @@ def test_gguf_files_that_are_refused(tmp_path: Path) -> None:
     for size in (0, 3, 30, len(data) // 2, len(data) - 4000):
         cut = tmp_path / f"cut{size}.gguf"
         cut.write_bytes(data[:size])
-        with pytest.raises(ModelError, match="is not a whole GGUF file .*; download it again"):
+        with pytest.raises(ModelError, match=r"is not a whole GGUF file .*; download it again"):
             gguf_file.load(cut)
     odd = tmp_path / "odd.gguf"
     odd.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 2**60, 2**60))
     with pytest.raises(ModelError, match="is not a whole GGUF file"):
         gguf_file.load(odd)
-    with pytest.raises(ModelError, match="cannot be read .*; expected a GGUF file"):
+    with pytest.raises(ModelError, match=r"cannot be read .*; expected a GGUF file"):
         gguf_file.load(tmp_path)
     for made, message in [
         (write_gguf(tmp_path / "a.gguf", model, "mamba"), "is of architecture 'mamba'; expected one of llama, qwen2"),
@@ -218,9 +218,7 @@ def write_folder(
     [(decoders.GROUPED, 1, "llama"), (UNTIED, 3, "llama"), (decoders.PLAIN, 2, "qwen2")],
     ids=["grouped", "untied-sharded", "qwen2"],
 )
-def test_a_hugging_face_folder_gives_the_model_back(
-    sizes: llama.Sizes, shards: int, kind: str, tmp_path: Path
-) -> None:
+def test_a_hugging_face_folder_gives_the_model_back(sizes: llama.Sizes, shards: int, kind: str, tmp_path: Path) -> None:
     model = decoders.small_llama(sizes)
     found = huggingface.load(write_folder(tmp_path / "m", model, shards, {"model_type": kind}))
     np.testing.assert_array_equal(logits_of(found.decoder), logits_of(model))
