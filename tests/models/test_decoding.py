@@ -77,9 +77,7 @@ def test_logits_are_those_that_are_wanted_with_the_best_in_order(pair: tuple[np.
     assert_close(results["logits"][0], logits[[5, 0, 5]])
     order = np.argsort(-results["logits"][0], axis=-1, kind="stable")[:, : decoding.CANDIDATES]
     np.testing.assert_array_equal(results["top_tokens"][0], order)
-    np.testing.assert_array_equal(
-        results["top_logits"][0], np.take_along_axis(results["logits"][0], order, axis=-1)
-    )
+    np.testing.assert_array_equal(results["top_logits"][0], np.take_along_axis(results["logits"][0], order, axis=-1))
     assert all((rows[:, :, 6:] == 0).all() and rows[:, :, :6].any() for rows in past.values())
 
 

@@ -218,9 +218,7 @@ def write_folder(
     [(decoders.GROUPED, 1, "llama"), (UNTIED, 3, "llama"), (decoders.PLAIN, 2, "qwen2")],
     ids=["grouped", "untied-sharded", "qwen2"],
 )
-def test_a_hugging_face_folder_gives_the_model_back(
-    sizes: llama.Sizes, shards: int, kind: str, tmp_path: Path
-) -> None:
+def test_a_hugging_face_folder_gives_the_model_back(sizes: llama.Sizes, shards: int, kind: str, tmp_path: Path) -> None:
     model = decoders.small_llama(sizes)
     found = huggingface.load(write_folder(tmp_path / "m", model, shards, {"model_type": kind}))
     np.testing.assert_array_equal(logits_of(found.decoder), logits_of(model))
