@@ -24,6 +24,10 @@ Lowering: TypeAlias = "Callable[[relax.BlockBuilder, list[tvm.ir.Expr], dict[str
 # (domain, operator) -> the module that registers its lowerings, imported when it is first asked for.
 MODULES: dict[tuple[str, str], str] = {
     ("graphwright", "TwoPassSoftmax"): "graphwright.runtime.kernels.two_pass_softmax",
+    **{
+        ("graphwright", name): "graphwright.runtime.kernels.masked_softmax"
+        for name in ("ScaledSoftmax", "MaskedSoftmax", "SelectedSoftmax")
+    },
     ("graphwright", "SoftplusAttention"): "graphwright.runtime.kernels.softplus_attention",
     ("graphwright", "ReweightedSoftplusAttention"): "graphwright.runtime.kernels.softplus_attention",
 }

@@ -44,7 +44,7 @@ class SoftmaxTopK(Pass):
         report = self.report()
         names: graph.Names | None = None
         for scope in graph.scopes(model):
-            for softmax in [node for node in scope.graph if _is_softmax(node)]:
+            for softmax in [node for node in scope.graph if is_softmax(node)]:
                 users = [user for user, _ in softmax.outputs[0].uses()]
                 reasons = [choosing_refusal(user, softmax, scope) for user in users]
                 choosing = [(u, r) for u, r in zip(users, reasons, strict=True) if graph.is_op(u, *CHOOSING)]
@@ -65,7 +65,7 @@ class SoftmaxTopK(Pass):
         return report
 
 
-def _is_softmax(node: ir.Node) -> bool:
+def is_softmax(node: ir.Node) -> bool:
     return graph.is_op(node, "Softmax") or (node.domain, node.op_type) == TWO_PASS_SOFTMAX.identifier
 
 

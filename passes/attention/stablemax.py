@@ -11,7 +11,7 @@ import onnx_ir as ir
 from .. import graph
 from ..base import Contract, Pass, PassContext, PassReport
 from ..ops.stable_max import OPSET, STABLE_MAX
-from .softmax_top_k import ONE_AXIS, choosing_refusal
+from .softmax_top_k import ONE_AXIS, choosing_refusal, is_softmax
 
 # Operators that only move what they read: behind them a head is still a head.
 MOVES = frozenset({"Cast", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
@@ -72,7 +72,7 @@ class Stablemax(Pass):
         for scope in list(graph.scopes(model)):
             if scope.function is not None and scope.function.domain == STABLE_MAX.domain:
                 continue
-            for node in [node for node in scope.graph if graph.is_op(node, "Softmax")]:
+            for node in [node for node in scope.graph if is_softmax(node)]:
                 self._visit(node, scope, report)
         if any(change.rule == "values" for change in report.changes):
             STABLE_MAX.add_to(model)

@@ -10,6 +10,7 @@ import onnx_ir as ir
 from ..base import Contract, Pass, PassContext, PassReport
 from ..graph import (
     Scope,
+    all_nodes,
     attribute,
     carry_type,
     constant_ints,
@@ -20,6 +21,8 @@ from ..graph import (
     scopes,
     site,
 )
+from ..ops import MASKED_SOFTMAX, SCALED_SOFTMAX, SELECTED_SOFTMAX
+from ..ops.masked_softmax import OPSET as FOLDED
 from ..ops.two_pass_softmax import (
     NEGATIVE_AXES,
     TWO_PASS_SOFTMAX,
@@ -30,6 +33,7 @@ from ..ops.two_pass_softmax import (
     longest_in_cache,
 )
 from ..recognise.softmax import WITHOUT_MAXIMUM
+from .softmax_source import Source, source_of
 
 ALL_AXES = 13  # from this opset on Softmax is over one axis; before, over all axes from `axis` to the last
 COMPUTED = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
@@ -56,6 +60,14 @@ class TwoPassSoftmax(Pass):
         e = Exp (d)                                          ->    y = graphwright.TwoPassSoftmax <axis = -1> (x)
         s = ReduceSum <keepdims = 1> (e, last)
         y = Div (e, s)                                             (also without Sub, and as Mul by Reciprocal)
+
+        c = Mul (x, scale)
+        m = Add (c, mask)                                    ->    y = graphwright.MaskedSoftmax <scale> (x, mask)
+        y = Softmax (m)
+
+    A constant scale, by Mul or Div, and a mask are taken in as the softmax reads x, so that their results are never
+    written: ScaledSoftmax without a mask, SelectedSoftmax where Where chooses between x and -inf. They must be of
+    float32, along the last axis, of opset 15 or later, used nowhere else, and the mask known to broadcast to x.
 
     The operator's body is Softmax itself: the file stays plain ONNX and runs at full speed everywhere.
     Left alone: float64, several axes (before opset 13), and chains along another axis, for which `recognise-softmax`
@@ -88,7 +100,10 @@ class TwoPassSoftmax(Pass):
             for node in list(scope.graph):
                 self._visit(node, scope, opset, ctx, report)
         if report.changes:
-            TWO_PASS_SOFTMAX.add_to(model)
+            used = {(node.domain, node.op_type) for node in all_nodes(model)}
+            for operator in (TWO_PASS_SOFTMAX, SCALED_SOFTMAX, MASKED_SOFTMAX, SELECTED_SOFTMAX):
+                if operator.identifier in used:
+                    operator.add_to(model)
         return report
 
     def _visit(self, node: ir.Node, scope: Scope, opset: int, ctx: PassContext, report: PassReport) -> None:
@@ -112,10 +127,11 @@ class TwoPassSoftmax(Pass):
             report.skipped(rule, site(node), str(refusal))
             return
         unshifted = chain is not None and x is input_of(chain.exp, 0)
-        self._rewrite(node, x, axis, opset)
+        source = source_of(x) if chain is None and axis == -1 and opset >= FOLDED else None
+        self._rewrite(node, x, axis, opset, source)
         if scope.function is not None:
             scope.function.opset_imports[TWO_PASS_SOFTMAX.domain] = TWO_PASS_SOFTMAX.version
-        condition = f"; {WITHOUT_MAXIMUM}" if unshifted else ""
+        condition = f"; {WITHOUT_MAXIMUM}" if unshifted else f"; of {source}, which is not written" if source else ""
         report.changed(rule, site(node), self._detail(node.outputs[0], axis, ctx) + condition)
 
     def _check_rows(self, x: ir.Value, y: ir.Value, axis: int) -> None:
@@ -126,19 +142,24 @@ class TwoPassSoftmax(Pass):
         if isinstance(row, int) and row < self.min_row:
             raise _Refused(f"rows of {row} are shorter than min_row={self.min_row}")
 
-    def _rewrite(self, node: ir.Node, x: ir.Value, axis: int, opset: int) -> None:
+    def _rewrite(self, node: ir.Node, x: ir.Value, axis: int, opset: int, source: Source | None) -> None:
         """Turn `node` itself into the operator, so that its output keeps name, type and users."""
         carry_type(x, node.outputs[0])
         before = [value for value in node.inputs if value is not None and value is not x]
         if opset < NEGATIVE_AXES:
             axis = (rank(node.outputs[0]) or 1) - 1
-        node.domain, node.op_type, node.version = TWO_PASS_SOFTMAX.domain, TWO_PASS_SOFTMAX.name, None
+        operator = source.operator if source else TWO_PASS_SOFTMAX
+        node.domain, node.op_type, node.version = operator.domain, operator.name, None
         node.attributes.clear()
-        node.attributes.add(ir.AttrInt64("axis", axis))
+        node.attributes.add(ir.AttrFloat32("scale", source.scale) if source else ir.AttrInt64("axis", axis))
         if self.form is not Form.AUTO:
             node.attributes.add(ir.AttrString("form", self.form.value))
-        node.replace_input_with(0, x)
-        node.resize_inputs(1)
+        inputs = [x] if source is None else [source.x] if source.mask is None else [source.x, source.mask]
+        if source is not None:
+            before.append(x)
+        node.resize_inputs(len(inputs))
+        for place, value in enumerate(inputs):
+            node.replace_input_with(place, value)
         _remove_unused(before, node.graph)
 
     def _detail(self, y: ir.Value, axis: int, ctx: PassContext) -> str:

@@ -18,11 +18,13 @@ FUNCTIONS = 8  # first version of the ONNX format that has functions with attrib
 
 @dataclass(frozen=True)
 class Case:
-    """One example: input shapes and attributes. `note` says what boundary it stands on."""
+    """One example: input shapes and attributes. `note` says what boundary it stands on, `booleans` which inputs hold
+    truth values instead of numbers."""
 
     shapes: tuple[tuple[int, ...], ...]
     attributes: Mapping[str, Any] = field(default_factory=dict)
     note: str = ""
+    booleans: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)

@@ -93,7 +93,7 @@ def _body(opset: int) -> ir.Function:
     return ir.Function(DOMAIN, NAME, graph=graph, attributes=parameters)
 
 
-def _reference(x: np.ndarray, axis: int = -1, form: str = Form.AUTO.value) -> np.ndarray:
+def softmax_reference(x: np.ndarray, axis: int = -1, form: str = Form.AUTO.value) -> np.ndarray:
     """exp(x - max) / sum(exp(x - max)) in float64; a row without a finite maximum is NaN."""
     import numpy as np
 
@@ -109,7 +109,7 @@ TWO_PASS_SOFTMAX = CustomOp(
     name=NAME,
     version=VERSION,
     body=_body,
-    reference=_reference,
+    reference=softmax_reference,
     cases=(
         Case(((1, 1),), LAST, note="one element"),
         Case(((3, 7),), LAST, note="less than one vector"),

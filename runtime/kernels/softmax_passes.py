@@ -6,6 +6,7 @@ A number is kept as (m, n) = m·2^n in the two-pass form; see `two_pass_softmax`
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -33,6 +34,60 @@ Body = Callable[[list[Expr], Expr | None], None]
 Scratch = tuple[Buffer, Expr]
 
 
+@dataclass(frozen=True)
+class Source:
+    """What softmax is of: X·scale, under a mask that comes behind X.
+
+    mask: its type, float32 to add or bool to choose, None for no mask. axes: for each axis of X whether the mask has it
+    or is broadcast; the last one it has.
+    """
+
+    scale: float = 1.0
+    mask: str | None = None
+    axes: tuple[bool, ...] = ()
+
+    def merged(self, dims: Sequence[int | Expr]) -> list[tuple[int | Expr, bool]]:
+        """`axes` of a `Mask` for the sizes of X, neighbours of a kind multiplied."""
+        found: list[tuple[int | Expr, bool]] = []
+        for size, own in reversed(list(zip(dims[:-1], self.axes[:-1], strict=True))):
+            if found and found[-1][1] == own:
+                found[-1] = (found[-1][0] * size, own)
+            elif not isinstance(size, int) or size != 1:
+                found.append((size, own))
+        return found
+
+
+@dataclass
+class Mask:
+    """What is added to X or, of booleans, what chooses from it, broadcast to its shape, of which it has the last axis.
+
+    axes: the others from the last to the first, sizes and whether the mask has them; neighbours of a kind are one.
+    """
+
+    buffer: Buffer
+    axes: Sequence[tuple[int | Expr, bool]]
+    length: int | Expr
+    shift: Expr = 0  # from an offset in X to the mask's
+
+    def at_row(self, row: Expr, start: Expr) -> None:
+        """The mask's row of a row of X."""
+        begin, stride = None, self.length
+        for place, (size, own) in enumerate(self.axes):
+            last = place == len(self.axes) - 1
+            if own:
+                here = (row if last else tirx.floormod(row, size)) * stride
+                begin, stride = here if begin is None else begin + here, stride * size
+            if not last:
+                row = T.Bind(tirx.floordiv(row, size))
+        self.shift = T.Bind(-start if begin is None else begin - start)
+
+    def applied(self, v: Vectors, x: Expr, scale: Expr, offset: Expr, part: Expr | None) -> Expr:
+        """x·scale under the mask."""
+        if self.buffer.dtype == "bool":
+            return v.select(x * scale, self.buffer, offset + self.shift, part)
+        return T.Bind(v.fma(x, scale, v.load(self.buffer, offset + self.shift, part)))
+
+
 @dataclass
 class SoftmaxEmitter:
     """Emits softmax over the rows of flat float32 buffers into the IR builder that is open."""
@@ -41,6 +96,22 @@ class SoftmaxEmitter:
     x: Buffer
     y: Buffer
     index: str = "int64"  # type of offsets
+    x_scale: float = 1.0  # never 0
+    mask: Mask | None = None
+
+    def read(self, offset: Expr, part: Expr | None = None) -> Expr:
+        """The vector at `offset` that softmax is of; -inf in the lanes behind `part`."""
+        v = self.vectors
+        x = v.load(self.x, offset, part, math.copysign(math.inf, -self.x_scale))
+        scale = v.splat(self.x_scale)
+        if self.mask is None:
+            return x if self.x_scale == 1 else T.Bind(x * scale)
+        return self.mask.applied(v, x, scale, offset, part)
+
+    def at_row(self, row: Expr, start: Expr) -> None:
+        """From here on offsets are of the row of that number, whose first element is at `start`."""
+        if self.mask is not None:
+            self.mask.at_row(row, start)
 
     def sweep(self, count: int | Expr, group: int, body: Body, start: Expr = 0) -> None:
         """`body(offsets, part)` over `count` elements from `start`: `group` vectors at a time, then single ones,
@@ -96,7 +167,7 @@ class SoftmaxEmitter:
         parts = [(j, None) for j in range(length // v.lanes)]
         if length % v.lanes:
             parts.append((length // v.lanes, self.const(length % v.lanes)))
-        rows = [v.load(self.x, start + j * v.lanes, part, NEGATIVE_INFINITY) for j, part in parts]
+        rows = [self.read(start + j * v.lanes, part) for j, part in parts]
         # Not below the smallest float: -inf minus -inf would make a NaN of a lane that only fills up.
         top = v.greatest(_tree(T.max, [*rows]))
         exps = [v.exp(row - v.splat(top), low=False) for row in rows]
@@ -115,7 +186,7 @@ class SoftmaxEmitter:
         def body(offsets: list[Expr], part: Expr | None) -> None:
             for j, offset in enumerate(offsets):
                 here = v.at(j * v.lanes)
-                T.buffer_store(best, T.max(best[here], v.load(self.x, offset, part, LOWEST)), [here])
+                T.buffer_store(best, T.max(best[here], self.read(offset, part)), [here])
 
         self.sweep(count, group, body, start)
         return v.greatest(_tree(T.max, [best[v.at(j * v.lanes)] for j in range(group)]))
@@ -133,7 +204,7 @@ class SoftmaxEmitter:
         sums = v.registers(group, 0.0)
 
         def body(offsets: list[Expr], part: Expr | None) -> None:
-            xs = [v.load(self.x, offset, part, NEGATIVE_INFINITY) for offset in offsets]
+            xs = [self.read(offset, part) for offset in offsets]
             if ahead is not None:
                 for offset in offsets[:: max(1, LINE // v.lanes)]:
                     v.prefetch(self.x, offset + ahead)
@@ -215,7 +286,7 @@ class SoftmaxEmitter:
         accumulators = self.pair_sums
         state = T.alloc_buffer((2,), "float32", scope="global")  # the element whose n is taken, and the greatest
         some = T.min(self.const(v.lanes), self.const(count) if isinstance(count, int) else count)
-        T.buffer_store(state, v.greatest(v.load(self.x, start, some, NEGATIVE_INFINITY)), [0])
+        T.buffer_store(state, v.greatest(self.read(start, some)), [0])
         T.buffer_store(state, T.float32(float("inf")), [1])
         sums, tops = v.registers(accumulators, 0.0), v.registers(1, NEGATIVE_INFINITY)
 
@@ -223,7 +294,7 @@ class SoftmaxEmitter:
             self.ask_ahead(offsets)
             for w, offset in enumerate(offsets):
                 here = v.at(w % accumulators * v.lanes)
-                x = exponential.clamp(v.load(self.x, offset, part, NEGATIVE_INFINITY))
+                x = exponential.clamp(self.read(offset, part))
                 T.buffer_store(tops, T.max(tops[v.at(0)], x), [v.at(0)])
                 T.buffer_store(sums, v.fma(*exponential.factors(x), sums[here]), [here])
 
@@ -273,7 +344,7 @@ class SoftmaxEmitter:
         def body(offsets: list[Expr], part: Expr | None) -> None:
             self.ask_ahead(offsets)
             for offset in offsets:
-                x = exponential.clamp(v.load(self.x, offset, part, NEGATIVE_INFINITY))
+                x = exponential.clamp(self.read(offset, part))
                 m, power = exponential.factors(x)
                 v.store(self.y, offset, m * power, part, stream)
 

@@ -33,7 +33,7 @@ from ..lowering import lowers
 from ..target import InstructionSet, Target
 from .rows import Size
 from .softmax_columns import softmax_columns
-from .softmax_passes import REGISTER_VECTORS, SoftmaxEmitter
+from .softmax_passes import REGISTER_VECTORS, Mask, SoftmaxEmitter, Source
 from .vectors import Expr, Vectors
 
 SYMBOL = "two_pass_softmax"
@@ -47,6 +47,7 @@ RELOAD_BLOCK = 1 << 11
 # cache: they gain a tenth by it, shorter ones nothing.
 STREAM_SHARE = 8
 COMPUTED = ("float32", "float16", "bfloat16")
+PLAIN = Source()
 
 Emit = Callable[[], None]
 
@@ -104,7 +105,9 @@ class _Driver:
 
     def each_row(self, body: Callable[[Expr], None], kind: str) -> None:
         with self.loop(kind, self.rows) as row:
-            body(row * self.length)
+            start = row * self.length
+            self.emitter.at_row(row, start)
+            body(start)
 
     def by_work(self, body: Callable[[Expr], None]) -> None:
         """Rows over threads where there is enough to do."""
@@ -242,12 +245,14 @@ def softmax(
     threads: int = 1,
     form: Form = Form.AUTO,
     name: str | None = None,
+    source: Source = PLAIN,
 ) -> tirx.PrimFunc:
     """A kernel (X, Y) -> None: Y = softmax of X over the last axis, both float32 of `shape`, row-major.
 
     shape: None for a dimension that is known at run time. threads: how many the kernel may count on; above one, enough
     work is offered to TVM's thread pool. form: AUTO chooses by row length and cache sizes, at run time where the length
-    is dynamic. name: of the exported symbol; None for a function that only its own module calls.
+    is dynamic. name: of the exported symbol; None for a function that only its own module calls. source: scales X or
+    puts a mask on it, which then is the second argument.
     """
 
     def emit(emitter: SoftmaxEmitter, rows: int | Expr, length: int | Expr) -> None:
@@ -258,7 +263,7 @@ def softmax(
         stream_rows = _all(large, length * 8 * STREAM_SHARE > caches.last_level)
         _Driver(emitter, rows, length, threads, stream, stream_rows).emit(known, longest_in_cache(caches))
 
-    return rowwise(shape, isa, emit, name)
+    return rowwise(shape, isa, emit, name, source)
 
 
 def rowwise(
@@ -266,8 +271,12 @@ def rowwise(
     isa: InstructionSet,
     emit: Callable[[SoftmaxEmitter, int | Expr, int | Expr], None],
     name: str | None = None,
+    source: Source = PLAIN,
 ) -> tirx.PrimFunc:
-    """A kernel (X, Y) -> None over float32 tensors of one shape, whose body `emit(emitter, rows, length)` writes."""
+    """A kernel (X, Y) -> None over float32 tensors of one shape, whose body `emit(emitter, rows, length)` writes.
+
+    With a mask it is (X, mask, Y) -> None.
+    """
     if not shape:
         raise ValueError("softmax needs at least one axis, got a scalar")
     size = math.prod(d for d in shape if d is not None)
@@ -277,16 +286,23 @@ def rowwise(
         T.func_attr({"tirx.noalias": True, "op_pattern": OPAQUE, "tirx.is_scheduled": True})
         dims = [tirx.Var(f"d{i}", index) if d is None else tirx.const(d, index) for i, d in enumerate(shape)]
         x = T.match_buffer(T.arg("x", T.handle()), dims, "float32")
+        if source.mask:
+            own = [d if has else tirx.const(1, index) for d, has in zip(dims, source.axes, strict=True)]
+            held = T.match_buffer(T.arg("mask", T.handle()), own, source.mask)
         y = T.match_buffer(T.arg("y", T.handle()), dims, "float32")
         rows = _product(shape[:-1], dims[:-1])
         length = dims[-1] if shape[-1] is None else shape[-1]
         flat = reduce(operator.mul, dims)
         x = T.decl_buffer((flat,), "float32", data=x.data)
         y = T.decl_buffer((flat,), "float32", data=y.data)
+        if source.mask:
+            held = T.decl_buffer((reduce(operator.mul, own),), source.mask, data=held.data)
         vectors = Vectors(isa)
         # Relax looks for a root block in every function that it calls.
         with T.sblock("root"), vectors.prelude():
-            emit(SoftmaxEmitter(vectors, x, y, index), rows, length)
+            sizes = [d if s is None else s for s, d in zip(shape, dims, strict=True)]
+            mask = Mask(held, source.merged(sizes), length) if source.mask else None
+            emit(SoftmaxEmitter(vectors, x, y, index, source.scale, mask), rows, length)
     return builder.get()
 
 

@@ -181,6 +181,11 @@ class Vectors:
         pointer = T.address_of(buffer[offset])
         return T.Bind(T.call_extern(self.dtype, self._name("load"), pointer, _int32(count), T.float32(fill)))
 
+    def select(self, x: Expr, kept: Buffer, offset: Expr, count: Expr | None = None) -> Expr:
+        """x where the booleans at `offset` are true, else -inf; with `count` only so many are read."""
+        count = T.int32(self.lanes) if count is None else _int32(count)
+        return T.Bind(T.call_extern(self.dtype, self._name("select"), T.address_of(kept[offset]), count, x))
+
     def store(
         self, buffer: Buffer, offset: Expr, value: Expr, count: Expr | None = None, stream: bool = False
     ) -> None:
@@ -255,7 +260,7 @@ class Vectors:
         vector, mask = f"<{lanes} x float>", f"<{lanes} x i1>"
         text = _MEMORY.format(
             lanes=lanes, vector=vector, mask=mask, align=4 * lanes, below=4 * lanes - 1,
-            index=", ".join(f"i32 {i}" for i in range(lanes)),
+            index=", ".join(f"i32 {i}" for i in range(lanes)), lowest=", ".join(["float 0xFFF0000000000000"] * lanes),
         )
         text += _reduction("max", lanes) + _reduction("sum", lanes)
         for name, word in COMPARISONS.items():
@@ -277,7 +282,8 @@ class Exponential:
 
     The power of two of x is taken against 2^n from the start, in whole parts, so that the loop over a row neither
     subtracts a maximum nor rescales. The error is 2 ulp (2.5 without fma) and, without `low`, 2.7e-9·x, in softmax of
-    the difference to the greatest; results between 87.3 and 88.1 below n·ln 2, no normal numbers, are off by up to 2^-127.
+    the difference to the greatest; results between 87.3 and 88.1 below n·ln 2, which are no normal numbers, are off by
+    up to 2^-127.
 
     floor: (n - 127)·ln 2, to which less is raised; its power has the bits of 0. magic: ROUND + parts·(BIAS - n).
     """
@@ -329,6 +335,13 @@ define {vector} @gw_load_{lanes}(ptr %p, i32 %n, float %fill) alwaysinline {{
   %v = call {vector} @llvm.masked.load.v{lanes}f32.p0(ptr align 4 %p, {mask} %m, {vector} %s)
   ret {vector} %v
 }}
+define {vector} @gw_select_{lanes}(ptr %p, i32 %n, {vector} %v) alwaysinline {{
+  %m = call {mask} @gw_mask_{lanes}(i32 %n)
+  %b = call <{lanes} x i8> @llvm.masked.load.v{lanes}i8.p0(ptr align 1 %p, {mask} %m, <{lanes} x i8> zeroinitializer)
+  %k = icmp ne <{lanes} x i8> %b, zeroinitializer
+  %r = select {mask} %k, {vector} %v, {vector} <{lowest}>
+  ret {vector} %r
+}}
 define i32 @gw_store_{lanes}(ptr %p, i32 %n, {vector} %v) alwaysinline {{
   %m = call {mask} @gw_mask_{lanes}(i32 %n)
   call void @llvm.masked.store.v{lanes}f32.p0({vector} %v, ptr align 4 %p, {mask} %m)
@@ -355,6 +368,7 @@ define {vector} @gw_add_{lanes}({vector} %v, {vector} %c) alwaysinline {{
   ret {vector} %r
 }}
 declare {vector} @llvm.masked.load.v{lanes}f32.p0(ptr, {mask}, {vector})
+declare <{lanes} x i8> @llvm.masked.load.v{lanes}i8.p0(ptr, {mask}, <{lanes} x i8>)
 declare void @llvm.masked.store.v{lanes}f32.p0({vector}, ptr, {mask})
 declare void @llvm.prefetch.p0(ptr, i32, i32, i32)
 !0 = !{{i32 1}}

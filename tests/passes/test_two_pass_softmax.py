@@ -306,7 +306,9 @@ def test_operators_match_their_reference(operator) -> None:
     """Every operator through the checker, onnx's own evaluator and onnxruntime, on each of its cases."""
     for case in operator.cases:
         arrays = [np.random.default_rng(1).standard_normal(shape, np.float32) for shape in case.shapes]
-        inputs = [ir.val(f"x{i}", ir.DataType.FLOAT, a.shape) for i, a in enumerate(arrays)]
+        for i in case.booleans:
+            arrays[i] = arrays[i] > -1
+        inputs = [ir.val(f"x{i}", ir.DataType.from_numpy(a.dtype), a.shape) for i, a in enumerate(arrays)]
         node = ir.node(operator.name, inputs, case.attributes, domain=operator.domain)
         node.outputs[0].name = "y"
         imports = {"": max(17, operator.opset)}

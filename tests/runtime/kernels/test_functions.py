@@ -156,7 +156,10 @@ def test_exp_and_sigmoid_at_their_ends(name: str, runnable: Callable[[str], Targ
 
 @pytest.mark.parametrize("name", X86)
 def test_exponential_of_softmax(name: str, runnable: Callable[[str], Target]) -> None:
-    """2 ulp up to 88, 2.5 without fused multiply-add, on either side of every part of a power of two; below the normal numbers 2^-126."""
+    """2 ulp up to 88 (2.5 without fused multiply-add), on both sides of every eighth of a power of two.
+
+    Below the normal numbers 2^-126.
+    """
     runnable(name)
     edges = (np.arange(-1008, 1014) + 0.5) * (np.log(2) / 8)
     x = np.concatenate([np.linspace(-120, 88, 1_000_003), edges, np.nextafter(edges.astype(np.float32), 0)])

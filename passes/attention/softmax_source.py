@@ -1,0 +1,102 @@
+"""What the softmax of a scaled and masked tensor is really of, so that neither product nor sum has to be written."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from .. import graph
+from ..ops import MASKED_SOFTMAX, SCALED_SOFTMAX, SELECTED_SOFTMAX, CustomOp
+
+
+@dataclass(frozen=True)
+class Source:
+    """softmax(x · scale), with a mask added or, of booleans, where it is true and else -inf."""
+
+    x: ir.Value
+    scale: float
+    mask: ir.Value | None
+
+    @property
+    def operator(self) -> CustomOp:
+        if self.mask is None:
+            return SCALED_SOFTMAX
+        return SELECTED_SOFTMAX if self.mask.dtype == ir.DataType.BOOL else MASKED_SOFTMAX
+
+    def __str__(self) -> str:
+        scaled = f"{self.x.name}" if self.scale == 1 else f"{self.x.name} * {self.scale:.6g}"
+        if self.mask is None:
+            return scaled
+        return f"{scaled} {'where' if self.mask.dtype == ir.DataType.BOOL else '+'} {self.mask.name}"
+
+
+def source_of(value: ir.Value) -> Source | None:
+    """Where `value`, of float32, is a scaled or masked tensor that only its softmax reads: what it is made of.
+
+    The scale is a constant. The mask is known to broadcast to the tensor and to have its last axis.
+    """
+    whole, inner, mask = value, value, None
+    if value.dtype != ir.DataType.FLOAT:
+        return None
+    if (node := _only_used(value, "Where")) is not None:
+        kept, chosen, fill = node.inputs
+        hides = _scalar(fill) == -math.inf and _broadcasts(kept, whole)
+        if hides and chosen is not None and graph.same_shape(chosen, whole):
+            inner, mask = chosen, kept
+    elif (node := _only_used(value, "Add")) is not None:
+        first, second = node.inputs
+        orders = ((first, second), (second, first))
+        sides = [(a, b) for a, b in orders if a is not None and graph.same_shape(a, whole) and _broadcasts(b, whole)]
+        if sides:  # of two whole tensors the one that is scaled
+            inner, mask = next((side for side in sides if _unscaled(side[0], whole)[1] != 1), sides[0])
+    x, scale = _unscaled(inner, whole)
+    return None if mask is None and scale == 1 else Source(x, scale, mask)
+
+
+def _unscaled(value: ir.Value, whole: ir.Value) -> tuple[ir.Value, float]:
+    """`value` as a tensor of the shape of `whole` and a factor."""
+    node = _only_used(value, "Mul", "Div")
+    if node is None:
+        return value, 1.0
+    first, second = node.inputs
+    for inner, number in ((first, second), (second, first)):
+        factor = _scalar(number) or 0.0
+        if node.op_type == "Div" and factor:
+            factor = 1 / factor if number is second else 0.0
+        factor = float(np.float32(factor))
+        if inner is not None and factor and math.isfinite(factor) and graph.same_shape(inner, whole):
+            return inner, factor
+    return value, 1.0
+
+
+def _only_used(value: ir.Value, *operators: str) -> ir.Node | None:
+    """The node of one of these operators that makes the value, in the same graph as its only reader."""
+    node = value.producer()
+    if node is None or not graph.is_op(node, *operators) or value.is_graph_output() or len(value.uses()) != 1:
+        return None
+    ((user, _),) = value.uses()
+    return node if user.graph is node.graph else None
+
+
+def _scalar(value: ir.Value | None) -> float | None:
+    array = graph.constant_value(value)
+    return float(array.reshape(-1)[0]) if array is not None and array.size == 1 and array.dtype.kind == "f" else None
+
+
+def _broadcasts(mask: ir.Value | None, whole: ir.Value) -> bool:
+    """Whether each axis of the mask is that of the whole tensor or of one element, the last one its own.
+
+    A constant row is no mask but the bias of a product, which the product's kernel adds.
+    """
+    types = (ir.DataType.FLOAT, ir.DataType.BOOL)
+    if mask is None or mask.shape is None or whole.shape is None or mask.dtype not in types:
+        return False
+    if len(mask.shape) == 1 and mask.dtype == ir.DataType.FLOAT and graph.is_constant(mask):
+        return False
+    dims, sizes = list(whole.shape)[::-1], list(mask.shape)[::-1]
+    if not sizes or len(sizes) > len(dims) or not graph.same_dim(sizes[0], dims[0]):
+        return False
+    return all(size == 1 or graph.same_dim(size, dim) for size, dim in zip(sizes, dims, strict=False))

@@ -1,0 +1,80 @@
+"""Softmax over the last axis of a scaled and masked tensor, which is never written: three operators of one formula.
+
+    graphwright.ScaledSoftmax <scale> (x)             softmax(x · scale)
+    graphwright.MaskedSoftmax <scale> (x, mask)       softmax(x · scale + mask), mask of x's type
+    graphwright.SelectedSoftmax <scale> (x, kept)     softmax(x · scale where kept, else -inf), kept of booleans
+
+mask and kept broadcast to x. A row of nothing but -inf is NaN, as in Softmax.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from .base import DOMAIN, Case, CustomOp
+from .two_pass_softmax import softmax_reference
+
+if TYPE_CHECKING:
+    import numpy as np
+    import onnx_ir as ir
+
+VERSION = 1
+OPSET = 15  # the first that has CastLike
+
+_SCALED = """
+    factor = Constant <value_float: float = @scale> ()
+    scale = CastLike (factor, x)
+    scaled = Mul (x, scale)
+"""
+# Name -> its inputs and what it makes of `scaled`. `form` is for kernels only.
+_BODIES = {
+    "ScaledSoftmax": ("x", "y = Softmax <axis = -1> (scaled)"),
+    "MaskedSoftmax": ("x, mask", "masked = Add (scaled, mask)\n    y = Softmax <axis = -1> (masked)"),
+    "SelectedSoftmax": (
+        "x, kept",
+        """least = Constant <value_float = -inf> ()
+    hidden = CastLike (least, x)
+    masked = Where (kept, scaled, hidden)
+    y = Softmax <axis = -1> (masked)""",
+    ),
+}
+
+
+def _function(name: str, opset: int) -> ir.Function:
+    import onnx_ir as ir
+    from onnx import parser
+
+    inputs, rest = _BODIES[name]
+    head = f'<domain: "{DOMAIN}", opset_import: ["": {opset}]>\n{name} <scale, form> ({inputs}) => (y)'
+    return ir.serde.deserialize_function(parser.parse_function(f"{head} {{{_SCALED}    {rest}\n}}"))
+
+
+def masked_softmax(x: np.ndarray, mask: np.ndarray | None = None, scale: float = 1.0, form: str = "auto") -> np.ndarray:
+    """The oracle of all three, float64; a mask of booleans selects, another is added."""
+    import numpy as np
+
+    x = x.astype(np.float64) * scale
+    if mask is not None:
+        with np.errstate(invalid="ignore"):
+            x = np.where(mask, x, -np.inf) if mask.dtype == np.bool_ else x + mask.astype(np.float64)
+    return softmax_reference(x)
+
+
+def _operator(name: str, cases: tuple[Case, ...]) -> CustomOp:
+    return CustomOp(name, VERSION, lambda opset: _function(name, opset), masked_softmax, cases, OPSET)
+
+
+_MASKED = (
+    Case(((1, 1), (1,)), {"scale": 1.0}, "one element"),
+    Case(((3, 15), (15,)), {"scale": 0.5}, "one below a vector of 16, a mask for all rows"),
+    Case(((2, 3, 16), (3, 16)), {"scale": 1.0}, "one vector of 16, a mask for a matrix"),
+    Case(((2, 3, 4, 17), (2, 1, 1, 17)), {"scale": 0.125}, "one above a vector of 16, a mask for a batch"),
+    Case(((2, 3, 4, 197), (2, 1, 4, 197)), {"scale": -1.0}, "a mask that skips an axis; a negative scale"),
+    Case(((0, 8), (8,)), {"scale": 1.0}, "no rows"),
+    Case(((3, 4099), (3, 4099)), {"scale": 2.0}, "a mask of every element, three above a block"),
+    Case(((2, 40000), (40000,)), {"scale": 1.0, "form": "two-pass"}, "the two-pass form"),
+)
+SCALED_SOFTMAX = _operator("ScaledSoftmax", tuple(Case(c.shapes[:1], c.attributes, c.note) for c in _MASKED))
+MASKED_SOFTMAX = _operator("MaskedSoftmax", _MASKED)
+SELECTED_SOFTMAX = _operator("SelectedSoftmax", tuple(replace(case, booleans=(1,)) for case in _MASKED))
