@@ -48,7 +48,8 @@ def load(path: Path) -> Checkpoint:
     decoder = fill(llama.Decoder, sizes, _state(reader, sizes, path), NAMES, path)
     bos, eos = (_optional(reader, f"tokenizer.ggml.{key}_token_id", None) for key in ("bos", "eos"))
     vocabulary = _value(reader, "tokenizer.ggml.tokens", path)
-    tokenizer = tokens.from_gguf({key: _value(reader, f"tokenizer.ggml.{key}", path) for key in tokens.GGUF_KEYS})
+    fields = {key: _optional(reader, f"tokenizer.ggml.{key}", None) for key in tokens.GGUF_KEYS}
+    tokenizer = tokens.from_gguf({key: value for key, value in fields.items() if value is not None})
     special = {"bos_token": bos, "eos_token": eos}
     return Checkpoint(
         architecture=_value(reader, "general.architecture", path),

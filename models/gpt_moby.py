@@ -13,7 +13,7 @@ from .tiny_lm_training import Corpus, Plan, in_torch, loss_at, train
 
 FOLDER = Path(__file__).parent / "gpt_moby"
 SIZES = gpt.Sizes(vocabulary=256, positions=512, width=128, layers=4, heads=4)
-PLAN = Plan(SIZES, length=SIZES.positions, steps=1200, batch=4, rate=3e-3, seed=0)
+PLAN = Plan(SIZES, length=SIZES.positions, steps=1400, batch=2, rate=1e-3, seed=0)
 STRETCHES, STRETCH = 16, 2048  # what is held out, in bytes
 
 

@@ -58,21 +58,25 @@ def from_gguf(fields: Mapping[str, Any]) -> Tokenizer:
     """The tokenizer that fields of GGUF_KEYS describe. Raises ModelError unless it is one of byte-level pairs."""
     from tokenizers import AddedToken, Tokenizer, decoders, models
 
-    if fields["model"] != "gpt2" or fields["pre"] not in CUTS:
+    kind, cut = fields.get("model"), fields.get("pre")
+    if kind != "gpt2" or cut not in CUTS:
         raise ModelError(
-            f"the file has a tokenizer of kind {fields['model']!r}, {fields['pre']!r}; expected byte-level pairs "
-            f"('gpt2') with one of {', '.join(map(repr, CUTS))}"
+            f"the file has a tokenizer of kind {kind!r}, {cut!r}; expected byte-level pairs ('gpt2') with one of "
+            f"{', '.join(map(repr, CUTS))}"
         )
     vocabulary = {token: index for index, token in enumerate(fields["tokens"])}
-    merges = [tuple(merge.split(" ")) for merge in fields["merges"]]
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
-    tokenizer.pre_tokenizer = _cut(CUTS[fields["pre"]])
+    merges = [tuple(merge.split(" ")) for merge in fields.get("merges", [])]
+    try:
+        tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    except Exception as error:  # of that package's own, which has no narrower class
+        raise ModelError(f"the file's tokenizer is damaged ({error})") from error
+    tokenizer.pre_tokenizer = _cut(CUTS[cut])
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(
         [
             AddedToken(token, special=True, normalized=False)
-            for token, kind in zip(fields["tokens"], fields["token_type"], strict=True)
-            if kind == CONTROL
+            for token, type_ in zip(fields["tokens"], fields.get("token_type", []), strict=False)
+            if type_ == CONTROL
         ]
     )
     return tokenizer

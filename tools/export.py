@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from .shell import Command, as_bytes, progress, verbosity_options
+from .shell import Command, as_bytes, count_of, progress, verbosity_options
 
 
 def export_generator(
@@ -64,5 +64,5 @@ def command(
             model, out, capacity=capacity, decode_tokens=decode_tokens, weights=weights, overwrite=overwrite, say=say
         )
     size = sum(file.stat().st_size for file in out.iterdir())
-    click.echo(f"{out}: {about['architecture']}, {about['layers']} layers, {about['vocabulary']} tokens, "
+    click.echo(f"{out}: {about['architecture']}, {count_of(about['layers'], 'layer')}, {about['vocabulary']} tokens, "
                f"capacity {about['capacity']}, {as_bytes(size)}")  # fmt: skip
