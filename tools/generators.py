@@ -19,8 +19,6 @@ from graphwright.passes.errors import UsageError
 from .shell import progress, verbosity
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from .config import Settings
 
 
@@ -35,7 +33,8 @@ def optimize_folder(settings: Settings) -> dict[str, Any]:
 
     Raises a GraphwrightError; then nothing is left behind.
     """
-    from graphwright.runtime.generator_folder import PARTS, GeneratorFolder, check_feeds, rewrite
+    from graphwright.runtime.generator_build import check_feeds, rewrite
+    from graphwright.runtime.generator_folder import PARTS, GeneratorFolder
 
     from .optimize import optimize_file
 
@@ -48,16 +47,17 @@ def optimize_folder(settings: Settings) -> dict[str, Any]:
     name = Path(settings.model).absolute().name
     out = Path(settings.output or Path(settings.model).absolute().with_name(f"{name}.{settings.target or 'opt'}"))
 
-    def optimize(model: Path, to: Path, feeds: dict[str, list[np.ndarray]]) -> dict[str, Any]:
-        change: dict[str, Any] = {"model": str(model), "output": str(to), "overwrite": False}
+    def optimize(part: str, to: Path) -> dict[str, Any]:
+        change: dict[str, Any] = {"model": str(source.model(part)), "output": str(to)}
         if settings.report is not None:
             report = Path(settings.report)
-            change["report"] = str(report.with_name(f"{report.stem}.{model.stem}{report.suffix}"))
-        done = optimize_file(settings.model_copy(update=change), feeds)
+            change["report"] = str(report.with_name(f"{report.stem}.{part}{report.suffix}"))
+        done = optimize_file(settings.model_copy(update=change), feeds[part] if feeds else None)
         return {**done, "output": None if settings.dry_run else str(out / to.name)}
 
+    feeds = check_feeds(source, settings.threads) if settings.verify and not settings.dry_run else None
     if settings.dry_run:
-        parts = {part: optimize(source.model(part), out, check_feeds(source.about, part)) for part in PARTS}
+        parts = {part: optimize(part, out) for part in PARTS}
     else:
         parts = rewrite(source, out, optimize, compiles=bool(settings.target), overwrite=settings.overwrite)
     return {"model": settings.model, "output": None if settings.dry_run else str(out), "parts": parts}
@@ -69,7 +69,8 @@ def ready(model: str, backend: str | None, threads: int | None = None) -> Path:
     model: a generator folder, or what `export` takes. backend: tvm needs a compiled folder; None is tvm for what is
     kept, and a folder as it is. Raises what exporting and compiling raise.
     """
-    from graphwright.runtime.generator_folder import GeneratorFolder, compile_generator
+    from graphwright.runtime.generator_build import compile_generator
+    from graphwright.runtime.generator_folder import GeneratorFolder
 
     from .export import export_generator
 

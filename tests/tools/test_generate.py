@@ -237,7 +237,7 @@ def test_a_generator_is_compiled_once(
     cli: Cli, cache: Path, tiny_generator: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without compiling: that is another test's."""
-    from graphwright.runtime import generator_folder
+    from graphwright.runtime import generator_build
 
     made: list[Path] = []
 
@@ -245,7 +245,7 @@ def test_a_generator_is_compiled_once(
         made.append(place)
         place.mkdir()
 
-    monkeypatch.setattr(generator_folder, "compile_generator", stand_in)
+    monkeypatch.setattr(generator_build, "compile_generator", stand_in)
     first = generators.ready(str(tiny_generator.root), "tvm")
     assert generators.ready(str(tiny_generator.root), "tvm") == first and made == [first]
     assert first.parent == cache / "generators" and first.name.startswith("tiny-compiled-")
