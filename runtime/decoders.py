@@ -86,6 +86,10 @@ class OnnxruntimeDecoder:
         results = binding.get_outputs()[: len(RESULTS)]
         return _rows(part, [value.numpy() for value in results], wanted)
 
+    def cache(self) -> dict[str, np.ndarray]:
+        """A copy of the cache, (1, k, c, e) each."""
+        return {name: value.numpy() for name, value in self._cache.items()}
+
     @functools.cached_property
     def _cache(self) -> dict[str, onnxruntime.OrtValue]:
         import onnxruntime as ort

@@ -15,17 +15,14 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Literal
 
-import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ..passes.errors import ArtifactError, InputError, OutputError, first_line
-from .artifact import MANIFEST, MODEL, Workplace
+from ..passes.errors import ArtifactError, InputError, first_line
+from .artifact import MANIFEST, MODEL
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -34,8 +31,6 @@ SCHEMA = 1
 DESCRIPTION, TOKENIZER = "generator.json", "tokenizer.json"
 PREFILL, DECODE = "prefill", "decode"
 PARTS = (PREFILL, DECODE)
-
-Written = TypeVar("Written")
 
 
 class Description(BaseModel):
@@ -134,62 +129,3 @@ def load_tokenizer(path: Path) -> Tokenizer:
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
-
-
-def check_feeds(about: Description, part: str, seed: int = 0) -> dict[str, list[np.ndarray]]:
-    """Input name -> two samples that a part is checked with: calls of another length, one of which fills the cache.
-
-    Feeds made up from the graph alone would write behind the capacity of a small cache.
-    """
-    rng = np.random.default_rng(seed)
-    c = about.capacity
-    lengths = [about.decode_tokens] * 2 if part == DECODE else [min(40, c), min(7, c)]
-    feeds: dict[str, list[np.ndarray]] = {"input_ids": [], "position": []}
-    for s, position in zip(lengths, (min(c // 4, c - lengths[0]), c - lengths[1]), strict=True):
-        feeds["input_ids"].append(rng.integers(0, about.vocabulary, (1, s)))
-        feeds["position"].append(np.array([position]))
-    if part == PREFILL:
-        feeds["wanted"] = [np.array([lengths[0] - 1]), np.array([0, lengths[1] - 1])]
-    for name in about.cache_names:
-        feeds[f"past_{name}"] = [rng.standard_normal(about.cache_shape, np.float32) for _ in lengths]
-    return feeds
-
-
-def rewrite(
-    source: GeneratorFolder, out: Path, optimize: Callable[[Path, Path, dict[str, list[np.ndarray]]], Written], *,
-    compiles: bool, overwrite: bool = False,
-) -> dict[str, Written]:  # fmt: skip
-    """Make another generator of one, part by part, whole or not at all, and return what `optimize` says of each.
-
-    optimize: (ONNX file, where its result goes, inputs to check it with). compiles: the results are artifacts.
-    Raises OutputError, and what `optimize` raises.
-    """
-    if out.exists() and source.root.exists() and os.path.samefile(out, source.root):
-        raise OutputError(f"{out}: is read by this run and will not be replaced; choose another output")
-    from .sharing import share_weights
-
-    done = {}
-    with Workplace(out, overwrite, DESCRIPTION, "a generator") as folder:
-        for part in PARTS:
-            target = folder / (part if compiles else f"{part}.onnx")
-            done[part] = optimize(source.model(part), target, check_feeds(source.about, part))
-        if compiles:
-            share_weights(folder, PARTS)
-        for name in (DESCRIPTION, TOKENIZER):
-            shutil.copyfile(source.root / name, folder / name)
-    return done
-
-
-def compile_generator(
-    path: str | os.PathLike[str], out: str | os.PathLike[str], *, overwrite: bool = False, **options: Any
-) -> GeneratorFolder:
-    """`driver.optimize` on both graphs of a generator, with its options; the target is the host's by default."""
-    from . import driver
-
-    options = {"target": "cpu", **options}
-
-    def optimize(model: Path, to: Path, feeds: dict[str, list[np.ndarray]]) -> object:
-        return driver.optimize(model, out=to, **{"calibration": feeds, **options})
-
-    rewrite(GeneratorFolder.load(path), Path(out), optimize, compiles=True, overwrite=overwrite)
-    return GeneratorFolder.load(out)

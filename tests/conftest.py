@@ -234,6 +234,6 @@ def make_generator(tmp_path: Path) -> Callable[..., TinyGenerator]:
 def compiled_generator(tiny_generator: TinyGenerator, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same, compiled for this machine. Do not change it."""
     pytest.importorskip("tvm")
-    from graphwright.runtime.generator_folder import compile_generator
+    from graphwright.runtime.generator_build import compile_generator
 
     return compile_generator(tiny_generator.root, tmp_path_factory.mktemp("compiled") / "tiny").root

@@ -16,6 +16,8 @@ COMMANDS = {
     "optimize": "Rewrite a model with passes and, with --target, compile it.",
     "compile": "Compile a model with the exact default passes only.",
     "export": "Write a language model as a generator folder: prefill, decode, tokenizer.",
+    "generate": "Continue a text with a language model, token by token.",
+    "perplexity": "How well a language model foresees a text.",
     "run": "Run an artifact or an ONNX model on inputs from a file.",
     "compare": "Are two models the same function? Exit 3 if they are not.",
     "bench": "Time a model against onnxruntime or another model.",

@@ -6,12 +6,12 @@ from typing import Any
 
 import click
 
-from .optimize import optimize_file, show
+from .optimize import optimize_model, show
 from .shell import Command, format_options, parse_pins, pin_option, threads_option, tune_option, verbosity_options
 
 
 @click.command(cls=Command, name="compile")
-@click.argument("model", metavar="MODEL.onnx")
+@click.argument("model", metavar="MODEL.onnx|DIR")
 @click.option("--target", default="cpu", show_default=True, metavar="NAME", help="`graphwright targets` lists them.")
 @click.option("-o", "--output", metavar="DIR", help="Artifact folder; by default MODEL.TARGET beside the model.")
 @pin_option
@@ -25,7 +25,10 @@ from .shell import Command, format_options, parse_pins, pin_option, threads_opti
 @format_options
 @verbosity_options
 def command(pins: tuple[str, ...], as_json: bool, **given: Any) -> None:
-    """Compile MODEL.onnx for a target. The same as optimize --target without further passes."""
+    """Compile MODEL.onnx for a target. The same as optimize --target without further passes.
+
+    DIR is a folder that `graphwright export` wrote; both of its models are compiled into another such folder.
+    """
     from .config import Settings
 
-    show(optimize_file(Settings(**given, pin=parse_pins(pins))), as_json)
+    show(optimize_model(Settings(**given, pin=parse_pins(pins))), as_json)

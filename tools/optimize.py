@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,15 +27,27 @@ from .shell import (
 )
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from .config import Settings
 
 REPORTS = (".html", ".json")
 
 
-def optimize_file(settings: Settings) -> dict[str, Any]:
+def optimize_model(settings: Settings) -> dict[str, Any]:
+    """`optimize_file`, or for a generator folder `generators.optimize_folder`."""
+    if settings.model is not None and Path(settings.model).is_dir():
+        from .generators import is_generator, optimize_folder
+
+        if is_generator(settings.model):
+            return optimize_folder(settings)
+    return optimize_file(settings)
+
+
+def optimize_file(settings: Settings, feeds: Mapping[str, Sequence[np.ndarray]] | None = None) -> dict[str, Any]:
     """Do what the settings say and return what was done, as `summary.summarize` describes it.
 
-    Raises a GraphwrightError; then nothing is left behind.
+    feeds: in the place of the settings' calibration. Raises a GraphwrightError; then nothing is left behind.
     """
     from graphwright.models.trainer import train
     from graphwright.passes import io
@@ -71,7 +83,7 @@ def optimize_file(settings: Settings) -> dict[str, Any]:
             target=settings.target,
             out=out,
             pins=settings.pin,
-            calibration=_calibration(settings, model),
+            calibration=_calibration(settings, model) if feeds is None else feeds,
             seed=settings.seed,
             max_drop=settings.max_drop,
             verify=settings.verify,
@@ -154,6 +166,12 @@ def show(done: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print_json(done)
         return
+    if "parts" in done:
+        for name, part in done["parts"].items():
+            click.echo(f"{name}:")
+            show(part, False)
+            click.echo()
+        return
     dry = done["output"] is None
     if dry or verbosity() > 0:
         for one in done["passes"]:
@@ -214,4 +232,4 @@ def command(pins: tuple[str, ...], config: str | None, as_json: bool, **given: A
     values = {name: value for name, value in given.items() if value is not None}
     if pins:
         values["pin"] = parse_pins(pins)
-    show(optimize_file(load_settings(values, config)), as_json)
+    show(optimize_model(load_settings(values, config)), as_json)

@@ -14,14 +14,8 @@ from graphwright.passes.errors import ArtifactError, GraphwrightError, InputErro
 from graphwright.runtime import generator as module
 from graphwright.runtime.decoders import CompiledDecoder, OnnxruntimeDecoder
 from graphwright.runtime.generator import Generator, pieces
-from graphwright.runtime.generator_folder import (
-    DECODE,
-    PREFILL,
-    GeneratorFolder,
-    check_feeds,
-    compile_generator,
-    load_tokenizer,
-)
+from graphwright.runtime.generator_build import check_feeds, compile_generator
+from graphwright.runtime.generator_folder import DECODE, PREFILL, GeneratorFolder, load_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -279,14 +273,15 @@ def test_inputs_of_a_check_are_ones_that_a_part_takes(make_generator: Callable[.
     """At every capacity: one of the calls fills the cache to its last place."""
     for capacity in (2, 3, 7, 39, 40, 41, 96):
         tiny = make_generator(f"c{capacity}", capacity=capacity)
-        folder = GeneratorFolder.load(tiny.root)
+        found = check_feeds(GeneratorFolder.load(tiny.root))
         for part in (PREFILL, DECODE):
-            feeds = check_feeds(folder.about, part)
+            feeds = found[part]
             for ids, position in zip(feeds["input_ids"], feeds["position"], strict=True):
                 assert 0 <= position[0] <= capacity - ids.shape[1]
             assert feeds["position"][1][0] + feeds["input_ids"][1].shape[1] == capacity
-        for sample in zip(*(check_feeds(folder.about, PREFILL)[name] for name in ("wanted", "input_ids")), strict=True):
-            assert sample[0].max() < sample[1].shape[1]
+            assert {rows.shape[2] for name in feeds if name.startswith("past_") for rows in feeds[name]} == {capacity}
+        for wanted, ids in zip(found[PREFILL]["wanted"], found[PREFILL]["input_ids"], strict=True):
+            assert wanted.min() >= 0 and wanted.max() < ids.shape[1]
 
 
 def test_both_parts_of_a_compiled_generator_run_on_tvm(compiled_generator: Path) -> None:

@@ -1,0 +1,95 @@
+"""A generator folder made of another one: both graphs rewritten or compiled, and checked."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from ..passes.errors import OutputError
+from .artifact import Workplace
+from .decoders import OnnxruntimeDecoder
+from .generator_folder import DECODE, DESCRIPTION, PARTS, PREFILL, TOKENIZER, GeneratorFolder
+from .sharing import share_weights
+
+READ_TOKENS = 64  # of the text that the cache of a check comes from
+LENGTHS = (40, 7)  # of prefill's calls in a check
+
+Feeds = dict[str, list[np.ndarray]]
+Written = TypeVar("Written")
+
+
+def check_feeds(folder: GeneratorFolder, threads: int | None = None, seed: int = 0) -> dict[str, Feeds]:
+    """Part -> input name -> two samples that it is checked with: for prefill of two lengths, the second of which fills
+    the cache to its last row.
+
+    The cache is what the model made of random tokens, over and over: numbers that no text gives, such as random ones,
+    are numbers that rounding errors can grow on from layer to layer.
+    """
+    rng, about = np.random.default_rng(seed), folder.about
+    c = about.capacity
+    past = {f"past_{name}": [rows, rows] for name, rows in _read_cache(folder, threads, rng).items()}
+    found: dict[str, Feeds] = {}
+    for part, lengths in ((PREFILL, [min(length, c) for length in LENGTHS]), (DECODE, [about.decode_tokens] * 2)):
+        positions = [min(c // 4, c - lengths[0]), c - lengths[1]]
+        found[part] = {
+            "input_ids": [rng.integers(0, about.vocabulary, (1, length)) for length in lengths],
+            "position": [np.array([position]) for position in positions],
+            **past,
+        }
+    found[PREFILL]["wanted"] = [np.array([ids.shape[1] - 1]) for ids in found[PREFILL]["input_ids"]]
+    found[PREFILL]["wanted"][1] = np.array([0, min(LENGTHS[1], c) - 1])
+    return found
+
+
+def _read_cache(folder: GeneratorFolder, threads: int | None, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """A full cache: the rows of READ_TOKENS random tokens, repeated."""
+    count = min(READ_TOKENS, folder.about.capacity)
+    decoder = OnnxruntimeDecoder(folder, threads)
+    decoder.extend(rng.integers(0, folder.about.vocabulary, count).tolist(), 0, [count - 1])
+    places = np.arange(folder.about.capacity) % count
+    return {name: np.take(rows, places, 2) for name, rows in decoder.cache().items()}
+
+
+def rewrite(
+    source: GeneratorFolder, out: Path, optimize: Callable[[str, Path], Written], *, compiles: bool,
+    overwrite: bool = False,
+) -> dict[str, Written]:  # fmt: skip
+    """Make another generator of one, part by part, whole or not at all, and return what `optimize` says of each.
+
+    optimize: writes a part to where its result goes. compiles: the results are artifacts. Raises OutputError, and what
+    `optimize` raises.
+    """
+    if out.exists() and os.path.samefile(out, source.root):
+        raise OutputError(f"{out}: is read by this run and will not be replaced; choose another output")
+    with Workplace(out, overwrite, DESCRIPTION, "a generator") as folder:
+        done = {part: optimize(part, folder / (part if compiles else f"{part}.onnx")) for part in PARTS}
+        if compiles:
+            share_weights(folder, PARTS)
+        for name in (DESCRIPTION, TOKENIZER):
+            shutil.copyfile(source.root / name, folder / name)
+    return done
+
+
+def compile_generator(
+    path: str | os.PathLike[str], out: str | os.PathLike[str], *, overwrite: bool = False, **options: Any
+) -> GeneratorFolder:
+    """`driver.optimize` on both graphs of a generator in ONNX form, with its options; by default for this host.
+
+    Raises what reading, rewriting and compiling raise; then nothing is left behind.
+    """
+    from . import driver
+
+    source = GeneratorFolder.load(path)
+    options = {"target": "cpu", **options}
+
+    def optimize(part: str, to: Path) -> object:
+        return driver.optimize(source.model(part), out=to, calibration=feeds[part], **options)
+
+    feeds = check_feeds(source, options.get("threads"))
+    rewrite(source, Path(out), optimize, compiles=True, overwrite=overwrite)
+    return GeneratorFolder.load(out)
