@@ -62,9 +62,8 @@ class VectorTiles(Vectors):
 
     def _ir(self) -> str:
         lanes = self.lanes
-        extra = f"declare <{lanes} x i8> @llvm.masked.load.v{lanes}i8.p0(ptr, <{lanes} x i1>, <{lanes} x i8>)\n"
         own = _transpose(lanes, False) + _transpose(lanes, True) + _totals(lanes) + _kept(lanes)
-        return super()._ir() + own + _OPAQUE + extra
+        return super()._ir() + own + _OPAQUE
 
 
 _OPAQUE = """

@@ -107,7 +107,8 @@ def test_hidden_rows_and_special_elements_are_as_in_the_body(length: int, form: 
     got = kernel(Target.named("cpu"), (None, None), (True, True), "float32", 1.0, form)(x, mask)
     np.testing.assert_array_equal(np.isnan(got).all(axis=1), [True, False, False, False, True, True, True])
     np.testing.assert_allclose(got[1], 1 / length, rtol=1e-6)
-    np.testing.assert_array_equal(got[2:4], np.eye(1, length).repeat(2, axis=0))
+    # 1 may be off by its last place; what is hidden is exactly 0.
+    np.testing.assert_allclose(got[2:4], np.eye(1, length).repeat(2, axis=0), rtol=2.5e-7, atol=0)
     kept = mask == 0
     got = kernel(Target.named("cpu"), (None, None), (True, True), "bool", 1.0, form)(x, kept)
     np.testing.assert_array_equal(np.isnan(got).all(axis=1), [True, True, False, False, True, True, False])
@@ -159,4 +160,5 @@ def test_cases_through_the_lowering(operator) -> None:
         machine = relax.VirtualMachine(machine_code(builder.get(), target), tvm.cpu())
         got = machine["main"](*(tvm.runtime.tensor(value) for value in inputs)).numpy()
         expected = operator.reference(*inputs, **case.attributes)
-        np.testing.assert_allclose(got, expected, rtol=TOLERANCE, atol=1e-38, err_msg=case.note)
+        # Scaled by 2 and masked, the elements span up to 46, where differences are rounded by 1.9e-6.
+        np.testing.assert_allclose(got, expected, rtol=5e-6, atol=1e-38, err_msg=case.note)
