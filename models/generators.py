@@ -33,7 +33,7 @@ TYPES = ("float32", "float16", "bfloat16")
 LARGE = 4096  # bytes; smaller tensors stay in the ONNX files
 ALIGNMENT = 4096  # of tensors in weights.data, so that each can be mapped
 USUAL_CAPACITY = 2048
-IR_VERSION = 11  # from which on onnx knows the types of opset 24
+IR_VERSION = 12  # of opset 24
 
 
 # Name -> where its decoder is, and what is fetched for it.

@@ -123,7 +123,11 @@ def seeded(seed: int, sizes: Sizes = Sizes()) -> GPT:
 
 
 def untrained(seed: int, sizes: Sizes = Sizes()) -> GPT:
-    """Weights to start a training from: std 0.02, less for what is added to the residual; biases 0."""
+    """Weights to start a training from: std 0.02, less for what is added to the residual; biases 0.
+
+    Positions start as sines (Vaswani et al., 1706.03762), of which a neighbour's are a linear function: from noise,
+    attention to the byte before takes many times the steps to be found.
+    """
     generator = torch.Generator().manual_seed(seed)
     model = GPT(sizes)
     for name, parameter in model.named_parameters():
@@ -132,4 +136,8 @@ def untrained(seed: int, sizes: Sizes = Sizes()) -> GPT:
             nn.init.normal_(parameter, std=0.02 * ((2 * sizes.layers) ** -0.5 if residual else 1), generator=generator)
         elif name.endswith("bias"):
             nn.init.zeros_(parameter)
+    waves = 10_000.0 ** (-torch.arange(0, sizes.width, 2) / sizes.width)
+    angles = torch.outer(torch.arange(sizes.positions).float(), waves)
+    with torch.no_grad():
+        model.positions.weight.copy_(0.02 * 2**0.5 * torch.cat([angles.sin(), angles.cos()], dim=-1))
     return model

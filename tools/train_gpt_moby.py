@@ -1,6 +1,7 @@
 """Trains gpt-moby, the GPT-2 over bytes that comes with graphwright: `python -m graphwright.tools.train_gpt_moby`.
 
-The same seed, text and number of threads give the same weights. An interrupted run goes on from its checkpoint.
+The same seed, text and number of threads give the same weights. An interrupted run goes on from its checkpoints,
+which are beside the folder.
 """
 
 from __future__ import annotations
@@ -24,13 +25,12 @@ def command(output: str, threads: int, overwrite: bool) -> None:
     if folder.exists() and not overwrite:
         raise OutputError(f"{folder}: already exists; give --overwrite to replace it or -o to write elsewhere")
     from graphwright.models import gpt_moby
-    from graphwright.models.tiny_lm_training import seconds_spent, use_threads
+    from graphwright.models.tiny_lm_training import use_threads
 
     use_threads(threads)
-    checkpoint = folder.with_name(folder.name + ".checkpoint")
     with progress() as say:
-        loss = gpt_moby.make(folder, checkpoint, say)
-    click.echo(f"{folder}: {loss:.3f} nats a byte on held-out text, {seconds_spent(checkpoint) / 60:.0f} min")
+        loss, seconds = gpt_moby.make(folder, say)
+    click.echo(f"{folder}: {loss:.3f} nats a byte on held-out text, {seconds / 60:.0f} min")
 
 
 if __name__ == "__main__":
