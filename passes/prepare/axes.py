@@ -465,7 +465,7 @@ def _resize(at: At) -> Layout | None:
     known = None
     if scales is not None:
         known = list(scales)
-    elif vectors and (vectors[0] < 3 or rank == 0):
+    elif vectors and vectors[0] < 3:
         array = graph.constant_value(graph.input_of(node, vectors[0]))
         known = None if array is None else array.tolist()
     fixed = [axis for axis in range(rank) if known[axis] == 1] if known is not None else [0, rank - 1]

@@ -54,8 +54,7 @@ def recurrence(site: Site) -> Result:
     weight = np.concatenate([w[d].T for d in range(directions)], 1)
     projected = site.emit(relax.op.matmul(x, const(weight, "float32")))
     inputs = [site.emit(relax.op.add(projected, const(offsets, "float32")))]
-    for d in range(directions):
-        inputs += [const(packed, "float32") for packed in pack_recurrence(r[d], spec, isa, threads)]
+    inputs += [const(packed, "float32") for packed in pack_recurrence(r, spec, isa, threads)]
     if spec.reset_after:
         inputs.append(const(behind, "float32"))
     given = ((spec.lengths, 4), (spec.hidden_given, 5), (spec.cell_given, 6))

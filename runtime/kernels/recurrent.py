@@ -21,10 +21,9 @@ from tvm import tirx
 from tvm.tirx.script import builder as T
 
 from ...passes.base import Caches
-from ..codegen import GENERAL
 from ..target import InstructionSet
 from .functions import sigmoid, tanh
-from .gemm import GemmEmitter, GemmSpec, GemmTile, choose_tile, pack
+from .gemm import GemmEmitter, GemmSpec, GemmTile, choose_tile, pack, tiles
 from .rows import Shape, Size, count_of, flat_kernel
 from .vectors import Buffer, Expr, Vectors
 
@@ -32,6 +31,7 @@ GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
 # Multiply-adds of a whole recurrence below which a second thread costs more than it gives.
 PARALLEL = 1 << 18
 USUAL_SIZE = 32  # stands for a size that is known only at run time
+FEW_ROWS = 4  # sequences that are multiplied together at most, where it is not known how many there are
 
 FUNCTIONS: Mapping[str, Callable[[Vectors, Expr], Expr]] = {
     "sigmoid": sigmoid,
@@ -84,7 +84,15 @@ class RecurrentSpec:
         return self.batch // self.chunks(threads)
 
     def tile(self, part: int, isa: InstructionSet, threads: int) -> GemmTile:
-        return choose_tile(self.rows(threads), part * self.hidden, isa, Vectors(isa).lanes)
+        """Of few rows where it is not known how many there are: each height is written out."""
+        rows, columns, lanes = self.rows(threads), part * self.hidden, Vectors(isa).lanes
+        if rows is not None:
+            return choose_tile(rows, columns, isa, lanes)
+        return next(t for t in tiles(None, columns, isa, lanes, range(isa.registers)) if t.rows <= FEW_ROWS)
+
+    def packed_size(self, part: int, lanes: int) -> int:
+        """Elements of one direction's packed weights."""
+        return -(-part * self.hidden // lanes) * lanes * self.hidden
 
     @property
     def flops(self) -> list[Size]:
@@ -93,11 +101,13 @@ class RecurrentSpec:
 
 
 def pack_recurrence(r: np.ndarray, spec: RecurrentSpec, isa: InstructionSet, threads: int) -> list[np.ndarray]:
-    """Recurrent weights of one direction, (gates · hidden, hidden), as the kernel reads them: an array a product."""
+    """Recurrent weights, (directions, gates · hidden, hidden), as the kernel reads them: an array a product, with
+    one direction behind the other."""
     packed, first = [], 0
     for part in spec.parts:
-        columns = r[first * spec.hidden : (first + part) * spec.hidden].T
-        packed.append(pack(np.ascontiguousarray(columns), spec.tile(part, isa, threads), Vectors(isa).lanes))
+        columns = [each[first * spec.hidden : (first + part) * spec.hidden].T for each in r]
+        tile, lanes = spec.tile(part, isa, threads), Vectors(isa).lanes
+        packed.append(np.concatenate([pack(np.ascontiguousarray(each), tile, lanes) for each in columns]))
         first += part
     return packed
 
@@ -107,9 +117,8 @@ def tensor_shapes(spec: RecurrentSpec, isa: InstructionSet, threads: int) -> dic
     lanes, wide = Vectors(isa).lanes, spec.directions * spec.hidden
     states: Shape = (spec.directions, spec.batch, spec.hidden)
     tensors: dict[str, tuple[Shape, str]] = {"p": ((spec.steps, spec.batch, spec.gates * wide), "float32")}
-    for d in range(spec.directions):
-        for n, part in enumerate(spec.parts):
-            tensors[f"r{d}{n}"] = ((-(-part * spec.hidden // lanes) * lanes * spec.hidden,), "float32")
+    for n, part in enumerate(spec.parts):
+        tensors[f"r{n}"] = ((spec.directions * spec.packed_size(part, lanes),), "float32")
     if spec.reset_after:
         tensors["bias"] = ((wide,), "float32")
     if spec.lengths:
@@ -137,21 +146,21 @@ def recurrent(
             _Emitter(spec, v, buffers, size(spec.steps), size(spec.batch), index, caches, threads).emit()
 
     tensors = tensor_shapes(spec, isa, threads)
-    kernel = flat_kernel(name or spec.kind.lower(), tensors, isa, write, name is not None, spec.flops)
-    # The second direction binds variables of the first one again, which only the general passes take apart.
-    return kernel.with_attr(GENERAL, True)
+    return flat_kernel(name or spec.kind.lower(), tensors, isa, write, name is not None, spec.flops)
 
 
 @dataclass
 class _Chunk:
-    """Sequences of one direction. rows: how many, as a number where it is known. first: the first one's number."""
+    """Sequences of one direction. rows: how many, as a number where it is known. first: the first one's number.
+    weights: of the direction, a buffer a product."""
 
-    direction: int
+    direction: Expr
     first: Expr
     rows: int | Expr
     h: Buffer
     c: Buffer | None
     gates: Buffer
+    weights: list[Buffer]
     reset: Buffer | None  # r·H, of a GRU whose reset gate acts before the recurrence
 
 
@@ -172,7 +181,8 @@ class _Emitter:
     def emit(self) -> None:
         spec, const = self.spec, self.const
         chunks = spec.chunks(self.threads)
-        per = spec.rows(self.threads) or T.Bind((const(self.batch) + const(chunks - 1)) // const(chunks))
+        # No variable: what is allocated by it is allocated in front of all of these.
+        per = spec.rows(self.threads) or (const(self.batch) + const(chunks - 1)) // const(chunks)
         sizes = (spec.steps, spec.batch, spec.directions * spec.gates * spec.hidden**2)
         work = 1
         for size in sizes:
@@ -181,12 +191,13 @@ class _Emitter:
         with (T.parallel if self.threads > 1 and tasks > 1 and work >= PARALLEL else T.serial)(const(tasks)) as task:
             first = T.Bind(task % const(chunks) * const(per))
             rows = per if isinstance(per, int) else T.Bind(T.min(per, const(self.batch) - first))
-            for d in range(spec.directions):
-                # Dynamic chunks may be more than there are sequences.
-                with T.If(tirx.all(task // const(chunks) == const(d), const(rows) > const(0))), T.Then():
-                    self.chunk(d, first, per, rows)
+            direction = T.Bind(task // const(chunks)) if spec.directions > 1 else const(0)
+            # Dynamic chunks may be more than there are sequences.
+            with T.If(const(rows) > const(0)), T.Then():
+                self.chunk(direction, first, per, rows)
 
-    def chunk(self, direction: int, first: Expr, per: int | Expr, rows: int | Expr) -> None:
+    def chunk(self, direction: Expr, first: Expr, per: int | Expr, rows: int | Expr) -> None:
+        """All steps; both directions run the same code."""
         spec, hidden = self.spec, self.spec.hidden
 
         def scratch(columns: int) -> Buffer:
@@ -196,6 +207,11 @@ class _Emitter:
             T.buffer_store(buffer, T.float32(0), [self.const(size - 1)])
             return buffer
 
+        def weights(number: int, part: int) -> Buffer:
+            size = spec.packed_size(part, self.v.lanes)
+            whole = self.buffers[f"r{number}"]
+            return T.decl_buffer((size,), "float32", data=whole.data, elem_offset=direction * self.const(size))
+
         chunk = _Chunk(
             direction,
             first,
@@ -203,12 +219,15 @@ class _Emitter:
             scratch(hidden),
             scratch(hidden) if spec.kind == "LSTM" else None,
             scratch(spec.gates * hidden),
+            [weights(number, part) for number, part in enumerate(spec.parts)],
             scratch(hidden) if len(spec.parts) > 1 else None,
         )
         self.begin(chunk)
         with T.serial(self.const(self.steps)) as turn:
-            backwards = spec.backwards or direction == 1
-            t = T.Bind(self.const(self.steps) - self.const(1) - turn) if backwards else turn
+            back = self.const(self.steps) - self.const(1) - turn
+            t = T.Bind(back) if spec.backwards else turn
+            if spec.directions > 1:
+                t = T.Bind(T.Select(direction == self.const(1), back, turn))
             self.step(chunk, t)
         if spec.finals:
             self.end(chunk)
@@ -238,7 +257,7 @@ class _Emitter:
 
     def of_states(self, chunk: _Chunk, b: Expr) -> Expr:
         """Offset in a tensor (directions, batch, hidden)."""
-        row = self.const(chunk.direction) * self.const(self.batch) + chunk.first + b
+        row = chunk.direction * self.const(self.batch) + chunk.first + b
         return T.Bind(row * self.const(self.spec.hidden))
 
     def columns(self) -> Iterator[tuple[Expr, Expr | None]]:
@@ -262,7 +281,7 @@ class _Emitter:
         rows = chunk.rows if isinstance(chunk.rows, int) else None
         GemmEmitter(
             v, GemmSpec(rows, hidden, part * hidden), spec.tile(part, v.isa, self.threads), chunk.rows, hidden, 1, a,
-            self.buffers[f"r{chunk.direction}{number}"], finish, 1, self.caches, self.index,
+            chunk.weights[number], finish, 1, self.caches, self.index,
         ).emit()  # fmt: skip
 
     def step(self, chunk: _Chunk, t: Expr) -> None:
@@ -278,8 +297,8 @@ class _Emitter:
         with T.serial(const(chunk.rows)) as b:
             number = T.Bind(chunk.first + b)
             gates = spec.gates * spec.hidden
-            p = (t * const(self.batch) + number) * const(spec.directions) + const(chunk.direction)
-            y = (t * const(spec.directions) + const(chunk.direction)) * const(self.batch) + number
+            p = (t * const(self.batch) + number) * const(spec.directions) + chunk.direction
+            y = (t * const(spec.directions) + chunk.direction) * const(self.batch) + number
             cell = _Cell(
                 number, t, T.Bind(p * const(gates)), T.Bind(b * const(gates)), T.Bind(b * const(spec.hidden)),
                 T.Bind(y * const(spec.hidden)),
@@ -342,7 +361,7 @@ class _Emitter:
             inner = self.computed(chunk, cell, 2, j, part)
             if self.spec.reset_after:
                 r = self.activate(0, self.gate(chunk, cell, 1, j, part))
-                at = self.const(chunk.direction * self.spec.hidden) + j
+                at = chunk.direction * self.const(self.spec.hidden) + j
                 inner = T.Bind(r * (inner + v.load(self.buffers["bias"], at, part)))
             new = self.activate(1, T.Bind(self.given(cell, 2, j, part) + inner))
             h = v.load(chunk.h, cell.state + j, part)

@@ -89,8 +89,7 @@ def check(target: Target, s: Any, steps: int = 4, batch: int = 2, threads: int =
     lengths = random.integers(0, steps + 1, batch).astype(np.int32) if s.lengths else np.full(batch, steps, np.int32)
     h0, c0 = (draw(*states) if given else np.zeros(states, np.float32) for given in (s.hidden_given, s.cell_given))
     inputs = [p.reshape(steps, batch, s.directions * columns)]
-    for d in range(s.directions):
-        inputs += pack_recurrence(r[d].astype(np.float32), s, target.isa, threads)
+    inputs += pack_recurrence(r.astype(np.float32), s, target.isa, threads)
     optional = ((s.reset_after, bias.reshape(-1)), (s.lengths, lengths), (s.hidden_given, h0), (s.cell_given, c0))
     inputs += [array for there, array in optional if there]
     expected = [e for e in reference(s, p, r.astype(np.float32), bias, lengths, h0, c0)]
