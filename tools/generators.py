@@ -104,12 +104,12 @@ def ready(model: str, backend: str | None, threads: int | None = None) -> Path:
 
 def model_files(model: str) -> list[Path]:
     """The files that a model which `export` takes is read from. Raises UsageError, AssetError."""
-    from graphwright.models import assets, generators, gpt_moby
+    from graphwright.models import assets, generators
     from graphwright.passes.errors import did_you_mean
 
     if model in generators.NAMED:
         asset = generators.NAMED[model]
-        path = assets.find(asset) if asset else Path(gpt_moby.FOLDER)
+        path = assets.find(asset) if asset else Path(generators.__file__).with_name("gpt_moby")
     else:
         path = Path(model)
     if path.is_dir():

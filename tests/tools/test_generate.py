@@ -261,6 +261,17 @@ def test_a_kept_generator_follows_from_its_files_and_what_it_is_made_for(tmp_pat
     assert len(places) == 3 and generators.kept_place("a", [file], False) in places
 
 
+def test_finding_what_is_kept_does_not_import_torch() -> None:
+    """It would take longer than loading a small model."""
+    code = "from graphwright.tools import generators; import graphwright.models.generators, sys\n"
+    code += "from graphwright.passes.errors import GraphwrightError\n"
+    code += "for name in ('smollm2', 'gpt-moby'):\n"
+    code += "    try: generators.kept_place(name, generators.model_files(name), True)\n"
+    code += "    except GraphwrightError: pass\nprint('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
 def test_a_process_waits_for_one_that_makes_the_same(
     cache: Path, tiny_generator: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
