@@ -25,10 +25,12 @@ def generate_text(
     `options` are those of `Generator.tokens`. Raises a GraphwrightError.
     """
     from graphwright.runtime.generator import Generator
+    from graphwright.runtime.tvm_import import runtime_alone
 
     from .generators import ready
 
     folder = ready(model, backend, threads)
+    runtime_alone()
     generator = Generator(folder, threads=threads, backend=backend)
     pieces = generator.generate(prompt, **options)
     with progress() as say:

@@ -43,12 +43,15 @@ def judge_text(
             used = ready.backend
     else:
         from graphwright.runtime.generator import Generator
+        from graphwright.runtime.tvm_import import runtime_alone
 
         from .generators import ready as made
 
         if tokenizer is not None:
             raise UsageError("--tokenizer is for an ONNX file or an artifact; a generator has its own")
-        generator = Generator(made(model, backend, threads), threads=threads, backend=backend)
+        folder = made(model, backend, threads)
+        runtime_alone()
+        generator = Generator(folder, threads=threads, backend=backend)
         start = time.perf_counter()
         length = min(LENGTH, generator.capacity) if length is None else length
         found = generator.perplexity(text, length=length, max_tokens=max_tokens, progress=progress)
