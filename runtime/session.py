@@ -199,7 +199,6 @@ class Session:
             if not all(isinstance(dim, int) for dim in dims):
                 raise InputError(f"input {name!r} has shape {spec.shape}; give `sizes` for its names")
             arrays[name] = _aligned(tuple(int(dim or 0) for dim in dims), numpy_type(spec.dtype))
-            arrays[name].fill(0)
         return State(arrays)
 
     def run(
@@ -408,9 +407,9 @@ def mapped_weights(path: Path, parameters: Sequence[Parameter]) -> list[np.ndarr
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
-    """An array whose memory TVM takes as it is."""
+    """Zeros whose memory TVM takes as it is. A large array takes memory page by page, when it is written."""
     nbytes = math.prod(shape) * dtype.itemsize
-    raw = np.empty(nbytes + ALIGNMENT, np.uint8)
+    raw = np.zeros(nbytes + ALIGNMENT, np.uint8)
     start = -raw.ctypes.data % ALIGNMENT
     return raw[start : start + nbytes].view(dtype).reshape(shape)
 
