@@ -1,0 +1,32 @@
+"""What a token must read, by which the benchmark of generators judges."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from graphwright.tools.bench_generate import line, weight_bytes
+from onnx import TensorProto, helper, numpy_helper
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_table_counts_only_where_more_than_rows_of_it_are_read(tied: bool, tmp_path: Path) -> None:
+    table, head = np.zeros((100, 8), np.float32), np.zeros((8, 50), np.float16)
+    nodes = [helper.make_node("Gather", ["table", "ids"], ["x"]), helper.make_node("MatMul", ["x", "head"], ["y"])]
+    if tied:
+        nodes.append(helper.make_node("Transpose", ["table"], ["t"]))
+    ids = helper.make_tensor_value_info("ids", TensorProto.INT64, [1])
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
+    held = [numpy_helper.from_array(a, name) for name, a in (("table", table), ("head", head))]
+    onnx.save(helper.make_model(helper.make_graph(nodes, "g", [ids], [y], held)), tmp_path / "m.onnx")
+    assert weight_bytes(tmp_path / "m.onnx") == head.nbytes + (table.nbytes if tied else 0)
+
+
+def test_a_row_without_a_limit_has_empty_cells() -> None:
+    spread = {"median": 1.0, "low": 0.5, "high": 2.0}
+    row = {"call": "x", "milliseconds": spread, "onnxruntime": spread, "ratio": spread}
+    assert line(row) == ["x", "1.00 [0.50, 2.00]", "1.00", "1.00 [0.50, 2.00]", "", ""]
+    limited = line({**row, "least_milliseconds": 0.9, "of_limit": spread})
+    assert limited[-2:] == ["0.90", "100% [50%, 200%]"]
