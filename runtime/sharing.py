@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -12,19 +13,27 @@ from .artifact import MODEL, ONNXRUNTIME, WEIGHTS, Artifact, WeightStore, file_s
 
 
 def share_weights(root: Path, names: Sequence[str]) -> None:
-    """Bring the weights of the artifacts `names` in `root` into one file there, in which equal ones are stored once.
+    """Bring the weights of the artifacts `names` in `root` into one file, in which equal ones are stored once.
 
-    Each artifact's own file becomes a relative link to it. A process that loads several maps the file once.
+    Each artifact's own file becomes another name of it: a hard link, since onnxruntime refuses weights that a symbolic
+    link leads out of the model's folder to. Where there are no hard links, and after a copy that does not keep them,
+    each has a file of its own with the weights of all. A process that loads several maps the one file once.
     """
-    store = WeightStore(root / WEIGHTS)
+    whole = root / f".{WEIGHTS}.part"
+    whole.touch()
+    store = WeightStore(whole)
     for name in names:
         _move(Artifact.load(root / name, verify=False), store)
     for name in names:
         folder = root / name
         (folder / WEIGHTS).unlink(missing_ok=True)
-        (folder / WEIGHTS).symlink_to(os.path.join("..", WEIGHTS))
+        try:
+            os.link(whole, folder / WEIGHTS)
+        except OSError:
+            shutil.copyfile(whole, folder / WEIGHTS)
         manifest = Artifact.load(folder, verify=False).manifest
         write_manifest(manifest.model_copy(update={"files": file_specs(folder)}), folder)
+    whole.unlink(missing_ok=True)
 
 
 def _move(artifact: Artifact, store: WeightStore) -> None:

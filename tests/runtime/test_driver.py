@@ -31,8 +31,8 @@ def test_what_the_compiler_gets_wrong_runs_on_onnxruntime(tmp_path: Path, monkey
     path = write(tmp_path / "m.onnx", "(float[N,4] x) => (float[N,4] y) { y = Tanh(x) }")
     right = session._TvmStep.__call__
 
-    def wrong(self: Any, values: Mapping[str, Any]) -> dict[str, Any]:
-        return {name: array + 1 for name, array in right(self, values).items()}
+    def wrong(self: Any, values: Mapping[str, Any], state: Any = None) -> dict[str, Any]:
+        return {name: array + 1 for name, array in right(self, values, state).items()}
 
     monkeypatch.setattr(session._TvmStep, "__call__", wrong)
     result = graphwright.optimize(path, target="cpu", out=tmp_path / "out")
