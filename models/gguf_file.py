@@ -36,12 +36,13 @@ NAMES = Names(
         "down": "ffn_down",
     },
 )
+MAGIC = b"GGUF"
 HEAD = "output.weight"  # absent when the embedding is the output projection
 ROTARY_FACTORS = "rope_freqs.weight"  # frequencies of Llama 3.1's scaled rotary positions
 
 
 def load(path: Path) -> Checkpoint:
-    """Raises ModelError for a file that is damaged, or of an architecture or tokenizer that is not known here."""
+    """Raises ModelError for a file that is none, is damaged, or has an unknown architecture or tokenizer."""
     reader = _reader(path)
     sizes = _sizes(reader, path)
     decoder = fill(llama.Decoder, sizes, _state(reader, sizes, path), NAMES, path)
@@ -84,7 +85,13 @@ def _reader(path: Path) -> Any:
     from gguf import GGUFReader
 
     try:
+        with open(path, "rb") as file:
+            begin = file.read(len(MAGIC))
+        if len(begin) == len(MAGIC) and begin != MAGIC:
+            raise ModelError(f"{path}: is not a GGUF file; expected one, a Hugging Face folder or a generator folder")
         return GGUFReader(path)
+    except ModelError:
+        raise
     except OSError as error:
         raise ModelError(f"{path}: cannot be read ({error.strerror or error}); expected a GGUF file") from error
     except Exception as error:  # whatever the reader meets behind the end or in wrong bytes

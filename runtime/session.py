@@ -499,7 +499,8 @@ class _TvmStep:
             return self._copy(array)
         if name not in state.tensors:
             own = self._own(array)
-            assert own is not None, "a state's arrays are aligned"
+            if own is None:
+                raise InputError(f"the state's array {name!r} is not aligned; take a state from Session.new_state")
             state.tensors[name] = own
         return state.tensors[name]
 

@@ -69,24 +69,13 @@ def _length(value: ir.Value, pins: Mapping[str, Sequence[int]]) -> int | None:
 
 
 def _tokenizer(path: Path, model: ir.Model, given: Path | None) -> Any:
-    try:
-        from tokenizers import Tokenizer
-    except ModuleNotFoundError as error:
-        raise InputError(
-            "a calibration text needs tokenizers, which is not installed: run `pip install 'graphwright[models]'`"
-        ) from error
     from graphwright.models import tokens
+    from graphwright.runtime.generator_folder import load_tokenizer
 
     name = model.graph.name or ""
     for file in [given] if given else [path.with_name("tokenizer.json"), path.with_name(f"{name}.tokenizer.json")]:
         if given or file.is_file():
-            try:
-                found = Tokenizer.from_file(str(file))
-            except Exception as error:  # tokenizers raises nothing narrower
-                raise InputError(f"{file}: not a tokenizer ({error}); expected a tokenizer.json") from error
-            found.no_padding()
-            found.no_truncation()
-            return found
+            return load_tokenizer(file)
     if name in tokens.TOKENIZERS:
         return tokens.TOKENIZERS[name]()
     raise InputError(f"{path}: no tokenizer is known for the model {name!r}; give --tokenizer FILE.json")

@@ -157,6 +157,10 @@ def test_gguf_files_that_are_refused(tmp_path: Path) -> None:
     odd.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 2**60, 2**60))
     with pytest.raises(ModelError, match="is not a whole GGUF file"):
         gguf_file.load(odd)
+    other = tmp_path / "m.onnx"
+    other.write_bytes(b"\x08\x0a" * 100)
+    with pytest.raises(ModelError, match="is not a GGUF file; expected one, a Hugging Face folder"):
+        gguf_file.load(other)
     with pytest.raises(ModelError, match=r"cannot be read .*; expected a GGUF file"):
         gguf_file.load(tmp_path)
     for made, message in [

@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from graphwright.passes.errors import InputError
+from graphwright.passes.errors import ArtifactError, InputError
 from graphwright.tools.calibration import load_calibration
 
 tokenizers = pytest.importorskip("tokenizers")
@@ -88,7 +88,7 @@ def test_no_tokenizer(folder: Path) -> None:
     (folder / "tokenizer.json").unlink()
     with pytest.raises(InputError, match=r"no tokenizer is known for the model 'odd'; give --tokenizer FILE\.json"):
         load(folder, "a")
-    with pytest.raises(InputError, match="not a tokenizer"):
+    with pytest.raises(ArtifactError, match="not a tokenizer"):
         load(folder, "a", tokenizer=folder / "t.txt")
     (folder / "t.txt").unlink()
     with pytest.raises(InputError, match="cannot be read as text"):
