@@ -26,6 +26,7 @@ from ..passes.errors import CompileError
 from .importing import CONVERTERS, protos
 from .importing.protos import STANDARD
 from .importing.site import (
+    PACKED,
     ByBody,
     Declared,
     Refuse,
@@ -271,6 +272,8 @@ class _Importer:
         value = scope.values.get(name)
         if value is None:
             raise ImportRefused("output", name, "nothing computes it")
+        if value.packed is not None:
+            raise ImportRefused("output", name, f"outputs of {value.packed} are not compiled")
         return value.expr
 
     def assume(self, node: NodeProto, scope: _Scope) -> None:
@@ -409,7 +412,9 @@ class _Importer:
         if not isinstance(expr.ty, relax.TensorType):
             raise Refuse(f"the converter gave a {type(expr.ty).__name__}, not a tensor")
         declared = declared or protos.unknown()
-        if declared.dtype is not None and dtype_of(expr) != declared.dtype:
+        if value.packed is None and PACKED.get(declared.dtype or "") == dtype_of(expr):
+            value = dataclasses.replace(value, packed=declared.dtype)
+        if declared.dtype not in (None, value.packed, dtype_of(expr)):
             raise Refuse(f"the converter gave {dtype_of(expr)}, ONNX promises {declared.dtype}")
         known = [number(d) for d in expr.ty.shape.values] if isinstance(expr.ty.shape, relax.ShapeExpr) else None
         rank = len(known) if known is not None else int(expr.ty.ndim)
@@ -434,7 +439,7 @@ class _Importer:
         ):
             expr = self.bb.match_cast(expr, relax.TensorType([int64(d) for d in dims], dtype_of(expr)))
         if protos.is_constant(expr) and value.content is None:
-            return protos.constant_value(expr)
+            return dataclasses.replace(protos.constant_value(expr), packed=value.packed)
         return dataclasses.replace(value, expr=expr)
 
     # Functions and branches.

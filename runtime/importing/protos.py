@@ -16,7 +16,7 @@ from onnx import AttributeProto, GraphProto, ModelProto, NodeProto
 from tvm import relax
 
 from ..state import IN_PLACE
-from .site import CONTENT_LIMIT, Declared, Refuse, Value, dtype_of, np_dtype, onnx_dtype, shape_of
+from .site import CONTENT_LIMIT, PACKED, Declared, Refuse, Value, dtype_of, np_dtype, onnx_dtype, shape_of
 
 STANDARD = ("", "ai.onnx")
 FOLD_LIMIT = 1024  # elements of a constant that the import computes with
@@ -115,6 +115,10 @@ def array_of(tensor: onnx.TensorProto) -> np.ndarray:
 
 
 def constant(array: np.ndarray) -> Value:
+    """A constant tensor; one of less than 8 bits an element is unpacked."""
+    kept = PACKED.get(str(array.dtype))
+    if kept is not None:
+        return dataclasses.replace(constant_value(relax.const(array.astype(kept), kept)), packed=str(array.dtype))
     return constant_value(relax.const(array, str(array.dtype)))
 
 

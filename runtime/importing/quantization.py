@@ -1,133 +1,16 @@
-"""Quantized operators: Q and DQ in every granularity, and the integer products with int32 accumulation."""
+"""Products of integers with int32 accumulation, and those whose result is quantized."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import tvm
 from tvm import relax, te, tirx
 
-from .reductions import reduced
+from .quantized import quantized
 from .shapes import reshaped
-from .site import (
-    Dim,
-    Refuse,
-    Result,
-    Site,
-    Unfixed,
-    converts,
-    int64,
-    normal_axis,
-    np_dtype,
-    onnx_dtype,
-    shape_of,
-)
-
-PLAIN = ("int8", "uint8", "int16", "uint16", "int32")
-
-
-def _granularity(site: Site, scale: tvm.ir.Expr, rank: int) -> tuple[int | None, int]:
-    """(axis, block): axis None for one scale of the tensor, block 0 for one scale for each index of the axis."""
-    if not shape_of(scale) or (len(shape_of(scale)) == 1 and shape_of(scale)[0] == 1 and rank != 1):
-        return None, 0
-    axis = normal_axis(int(site.attr("axis", 1)), rank) if rank > 1 or "axis" in site.attrs else 0
-    if rank == 1:
-        axis = 0
-    return axis, int(site.attr("block_size", 0))
-
-
-def _parameter(tensor: te.Tensor, index: Sequence[Any], axis: int | None, block: int) -> tirx.Expr:
-    """The scale or zero point that belongs to an element."""
-    if axis is None:
-        return tensor(*([0] * len(tensor.shape)))
-    if block:
-        return tensor(*(tirx.floordiv(v, block) if a == axis else v for a, v in enumerate(index)))
-    return tensor(index[axis])
-
-
-def _saturated(value: tirx.Expr, dtype: str) -> tirx.Expr:
-    """Round half to even, clip and convert."""
-    info = np.iinfo(np_dtype(dtype))
-    low, high = tirx.const(float(info.min), value.ty.dtype), tirx.const(float(info.max), value.ty.dtype)
-    return tirx.max(tirx.min(value, high), low).astype(dtype)
-
-
-def quantized(
-    site: Site, x: tvm.ir.Expr, scale: tvm.ir.Expr, zero: tvm.ir.Expr | None, dtype: str, axis: int | None, block: int
-) -> tvm.ir.Expr:
-    """saturate(round(x / scale) + zero point)."""
-    wide = "float64" if dtype == "int32" else "float32"
-
-    def compute(data: te.Tensor, factor: te.Tensor, *point: te.Tensor) -> te.Tensor:
-        def element(*i: tirx.Var) -> tirx.Expr:
-            steps = data(*i).astype(wide) / _parameter(factor, i, axis, block).astype(wide)
-            whole = tirx.nearbyint(steps)
-            if point:
-                whole = whole + _parameter(point[0], i, axis, block).astype(wide)
-            return _saturated(whole, dtype)
-
-        return te.compute(data.shape, element, name="quantize")
-
-    return site.te(compute, x, scale, *([] if zero is None else [zero]), name="quantize")
-
-
-def dequantized(
-    site: Site, x: tvm.ir.Expr, scale: tvm.ir.Expr, zero: tvm.ir.Expr | None, dtype: str, axis: int | None, block: int
-) -> tvm.ir.Expr:
-    """(x - zero point) * scale, the difference taken in int32."""
-
-    def compute(data: te.Tensor, factor: te.Tensor, *point: te.Tensor) -> te.Tensor:
-        def element(*i: tirx.Var) -> tirx.Expr:
-            value = data(*i).astype("int32")
-            if point:
-                value = value - _parameter(point[0], i, axis, block).astype("int32")
-            return (value.astype("float32") * _parameter(factor, i, axis, block).astype("float32")).astype(dtype)
-
-        return te.compute(data.shape, element, name="dequantize")
-
-    return site.te(compute, x, scale, *([] if zero is None else [zero]), name="dequantize")
-
-
-@converts("QuantizeLinear")
-def quantize_linear(site: Site) -> Result:
-    given = int(site.attr("output_dtype", 0))
-    dtype = site.dtype(2) if site.has(2) else onnx_dtype(given) if given else "uint8"
-    if dtype not in PLAIN:
-        raise Refuse(f"quantization to {dtype} is not compiled")
-    if site.attr("precision", 0) not in (0, 1):
-        raise Refuse("its precision is not float32")
-    axis, block = _granularity(site, site.x(1), site.rank())
-    return quantized(site, site.x(0), site.x(1), site.x(2) if site.has(2) else None, dtype, axis, block)
-
-
-@converts("DequantizeLinear")
-def dequantize_linear(site: Site) -> Result:
-    if site.dtype() not in PLAIN:
-        raise Refuse(f"dequantization of {site.dtype()} is not compiled")
-    given = int(site.attr("output_dtype", 0))
-    dtype = onnx_dtype(given) if given else site.dtype(1)
-    axis, block = _granularity(site, site.x(1), site.rank())
-    return dequantized(site, site.x(0), site.x(1), site.x(2) if site.has(2) else None, dtype, axis, block)
-
-
-@converts("DynamicQuantizeLinear")
-def dynamic_quantize_linear(site: Site) -> Result:
-    x, none = site.x(), site.like(0)
-    axes = list(range(site.rank()))
-    high = site.emit(relax.op.maximum(reshaped(site, reduced(site, x, axes, "max"), []), none))
-    low = site.emit(relax.op.minimum(reshaped(site, reduced(site, x, axes, "min"), []), none))
-    span = site.emit(relax.op.subtract(high, low))
-    # A tensor of zeros has no range; any scale gives its zeros back.
-    flat = relax.op.equal(span, none)
-    scale = site.emit(relax.op.where(flat, site.like(1), relax.op.divide(span, site.like(255))))
-    start = relax.op.round(relax.op.divide(relax.op.negative(low), scale))
-    point = site.cast(site.emit(relax.op.clip(site.emit(start), 0, 255)), "uint8")
-    return [quantized(site, x, scale, point, "uint8", None, 0), scale, point]
-
-
-# Integer products.
+from .site import Dim, Refuse, Result, Site, Unfixed, converts, int64, shape_of
 
 
 def _centred(site: Site, index: int, point: int, axis: int | None) -> tvm.ir.Expr:

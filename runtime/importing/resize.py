@@ -314,9 +314,7 @@ def resize(site: Site) -> Result:
     return site.cast(x, dtype)
 
 
-def _whole_factors(
-    site: Site, rule: _Rule, out: Sequence[Dim], scales: Sequence[float] | None
-) -> list[int] | None:
+def _whole_factors(site: Site, rule: _Rule, out: Sequence[Dim], scales: Sequence[float] | None) -> list[int] | None:
     """How often each row and column is repeated, where that is all that a resize to `out` does; else None."""
     from .pooling import templated
 

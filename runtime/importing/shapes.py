@@ -13,6 +13,7 @@ import numpy as np
 import tvm
 from tvm import relax, te, tirx
 
+from . import protos
 from .site import (
     CONTENT_LIMIT,
     Dim,
@@ -118,8 +119,7 @@ def constant(site: Site) -> Result:
             return const(site.attrs[name], dtype)
     if "value" not in site.attrs:
         raise Refuse("sparse and text constants are not compiled")
-    value = site.attrs["value"]
-    return relax.const(value, str(value.dtype))
+    return protos.constant(site.attrs["value"])
 
 
 @converts("Identity")

@@ -12,7 +12,7 @@ against the type and shape that ONNX promises, so a converter never has to.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -27,6 +27,8 @@ from ..target import Target
 Dim: TypeAlias = "int | tirx.Expr"
 
 NARROW_FLOATS = ("float16", "bfloat16")
+# Types of less than 8 bits, and those that their elements are kept in.
+PACKED = {"int2": "int8", "int4": "int8", "uint2": "uint8", "uint4": "uint8"}
 CONTENT_LIMIT = 64  # elements up to which a small integer tensor's content is followed symbolically
 
 
@@ -52,12 +54,14 @@ class Value:
     expr: the tensor. content: the elements of an integer tensor of rank 0 or 1 where they are known during the
     import, as numbers or as expressions of the symbolic dimensions; this is what keeps computed shapes symbolic.
     wide: the float32 tensor that a float16 one was rounded from; operators that compute in float32 read it, as
-    onnxruntime does, and so round once less.
+    onnxruntime does, and so round once less. packed: its type in ONNX, where that has less than the 8 bits that an
+    element of `expr` has.
     """
 
     expr: tvm.ir.Expr
     content: tuple[Dim, ...] | None = None
     wide: tvm.ir.Expr | None = None
+    packed: str | None = None
 
 
 @dataclass(frozen=True)
@@ -266,8 +270,10 @@ class Site:
             return expr
         return self.bb.emit(expr)
 
-    def te(self, function: Callable[..., Any], *args: tvm.ir.Expr, name: str) -> tvm.ir.Expr:
-        """A tensor expression over inputs as a TIR function called `name`.
+    def te(
+        self, function: Callable[..., Any], *args: tvm.ir.Expr, name: str, attrs: Mapping[str, Any] | None = None
+    ) -> tvm.ir.Expr:
+        """A tensor expression over inputs as a TIR function called `name` with attributes `attrs`.
 
         Symbolic dimensions may be used in it freely: those that no argument's shape gives are passed along.
         (`BlockBuilder.emit_te` renames the dimensions of its arguments and so loses those in a closure.)
@@ -282,6 +288,8 @@ class Site:
         kernel = te.create_prim_func([*tensors, *passed, *outs], "int64").without_attr("global_symbol")
         if passed:
             kernel = kernel.with_attr("op_pattern", OPAQUE)
+        for key, value in (attrs or {}).items():
+            kernel = kernel.with_attr(key, value)
         types = [relax.TensorType(list(out.shape), out.dtype) for out in outs]
         call = relax.call_tir(self.bb.add_func(kernel, name), [*args, *passed], types[0] if len(types) == 1 else types)
         return self.bb.emit(call)

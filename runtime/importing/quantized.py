@@ -1,0 +1,249 @@
+"""QuantizeLinear and DequantizeLinear in every granularity, and the integer tensor behind a dequantized one.
+
+Both are elementwise code, which fuses with what stands around it. The rule is ONNX's: x / scale is rounded half to
+even, the zero point is added, and what lies outside the type becomes its first or last number. NaN, of which ONNX says
+nothing, becomes the first number, as in onnxruntime on x86.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import tvm
+from tvm import relax, te, tirx
+
+from .reductions import reduced
+from .shapes import reshaped
+from .site import (
+    PACKED,
+    Dim,
+    Refuse,
+    Result,
+    Site,
+    Value,
+    const,
+    constant_of,
+    converts,
+    dtype_of,
+    int64,
+    made_by,
+    normal_axis,
+    np_dtype,
+    onnx_dtype,
+    product,
+    same,
+    shape_of,
+)
+
+INTEGERS = ("int8", "uint8", "int16", "uint16")
+DEQUANTIZE = "graphwright.dequantize"  # attribute of the function: axis and block of its scales
+MOVES = ("relax.permute_dims", "relax.reshape", "relax.squeeze", "relax.expand_dims", "relax.flatten")
+
+
+@dataclass(frozen=True)
+class IntegerOperand:
+    """The integers behind a float32 tensor: it is (value - zero_point) * scale.
+
+    value: of uint8, int8, int16, uint16 or int32, in the float32 tensor's shape; a constant where that is one.
+    scale: float32, of shape () for one of the whole tensor, else (n,) with one for each index of `axis`.
+    zero_point: int32, in scale's shape.
+    """
+
+    value: tvm.ir.Expr
+    scale: np.ndarray
+    zero_point: np.ndarray
+    axis: int | None
+
+    @property
+    def dtype(self) -> str:
+        return dtype_of(self.value)
+
+
+def integer_operand(bb: relax.BlockBuilder, expr: tvm.ir.Expr) -> IntegerOperand | None:
+    """What `expr` was dequantized from, with scales and zero points that are constants.
+
+    Transposes and reshapes behind the DequantizeLinear are made of the integers instead, where scales stay those of one
+    axis. None for other tensors, for scales of blocks and for other results than float32.
+    """
+    moves = []
+    made = made_by(bb, expr, "relax.call_tir", *MOVES)
+    while made is not None and made.op.name in MOVES:
+        moves.append((made, shape_of(bb.normalize(made))))
+        made = made_by(bb, made.args[0], "relax.call_tir", *MOVES)
+    if made is None or dtype_of(expr) != "float32":
+        return None
+    function = bb.get()[made.args[0]]
+    text = (function.attrs or {}).get(DEQUANTIZE)
+    if text is None:
+        return None
+    granularity = json.loads(str(text))
+    x, *given = made.args[1].fields
+    arrays = [constant_of(g) for g in given]
+    if granularity["block"] or any(a is None for a in arrays):
+        return None
+    scale = np.asarray(arrays[0], np.float32)
+    zero = np.asarray(arrays[1], np.int32) if len(arrays) > 1 else np.zeros(scale.shape, np.int32)
+    axis = granularity["axis"]
+    shape = () if axis is None else (scale.size,)
+    operand: IntegerOperand | None = IntegerOperand(x, scale.reshape(shape), zero.reshape(shape), axis)
+    for call, dims in reversed(moves):
+        operand = None if operand is None else _moved(bb, operand, call, dims)
+    return operand
+
+
+def _moved(bb: relax.BlockBuilder, operand: IntegerOperand, call: Any, dims: Sequence[Dim]) -> IntegerOperand | None:
+    """The operand behind a transpose or a change of shape."""
+    x, axis = operand.value, operand.axis
+    array = constant_of(x)
+    if call.op.name == "relax.permute_dims":
+        rank = len(dims)
+        axes = [int(a) % rank for a in call.attrs.axes] if call.attrs.axes is not None else [*range(rank)][::-1]
+        moved = bb.emit(relax.op.permute_dims(x, axes)) if array is None else const(array.transpose(axes), dtype_of(x))
+        return IntegerOperand(moved, operand.scale, operand.zero_point, None if axis is None else axes.index(axis))
+    if axis is not None:
+        old = shape_of(x)
+        places = [a for a, d in enumerate(dims) if same(d, old[axis]) and same(product(dims[:a]), product(old[:axis]))]
+        if not places:
+            return None
+        axis = places[0]
+    if array is None:
+        moved = bb.emit(relax.op.reshape(x, relax.ShapeExpr([int64(d) for d in dims])))
+    else:
+        moved = const(array.reshape([int(d) for d in dims]), dtype_of(x))
+    return IntegerOperand(moved, operand.scale, operand.zero_point, axis)
+
+
+# --- elementwise code -------------------------------------------------------------------------------------------
+
+
+def _granularity(site: Site, scale: tvm.ir.Expr, rank: int) -> tuple[int | None, int]:
+    """(axis, block): axis None for one scale of the tensor, block 0 for one scale for each index of the axis."""
+    dims = shape_of(scale)
+    block = int(site.attr("block_size", 0))
+    if not dims or (dims == (1,) and not block):
+        return None, 0
+    return 0 if rank == 1 else normal_axis(int(site.attr("axis", 1)), rank), block
+
+
+def _parameter(tensor: te.Tensor, index: Sequence[Any], axis: int | None, block: int) -> tirx.Expr:
+    """The scale or zero point that belongs to an element."""
+    if axis is None:
+        return tensor(*([0] * len(tensor.shape)))
+    if block:
+        return tensor(*(tirx.floordiv(v, block) if a == axis else v for a, v in enumerate(index)))
+    return tensor(index[axis])
+
+
+def limits(dtype: str) -> tuple[int, int]:
+    """The first and the last number of a type."""
+    if dtype in PACKED:
+        bits = int(dtype.lstrip("uint"))
+        return (0, (1 << bits) - 1) if dtype.startswith("u") else (-(1 << (bits - 1)), (1 << (bits - 1)) - 1)
+    info = np.iinfo(np_dtype(dtype))
+    return int(info.min), int(info.max)
+
+
+def quantized(
+    site: Site, x: tvm.ir.Expr, scale: tvm.ir.Expr, zero: tvm.ir.Expr | None, dtype: str, axis: int | None, block: int
+) -> tvm.ir.Expr:
+    """saturate(round(x / scale) + zero point). The zero point is added to whole numbers, so that nothing rounds twice.
+
+    dtype: one of INTEGERS or of PACKED; the elements of the latter are kept in 8 bits.
+    """
+    low, high = limits(dtype)
+
+    def compute(data: te.Tensor, factor: te.Tensor, *point: te.Tensor) -> te.Tensor:
+        def element(*i: tirx.Var) -> tirx.Expr:
+            steps = data(*i).astype("float32") / _parameter(factor, i, axis, block).astype("float32")
+            least, most = tirx.const(float(low), "float32"), tirx.const(float(high), "float32")
+            if not point:
+                # x first: the maximum of NaN and a number is that number.
+                return tirx.nearbyint(tirx.min(tirx.max(steps, least), most)).astype("int32").astype(kept)
+            start = _parameter(point[0], i, axis, block)
+            offset = start.astype("float32")
+            whole = tirx.nearbyint(tirx.min(tirx.max(steps, least - offset), most - offset))
+            return (whole.astype("int32") + start.astype("int32")).astype(kept)
+
+        return te.compute(data.shape, element, name="quantize")
+
+    kept = PACKED.get(dtype, dtype)
+    return site.te(compute, x, scale, *([] if zero is None else [zero]), name="quantize")
+
+
+def dequantized(
+    site: Site, x: tvm.ir.Expr, scale: tvm.ir.Expr, zero: tvm.ir.Expr | None, dtype: str, axis: int | None, block: int
+) -> tvm.ir.Expr:
+    """(x - zero point) * scale, the difference taken in int32."""
+
+    def compute(data: te.Tensor, factor: te.Tensor, *point: te.Tensor) -> te.Tensor:
+        def element(*i: tirx.Var) -> tirx.Expr:
+            value = data(*i).astype("int32")
+            if point:
+                value = value - _parameter(point[0], i, axis, block).astype("int32")
+            return (value.astype("float32") * _parameter(factor, i, axis, block).astype("float32")).astype(dtype)
+
+        return te.compute(data.shape, element, name="dequantize")
+
+    attrs = {DEQUANTIZE: json.dumps({"axis": axis, "block": block})}
+    return site.te(compute, x, scale, *([] if zero is None else [zero]), name="dequantize", attrs=attrs)
+
+
+# --- operators --------------------------------------------------------------------------------------------------
+
+
+def _zero_point(site: Site) -> tvm.ir.Expr | None:
+    """Input 2, where it is not a constant of zeros."""
+    if not site.has(2):
+        return None
+    array = site.array(2)
+    return site.x(2) if array is None or array.any() else None
+
+
+def _kept_in(site: Site) -> str:
+    """The type that QuantizeLinear gives."""
+    given = int(site.attr("output_dtype", 0))
+    if site.has(2):
+        return site.value(2).packed or site.dtype(2)
+    return onnx_dtype(given) if given else "uint8"
+
+
+@converts("QuantizeLinear")
+def quantize_linear(site: Site) -> Result:
+    dtype = _kept_in(site)
+    if dtype not in INTEGERS and dtype not in PACKED:
+        raise Refuse(f"quantization to {dtype} is not compiled")
+    if site.attr("precision", 0) not in (0, 1):
+        raise Refuse("its precision is not float32")
+    axis, block = _granularity(site, site.x(1), site.rank())
+    y = quantized(site, site.x(0), site.x(1), _zero_point(site), dtype, axis, block)
+    return Value(y, packed=dtype if dtype in PACKED else None)
+
+
+@converts("DequantizeLinear")
+def dequantize_linear(site: Site) -> Result:
+    if site.dtype() not in (*INTEGERS, "int32"):
+        raise Refuse(f"dequantization of {site.dtype()} is not compiled")
+    given = int(site.attr("output_dtype", 0))
+    dtype = onnx_dtype(given) if given else site.dtype(1)
+    axis, block = _granularity(site, site.x(1), site.rank())
+    return dequantized(site, site.x(0), site.x(1), _zero_point(site), dtype, axis, block)
+
+
+@converts("DynamicQuantizeLinear")
+def dynamic_quantize_linear(site: Site) -> Result:
+    """uint8, its scale and its zero point by the least and greatest element, 0 among them."""
+    x, none = site.x(), site.like(0)
+    axes = list(range(site.rank()))
+    high = site.emit(relax.op.maximum(reshaped(site, reduced(site, x, axes, "max"), []), none))
+    low = site.emit(relax.op.minimum(reshaped(site, reduced(site, x, axes, "min"), []), none))
+    span = site.emit(relax.op.subtract(high, low))
+    # A tensor of zeros has no range; any scale gives its zeros back.
+    flat = relax.op.equal(span, none)
+    scale = site.emit(relax.op.where(flat, site.like(1), relax.op.divide(span, site.like(255))))
+    start = relax.op.round(relax.op.divide(relax.op.negative(low), scale))
+    point = site.cast(site.emit(relax.op.clip(site.emit(start), 0, 255)), "uint8")
+    return [quantized(site, x, scale, point, "uint8", None, 0), scale, point]
