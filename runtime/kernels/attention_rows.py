@@ -1,10 +1,14 @@
 """Attention for a few queries, as when a model writes one token after the other: keys and values are read once.
 
-A key head's queries, of all query heads that share it, are its rows. For a block of keys that stays in the innermost
-cache and each row r, with elements along the lanes:
+A key head's queries, of all query heads that share it, are its rows. A bundle of them goes through a block of keys
+together: a vector of a key or value is loaded once and meets all rows of the bundle. For each block and row r, with
+elements along the lanes:
 
-    s[j] = K[j, :] · Q[r, :]           the sums of `lanes` products at once, so that scores come as vectors
+    s[j] = K[j, :] · Q[r, :]           several keys at a time, whose sums over the lanes are taken at once
     m' = max(m, s),  a = exp(m - m'),  s = exp(s - m'),  l = l · a + sum s,  O[r, :] = O[r, :] · a + sum s[j] · V[j, :]
+
+Where all rows are one bundle, memory is what it waits for: while a block's scores are computed its values are asked
+for, and while these are added the next block's keys.
 
 Where heads do not fill the threads the keys are cut into parts. Their results (m, l, O) merge as blocks do.
 
@@ -23,10 +27,11 @@ from tvm.tirx.script import builder as T
 from .attention_spec import Causal, Layout, Mask
 from .attention_tiles import Tensors, TileEmitter
 from .vector_tiles import VectorTiles
-from .vectors import LOWEST, NEGATIVE_INFINITY, Buffer, Expr
+from .vectors import LINE, LOWEST, NEGATIVE_INFINITY, Buffer, Expr
 
 FEW = 8  # queries up to which rows are faster than tiles
-HELD = 4  # vectors of a query or an output that are kept in registers
+BUNDLES = (4, 3, 2)  # rows of a bundle where there are more; the first of which the rows are a multiple
+SHARE = 8  # of the innermost cache that a block of keys takes; its values and the next keys are on their way too
 # Elements of keys and values below which a parallel launch costs more than the second thread saves.
 PARALLEL = 1 << 18
 
@@ -48,11 +53,17 @@ class RowEmitter:
         spec, lanes = self.tensors.spec, self.vectors.lanes
         self.head_vectors = -(-spec.head_size // lanes)
         self.value_vectors = -(-spec.value_size // lanes)
-        keys = self.l1 // 2 // (4 * max(spec.head_size, spec.value_size))
+        keys = self.l1 // SHARE // (4 * max(spec.head_size, spec.value_size))
         self.block = max(1, min(256, keys) // lanes) * lanes
         most = min(FEW, spec.queries) if spec.queries is not None else FEW
         self.most = most * spec.group
         self.pitch = self.value_vectors * lanes
+        self.bundle = 1
+        if spec.queries is not None:
+            self.bundle = self.most if self.most <= BUNDLES[0] else next((n for n in BUNDLES if self.most % n == 0), 3)
+        self.ahead = self.bundle == self.most
+        # Vectors of sums beside those that are loaded.
+        self.sums_held = 24 if self.vectors.wide else 12
 
     def emit(self, threads: int) -> None:
         t, spec = self.tensors, self.tensors.spec
@@ -107,7 +118,7 @@ class RowEmitter:
             return T.alloc_buffer((size,), "float32", scope="global")
 
         self.queries = scratch(self.most * self.head_vectors * lanes)
-        self.scores = scratch(self.block)
+        self.scores, self.factors = scratch(self.bundle * self.block), scratch(self.bundle * lanes)
         self.top, self.sums = scratch(self.most), scratch(self.most * lanes)
         self.result = scratch(self.most * self.pitch)
 
@@ -120,21 +131,46 @@ class RowEmitter:
         self.k_base, self.v_base = opaque(t.at("k", self.b, self.g)), opaque(t.at("v", self.b, self.g))
 
     def _each_row(self, body: Callable[[Expr], None]) -> None:
-        """Rows of the key head: query i of its query head r // queries."""
+        """Rows of the key head."""
+        rows = self.tensors.queries * self.tensors.spec.group
+        self._rows(self.tensors.const(0), rows, lambda r, n: body(r))
+
+    def _rows(self, first: Expr, count: int | Expr, body: Callable[[Expr, Expr], None]) -> None:
+        """Rows from `first` on, with their number from there: query i of its query head r // queries."""
         t = self.tensors
-        rows = t.queries * t.spec.group
-        if isinstance(rows, int) and rows == 1:
-            self.h, self.i = self.g, t.const(0)
-            body(t.const(0))
+        if isinstance(count, int) and count == 1:
+            self._row(first)
+            body(first, t.const(0))
             return
-        with T.serial(t.const(rows) if isinstance(rows, int) else rows) as r:
-            if isinstance(t.queries, int) and t.queries == 1:
-                self.h, self.i = self.vectors.opaque(self.g * t.spec.group + r), t.const(0)
-            else:
-                queries = t.const(t.queries) if isinstance(t.queries, int) else t.queries
-                self.h = self.vectors.opaque(self.g * t.spec.group + T.floordiv(r, queries))
-                self.i = self.vectors.opaque(T.floormod(r, queries))
-            body(r)
+        with T.serial(t.const(count) if isinstance(count, int) else count) as n:
+            r = self.vectors.opaque(first + n)
+            self._row(r)
+            body(r, n)
+
+    def _row(self, r: Expr) -> None:
+        t, opaque = self.tensors, self.vectors.opaque
+        if isinstance(t.queries, int) and t.queries == 1:
+            self.h, self.i = opaque(self.g * t.spec.group + r), t.const(0)
+            return
+        queries = t.const(t.queries) if isinstance(t.queries, int) else t.queries
+        self.h = opaque(self.g * t.spec.group + T.floordiv(r, queries))
+        self.i = opaque(T.floormod(r, queries))
+
+    def _each_bundle(self, body: Callable[[Expr, int], None]) -> None:
+        """First row and number of rows of each bundle."""
+        t, rows = self.tensors, self.tensors.queries * self.tensors.spec.group
+        if not isinstance(rows, int):
+            with T.serial(rows) as r:
+                body(r, 1)
+            return
+        whole, rest = divmod(rows, self.bundle)
+        if whole == 1:
+            body(t.const(0), self.bundle)
+        else:
+            with T.serial(t.const(whole)) as n:
+                body(self.vectors.opaque(n * self.bundle), self.bundle)
+        if rest:
+            body(t.const(whole * self.bundle), rest)
 
     # -- scores ----------------------------------------------------------------------------------------------
 
@@ -159,81 +195,118 @@ class RowEmitter:
         with T.serial(v.opaque(T.floordiv(stop - first + (self.block - 1), t.const(self.block)))) as n:
             key = v.opaque(first + n * self.block)
             count = v.opaque(T.min(t.const(self.block), stop - key))
-            self._each_row(lambda r: self._block(r, key, count))
+            self._each_bundle(lambda r, rows: self._block(r, rows, key, count, stop))
 
-    def _block(self, r: Expr, key: Expr, count: Expr) -> None:
+    def _block(self, first: Expr, rows: int, key: Expr, count: Expr, stop: Expr) -> None:
+        """A bundle of rows against `count` keys from `key` on."""
+        if self.tensors.spec.k is Layout.BHDS:
+            self._rows(first, rows, lambda r, n: self._columns(r, n, key, count))
+        else:
+            self._products(first, rows, key, count)
+        self._rows(first, rows, lambda r, n: self._weights(r, n, key, count))
+        self._values(first, rows, key, count, stop)
+
+    def _columns(self, r: Expr, n: Expr, key: Expr, count: Expr) -> None:
+        """Scores of one row, before mask and softcap, where an element of all keys is contiguous."""
+        t, v, lanes, spec = self.tensors, self.vectors, self.vectors.lanes, self.tensors.spec
+
+        def scores(slot: Expr, part: Expr | None) -> None:
+            base = v.opaque(self.k_base + (key + slot) * t.step("k", "s"))
+            total = v.registers(1, 0.0)
+            with T.serial(t.const(spec.head_size)) as d:
+                column = v.load(t.k, base + d * t.step("k", "d"), part)
+                q = T.Bind(v.splat(self.queries[r * (self.head_vectors * lanes) + d]))
+                T.buffer_store(total, v.fma(column, q, total[v.at(0)]), [v.at(0)])
+            v.store(self.scores, n * self.block + slot, total[v.at(0)])
+
+        self._each_vector(count, scores)
+
+    def _each_vector(self, count: Expr, body: Callable[[Expr, Expr | None], None]) -> None:
+        """Offset of each vector of `count` elements, and how many it has; None for all."""
+        t, v, lanes = self.tensors, self.vectors, self.vectors.lanes
+        whole = v.opaque(T.floordiv(count, t.const(lanes)))
+        with T.serial(whole) as n:
+            body(n * lanes, None)
+        rest = v.opaque(count - whole * lanes)
+        with T.If(rest > t.const(0)), T.Then():
+            body(whole * lanes, rest)
+
+    def _products(self, first: Expr, rows: int, key: Expr, count: Expr) -> None:
+        """Scores of a bundle before mask and softcap, several keys at a time."""
+        t, v, lanes, spec = self.tensors, self.vectors, self.vectors.lanes, self.tensors.spec
+        keys = min(lanes, 1 << (self.sums_held // rows).bit_length() - 1)
+        pitch = self.head_vectors * lanes
+
+        def scores(slot: Expr, part: Expr | None) -> None:
+            base = v.opaque(self.k_base + (key + slot) * t.step("k", "s"))
+            # A key that is not there is read as the last one that is.
+            places: list[Any] = [j * t.step("k", "s") for j in range(keys)]
+            if part is not None:
+                places = [T.Bind(T.min(t.const(j), part - 1) * t.step("k", "s")) for j in range(keys)]
+            elif self.ahead:
+                for j in range(keys):
+                    self._ask(t.v, self.v_base + (key + slot + j) * t.step("v", "s"), spec.value_size)
+            totals = [[v.registers(1, 0.0) for _ in range(keys)] for _ in range(rows)]
+
+            def add(c: Expr | int, tail: Expr | None) -> None:
+                q = [v.load(self.queries, (first + n) * pitch + c * lanes) for n in range(rows)]
+                for j in range(keys):
+                    k = v.load(t.k, base + places[j] + c * lanes, tail)
+                    for n in range(rows):
+                        T.buffer_store(totals[n][j], v.fma(q[n], k, totals[n][j][v.at(0)]), [v.at(0)])
+
+            whole = spec.head_size // lanes
+            with T.serial(t.const(whole)) as c:
+                add(c, None)
+            if spec.head_size % lanes:
+                add(whole, _tail(t, spec.head_size, whole, lanes))
+            for n in range(rows):
+                v.put_totals([total[v.at(0)] for total in totals[n]], self.scores, n * self.block + slot)
+
+        whole = v.opaque(T.floordiv(count, t.const(keys)))
+        with T.serial(whole) as n:
+            scores(n * keys, None)
+        rest = v.opaque(count - whole * keys)
+        with T.If(rest > t.const(0)), T.Then():
+            scores(whole * keys, rest)
+
+    def _ask(self, buffer: Buffer, offset: Expr, size: int) -> None:
+        """The cache lines of `size` elements."""
+        for line in range(0, size, LINE):
+            self.vectors.prefetch(buffer, offset + line)
+
+    def _weights(self, r: Expr, n: Expr, key: Expr, count: Expr) -> None:
+        """The scores of row r, which is the bundle's n-th, become exp(s - m'); m, l and the factor of O follow."""
         t, v, lanes = self.tensors, self.vectors, self.vectors.lanes
         best = v.registers(1, LOWEST)
-        held = None
-        if self.head_vectors <= HELD and t.spec.k is not Layout.BHDS:
-            held = [v.load(self.queries, (r * self.head_vectors + c) * lanes) for c in range(self.head_vectors)]
         limit = None
         if t.spec.causal is not Causal.NO:
             limit = T.Bind(T.Cast("int32", self.i + t.offset(self.there) - key))
+        base = v.opaque(n * self.block)
 
-        def scores(slot: Expr, part: Expr | None) -> None:
-            s = self._products(r, key + slot, part, held)
-            s = self._adjusted(s, key + slot, part)
+        def adjusted(slot: Expr, part: Expr | None) -> None:
+            s = self._adjusted(v.load(self.scores, base + slot), key + slot, part)
             if limit is not None:
                 seen = v.numbers(T.Cast("int32", slot)) <= T.broadcast(limit, lanes)
                 s = T.Bind(T.Select(seen, s, v.splat(NEGATIVE_INFINITY)))
             if part is not None:
                 there = v.numbers(0) < T.broadcast(T.Cast("int32", part), lanes)
                 s = T.Bind(T.Select(there, s, v.splat(NEGATIVE_INFINITY)))
-            v.store(self.scores, slot, s)
+            v.store(self.scores, base + slot, s)
             T.buffer_store(best, T.max(best[v.at(0)], s), [v.at(0)])
 
-        whole = v.opaque(T.floordiv(count, t.const(lanes)))
-        with T.serial(whole) as n:
-            scores(n * lanes, None)
-        rest = v.opaque(count - whole * lanes)
-        with T.If(rest > t.const(0)), T.Then():
-            scores(whole * lanes, rest)
+        self._each_vector(count, adjusted)
         old = T.Bind(self.top[r])
         top = T.Bind(T.max(old, v.greatest(best[v.at(0)])))
         T.buffer_store(self.top, top, [r])
         factor = v.exp(T.Bind(v.splat(T.Bind(old - top))))
         T.buffer_store(best, v.load(self.sums, r * lanes) * factor, [v.at(0)])
-        with T.serial(v.opaque(T.floordiv(count + (lanes - 1), t.const(lanes)))) as n:
-            e = v.exp(v.load(self.scores, n * lanes) - v.splat(top))
-            v.store(self.scores, n * lanes, e)
+        with T.serial(v.opaque(T.floordiv(count + (lanes - 1), t.const(lanes)))) as j:
+            e = v.exp(v.load(self.scores, base + j * lanes) - v.splat(top))
+            v.store(self.scores, base + j * lanes, e)
             T.buffer_store(best, best[v.at(0)] + e, [v.at(0)])
         v.store(self.sums, r * lanes, best[v.at(0)])
-        self._values(r, key, count, factor)
-
-    def _products(self, r: Expr, key: Expr, part: Expr | None, held: list[Expr] | None) -> Expr:
-        """The scores of `lanes` keys, of which `part` are there, before mask and softcap."""
-        t, v, lanes, spec = self.tensors, self.vectors, self.vectors.lanes, self.tensors.spec
-        base = v.opaque(self.k_base + key * t.step("k", "s"))
-        row = r * (self.head_vectors * lanes)
-        if spec.k is Layout.BHDS:
-            total = v.registers(1, 0.0)
-            with T.serial(t.const(spec.head_size)) as d:
-                column = v.load(t.k, base + d * t.step("k", "d"), part)
-                q = T.Bind(v.splat(self.queries[row + d]))
-                T.buffer_store(total, v.fma(column, q, total[v.at(0)]), [v.at(0)])
-            return T.Bind(total[v.at(0)])
-        # A key that is not there is read as the last one that is.
-        places: list[Any] = [j * t.step("k", "s") for j in range(lanes)]
-        if part is not None:
-            places = [T.Bind(T.min(t.const(j), part - 1) * t.step("k", "s")) for j in range(lanes)]
-        totals = [v.registers(1, 0.0) for _ in range(lanes)]
-
-        def add(c: Expr | int, q: Expr, tail: Expr | None) -> None:
-            for j in range(lanes):
-                k = v.load(t.k, base + places[j] + c * lanes, tail)
-                T.buffer_store(totals[j], v.fma(q, k, totals[j][v.at(0)]), [v.at(0)])
-
-        if held is not None:
-            for c, q in enumerate(held):
-                add(c, q, _tail(t, spec.head_size, c, lanes))
-        else:
-            whole = spec.head_size // lanes
-            with T.serial(t.const(whole)) as c:
-                add(c, v.load(self.queries, row + c * lanes), None)
-            if spec.head_size % lanes:
-                add(whole, v.load(self.queries, row + whole * lanes), _tail(t, spec.head_size, whole, lanes))
-        return v.totals([total[v.at(0)] for total in totals])
+        v.store(self.factors, n * lanes, factor)
 
     def _adjusted(self, s: Expr, key: Expr, part: Expr | None) -> Expr:
         """Scores of keys after softcap and mask."""
@@ -249,30 +322,45 @@ class RowEmitter:
 
     # -- values ----------------------------------------------------------------------------------------------
 
-    def _values(self, r: Expr, key: Expr, count: Expr, factor: Expr) -> None:
-        """O[r] = O[r] · a + s V; a few vectors at a time, of two keys in turn."""
+    def _values(self, first: Expr, rows: int, key: Expr, count: Expr, stop: Expr) -> None:
+        """O[r] = O[r] · a + s V for the rows of a bundle, a few vectors at a time; of two keys in turn where these sums
+        would be too few to keep the multipliers busy."""
         t, v, lanes = self.tensors, self.vectors, self.vectors.lanes
         base = v.opaque(self.v_base + key * t.step("v", "s"))
-        for first in range(0, self.value_vectors, HELD):
-            here = range(first, min(first + HELD, self.value_vectors))
-            sums = [[v.registers(1, 0.0) for _ in here] for _ in range(2)]
-            for n, c in enumerate(here):
-                T.buffer_store(sums[0][n], v.load(self.result, r * self.pitch + c * lanes) * factor, [v.at(0)])
+        passes = -(-self.value_vectors * rows // self.sums_held)
+        wide = -(-self.value_vectors // passes)
+        for start in range(0, self.value_vectors, wide):
+            here = range(start, min(start + wide, self.value_vectors))
+            turns = 2 if rows * len(here) < 8 else 1
+            sums = [[[v.registers(1, 0.0) for _ in here] for _ in range(rows)] for _ in range(turns)]
+            for n in range(rows):
+                factor = v.load(self.factors, t.const(n * lanes))
+                for x, c in enumerate(here):
+                    old = v.load(self.result, (first + n) * self.pitch + c * lanes)
+                    T.buffer_store(sums[0][n][x], old * factor, [v.at(0)])
 
-            def add(j: Expr, into: list[Buffer], here: range = here) -> None:
-                p = T.Bind(v.splat(self.scores[j]))
-                for n, c in enumerate(here):
-                    x = v.load(t.v, base + j * t.step("v", "s") + c * lanes, _tail(t, t.spec.value_size, c, lanes))
-                    T.buffer_store(into[n], v.fma(p, x, into[n][v.at(0)]), [v.at(0)])
+            def add(j: Expr, into: list[list[Buffer]], here: range = here) -> None:
+                if self.ahead and here.start == 0 and t.spec.k is not Layout.BHDS:
+                    place = T.Bind(T.min(key + self.block + j, stop - 1))
+                    self._ask(t.k, self.k_base + place * t.step("k", "s"), t.spec.head_size)
+                p = [T.Bind(v.splat(self.scores[n * self.block + j])) for n in range(rows)]
+                for x, c in enumerate(here):
+                    y = v.load(t.v, base + j * t.step("v", "s") + c * lanes, _tail(t, t.spec.value_size, c, lanes))
+                    for n in range(rows):
+                        T.buffer_store(into[n][x], v.fma(p[n], y, into[n][x][v.at(0)]), [v.at(0)])
 
-            with T.serial(v.opaque(T.floordiv(count, t.const(2)))) as half:
-                add(half * 2, sums[0])
-                add(half * 2 + 1, sums[1])
-            with T.If(T.floormod(count, t.const(2)) > t.const(0)), T.Then():
-                add(count - 1, sums[0])
-            for n, c in enumerate(here):
-                total = T.Bind(sums[0][n][v.at(0)] + sums[1][n][v.at(0)])
-                v.store(self.result, r * self.pitch + c * lanes, total)
+            with T.serial(v.opaque(T.floordiv(count, t.const(turns)))) as j:
+                for turn in range(turns):
+                    add(v.opaque(j * turns + turn), sums[turn])
+            if turns > 1:
+                with T.If(T.floormod(count, t.const(turns)) > t.const(0)), T.Then():
+                    add(count - 1, sums[0])
+            for n in range(rows):
+                for x, c in enumerate(here):
+                    total = sums[0][n][x][v.at(0)]
+                    for other in sums[1:]:
+                        total = total + other[n][x][v.at(0)]
+                    v.store(self.result, (first + n) * self.pitch + c * lanes, T.Bind(total))
 
     def _give(self, r: Expr, sums: Buffer, result: Buffer, place: Expr) -> None:
         """Y = O / l."""

@@ -40,9 +40,10 @@ class VectorTiles(Vectors):
         call = (from_, _int64(stride), _int32(rows), _int32(columns), T.float32(factor), to, _int64(width))
         T.evaluate(T.call_extern("int32", name, *call))
 
-    def totals(self, values: Sequence[Expr]) -> Expr:
-        """The sums of `lanes` vectors, each over its lanes, as one vector."""
-        return T.Bind(T.call_extern(self.dtype, self._name("totals"), *values))
+    def put_totals(self, values: Sequence[Expr], buffer: Buffer, offset: Expr) -> None:
+        """Write the sums of 1, 2, 4, ... or `lanes` vectors, each over its lanes, one after the other."""
+        name = self._name(f"put_totals_{len(values)}")
+        T.evaluate(T.call_extern("int32", name, T.address_of(buffer[offset]), *values))
 
     def kept(self, buffer: Buffer, offset: Expr, count: Expr | int) -> Expr:
         """0 for each True, -infinity for each False of the first `count` booleans at `offset`; the rest -infinity."""
@@ -62,7 +63,8 @@ class VectorTiles(Vectors):
 
     def _ir(self) -> str:
         lanes = self.lanes
-        own = _transpose(lanes, False) + _transpose(lanes, True) + _totals(lanes) + _kept(lanes)
+        own = _transpose(lanes, False) + _transpose(lanes, True) + _kept(lanes)
+        own += "".join(_put_totals(1 << n, lanes) for n in range(lanes.bit_length()))
         return super()._ir() + own + _OPAQUE
 
 
@@ -147,11 +149,10 @@ define {vector} @gw_kept_{lanes}(ptr %p, i32 %n) alwaysinline {{
 """
 
 
-def _totals(lanes: int) -> str:
+def _sums(count: int, lanes: int) -> tuple[list[str], str]:
+    """IR that adds vectors %v0_0, %v0_1, ... pairwise; element j · count + i of the result belongs to the i-th."""
     vector = f"<{lanes} x float>"
-    arguments = ", ".join(f"{vector} %v0_{i}" for i in range(lanes))
-    lines = [f"define {vector} @gw_totals_{lanes}({arguments}) alwaysinline {{"]
-    left, k = lanes, 0
+    lines, left, k = [], count, 0
     while left > 1:
         left //= 2
         for i in range(left):
@@ -162,4 +163,19 @@ def _totals(lanes: int) -> str:
                 f"  %v{k + 1}_{i} = fadd {vector} %l{k}_{i}, %h{k}_{i}",
             ]
         k += 1
-    return "\n".join([*lines, f"  ret {vector} %v{k}_0", "}", ""])
+    return lines, f"%v{k}_0"
+
+
+def _put_totals(count: int, lanes: int) -> str:
+    arguments = ", ".join(f"<{lanes} x float> %v0_{i}" for i in range(count))
+    lines, total = _sums(count, lanes)
+    lines.insert(0, f"define i32 @gw_put_totals_{count}_{lanes}(ptr %p, {arguments}) alwaysinline {{")
+    width = lanes
+    while width > count:
+        vector, half = f"<{width} x float>", width // 2
+        for part, first in (("a", 0), ("b", half)):
+            index = ", ".join(f"i32 {first + i}" for i in range(half))
+            lines.append(f"  %{part}{half} = shufflevector {vector} {total}, {vector} poison, <{half} x i32> <{index}>")
+        lines.append(f"  %s{half} = fadd <{half} x float> %a{half}, %b{half}")
+        width, total = half, f"%s{half}"
+    return "\n".join([*lines, f"  store <{count} x float> {total}, ptr %p, align 4", "  ret i32 0", "}", ""])
