@@ -28,6 +28,7 @@ MODULES: dict[tuple[str, str], str] = {
         ("graphwright", name): "graphwright.runtime.kernels.masked_softmax"
         for name in ("ScaledSoftmax", "MaskedSoftmax", "SelectedSoftmax")
     },
+    ("graphwright", "BlockQuantize"): "graphwright.runtime.kernels.block_products",
     ("graphwright", "SoftplusAttention"): "graphwright.runtime.kernels.softplus_attention",
     ("graphwright", "ReweightedSoftplusAttention"): "graphwright.runtime.kernels.softplus_attention",
 }

@@ -7,6 +7,7 @@ kernels are attached from outside, in `graphwright.runtime.kernels`.
 from __future__ import annotations
 
 from .base import DOMAIN, CustomOp
+from .block_quantize import BLOCK_QUANTIZE
 from .linear_attention import LINEAR_ATTENTION
 from .masked_softmax import MASKED_SOFTMAX, SCALED_SOFTMAX, SELECTED_SOFTMAX
 from .softplus_attention import REWEIGHTED_SOFTPLUS_ATTENTION, SOFTPLUS_ATTENTION
@@ -17,11 +18,11 @@ OPERATORS: dict[tuple[str, str], CustomOp] = {
     op.identifier: op
     for op in (
         TWO_PASS_SOFTMAX, SCALED_SOFTMAX, MASKED_SOFTMAX, SELECTED_SOFTMAX, SOFTPLUS_ATTENTION,
-        REWEIGHTED_SOFTPLUS_ATTENTION, LINEAR_ATTENTION, STABLE_MAX,
+        REWEIGHTED_SOFTPLUS_ATTENTION, LINEAR_ATTENTION, STABLE_MAX, BLOCK_QUANTIZE,
     )
 }  # fmt: skip
 
 __all__ = [
-    "DOMAIN", "LINEAR_ATTENTION", "MASKED_SOFTMAX", "OPERATORS", "REWEIGHTED_SOFTPLUS_ATTENTION", "SCALED_SOFTMAX",
-    "SELECTED_SOFTMAX", "SOFTPLUS_ATTENTION", "STABLE_MAX", "TWO_PASS_SOFTMAX", "CustomOp",
+    "BLOCK_QUANTIZE", "DOMAIN", "LINEAR_ATTENTION", "MASKED_SOFTMAX", "OPERATORS", "REWEIGHTED_SOFTPLUS_ATTENTION",
+    "SCALED_SOFTMAX", "SELECTED_SOFTMAX", "SOFTPLUS_ATTENTION", "STABLE_MAX", "TWO_PASS_SOFTMAX", "CustomOp",
 ]  # fmt: skip

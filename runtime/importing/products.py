@@ -7,6 +7,7 @@ from typing import Any
 import tvm
 from tvm import relax
 
+from .block_weights import block_product
 from .quantization import conv_pads
 from .shapes import reshaped
 from .site import NARROW_FLOATS, Dim, Refuse, Result, Site, Unfixed, const, constant_of, converts, is_float
@@ -20,7 +21,8 @@ SPATIAL = {1: "W", 2: "HW", 3: "DHW"}
 def matmul(site: Site) -> Result:
     dtype = site.dtype()
     if dtype not in NARROW_FLOATS:
-        return relax.op.matmul(site.x(0), site.x(1))
+        product = block_product(site, site.x(0), site.x(1))
+        return relax.op.matmul(site.x(0), site.x(1)) if product is None else product
     both = [site.value(0), site.value(1)]
     if any(v.wide is not None for v in both) and not any(constant_of(v.expr) is not None for v in both):
         return site.narrowed(relax.op.matmul(site.widened(0), site.widened(1)), dtype)
@@ -44,7 +46,8 @@ def gemm(site: Site) -> Result:
     if dtype in NARROW_FLOATS:
         y = site.cast(relax.op.matmul(a, b, out_dtype="float32"), dtype)
     else:
-        y = site.emit(relax.op.matmul(a, b))
+        product = block_product(site, a, b)
+        y = site.emit(relax.op.matmul(a, b) if product is None else product)
     if alpha != 1.0:
         y = site.emit(relax.op.multiply(y, const(alpha, dtype)))
     if not site.has(2) or beta == 0.0:

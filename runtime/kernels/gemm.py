@@ -345,6 +345,10 @@ class GemmEmitter:
                 self._tile(size, panel, before, item)
             size //= 2
 
+    def panel_start(self, column: Expr) -> Expr:
+        """Offset in B of the packed panel that begins with a column."""
+        return column * self.const(self.inner)
+
     def _far(self, turn: tuple[Expr, int] | None) -> bool:
         """Whether few tiles read a packed panel and most of B comes from far away, and the panels are too few to be the
         streams themselves."""
@@ -379,7 +383,7 @@ class GemmEmitter:
         a_start = T.Bind(row_of_a * const(self.inner))
         width = min(count, self.tile.packed) if spec.packed else count  # vectors that lie behind each other
         if spec.packed:
-            b_start, b_step = T.Bind(column * const(self.inner)), width * lanes
+            b_start, b_step = T.Bind(self.panel_start(column)), width * lanes
         else:
             before = const(0) if spec.shared_b else item * const(self.inner) * const(spec.columns)
             b_start, b_step = T.Bind(before + column), spec.columns

@@ -12,7 +12,7 @@ from tvm.tirx.script import builder as T
 from ..elements import Size, expression, product, size_of
 from ..target import Target
 from ..templates import Body, anchor, template
-from .gemm import GemmEmitter, GemmSpec, GemmTile, choose_tile, pack, packed_tile
+from .gemm import Finish, GemmEmitter, GemmSpec, GemmTile, choose_tile, pack, packed_tile
 from .vectors import Expr, Vectors
 
 
@@ -22,6 +22,16 @@ def gemm(parameters: dict[str, Any], body: Body) -> None:
     spec, tile = GemmSpec(**parameters["spec"]), GemmTile(**parameters["tile"])
     v = body.vectors
     a, b = body.inputs
+    leading = body.out_shape[:-1]
+    batch = 1 if spec.packed or spec.shared_b else product(leading[:-1])
+    rows = product(leading) if batch == 1 else leading[-1]
+    height, inner, count = (_number(size) for size in (rows, body.shapes[0][-1], batch))
+    target, store = body.target, row_store(body)
+    GemmEmitter(v, spec, tile, height, inner, count, a, b, store, target.cores, target.caches, body.index).emit()
+
+
+def row_store(body: Body) -> Finish:
+    """Stores vectors of a product by their row, counted through all axes but the last, and their column."""
     leading = body.out_shape[:-1]
     analyzer = tvm.sym.Analyzer()
     nested = len(leading) > 2 and not all(isinstance(size, int) for size in leading[2:])
@@ -42,11 +52,12 @@ def gemm(parameters: dict[str, Any], body: Body) -> None:
                 axes.append(analyzer.simplify(within))
         body.store(value, [*axes, column], there)
 
-    batch = 1 if spec.packed or spec.shared_b else product(leading[:-1])
-    rows = product(leading) if batch == 1 else leading[-1]
-    height, inner, count = (_number(size) for size in (rows, body.shapes[0][-1], batch))
-    target = body.target
-    GemmEmitter(v, spec, tile, height, inner, count, a, b, finish, target.cores, target.caches, body.index).emit()
+    return finish
+
+
+def rows_of(body: Body) -> Expr | int:
+    """Rows of a product whose right side is one matrix."""
+    return _number(product(body.out_shape[:-1]))
 
 
 def chosen_tile(spec: GemmSpec, target: Target) -> GemmTile:
