@@ -33,7 +33,7 @@ class InstructionSet:
     vector_bits: width of one vector register. registers: how many there are. fma: fused multiply-add on
     vectors. scalef: multiply by a power of two in one instruction (AVX-512). lookup: choose among eight
     numbers of a register by the low bits of eight others (AVX2's vpermd). streaming: non-temporal stores.
-    dot_int8 / dot_bf16: dot-product instructions.
+    half: vectors of float16 become float32 in one instruction. dot_int8 / dot_bf16: dot-product instructions.
     """
 
     name: str
@@ -43,6 +43,7 @@ class InstructionSet:
     scalef: bool = False
     lookup: bool = False
     streaming: bool = False
+    half: bool = False
     dot_int8: bool = False
     dot_bf16: bool = False
 
@@ -51,11 +52,11 @@ class InstructionSet:
         return self.vector_bits // bits
 
 
-AVX512 = InstructionSet("avx512", 512, 32, fma=True, scalef=True, streaming=True)
-AVX2 = InstructionSet("avx2", 256, 16, fma=True, lookup=True, streaming=True)
+AVX512 = InstructionSet("avx512", 512, 32, fma=True, scalef=True, streaming=True, half=True)
+AVX2 = InstructionSet("avx2", 256, 16, fma=True, lookup=True, streaming=True, half=True)
 SSE2 = InstructionSet("sse2", 128, 16, streaming=True)
-NEON = InstructionSet("neon", 128, 32, fma=True)
-NEON32 = InstructionSet("neon32", 128, 16, fma=True)
+NEON = InstructionSet("neon", 128, 32, fma=True, half=True)
+NEON32 = InstructionSet("neon32", 128, 16, fma=True, half=True)
 RVV = InstructionSet("rvv", 128, 32, fma=True)
 SCALAR = InstructionSet("scalar", 32, 32, fma=True)
 GPU = InstructionSet("gpu", 32, 255, fma=True)
@@ -209,6 +210,25 @@ def host_caches() -> Caches:
         if kind != "Instruction" and level in sizes and text[:-1].isdigit():
             sizes[level] = int(text[:-1]) * {"K": KIB, "M": MIB}.get(text[-1], 1)
     return Caches(sizes[1], sizes[2], sizes[3])
+
+
+def host_traits() -> dict[str, Any]:
+    """What `host` follows from, besides the version of the compiler, without importing the compiler: for the names of
+    things that were compiled for this machine."""
+    words = ("vendor_id", "cpu family", "model", "stepping", "CPU implementer", "CPU part", "CPU variant", "uarch")
+    try:
+        first = Path("/proc/cpuinfo").read_text().partition("\n\n")[0]
+    except OSError:
+        first = ""
+    lines = [line.partition(":") for line in first.splitlines()]
+    told = {word.strip(): value.strip() for word, _, value in lines}
+    return {
+        "machine": platform.machine(),
+        "processor": {word: told[word] for word in words if word in told},
+        "flags": sorted(host_flags()),
+        "caches": dataclasses.asdict(host_caches()),
+        "cores": host_cores(),
+    }
 
 
 def x86_attributes(named: Collection[str], flags: Collection[str]) -> tuple[str, ...]:
