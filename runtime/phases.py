@@ -38,10 +38,13 @@ def compile_module(
 def legalize(module: tvm.IRModule, target: Target) -> tvm.IRModule:
     """Operators -> loop nests, and on a CPU anchors of kernel templates."""
     dispatch = [relax.backend.DispatchSampling(), relax.backend.DispatchSortScan(), relax.transform.FoldConstant()]
-    module = tvm.transform.Sequential(dispatch)(module)
     if target.is_cpu:
         from .plan import LOOKED_AT, plan
 
+        # Before constants are folded: products read narrow weights before they are widened.
+        dispatch.insert(0, relax.transform.DeadCodeElimination())
+    module = tvm.transform.Sequential(dispatch)(module)
+    if target.is_cpu:
         module = relax.transform.LegalizeOps(skip_ops=LOOKED_AT, enable_warning=False)(module)
         module = plan(module, target)
     rest = [relax.transform.LegalizeOps(enable_warning=False), relax.transform.AnnotateTIROpPattern()]

@@ -212,6 +212,25 @@ def host_caches() -> Caches:
     return Caches(sizes[1], sizes[2], sizes[3])
 
 
+def host_traits() -> dict[str, Any]:
+    """What `host` follows from, besides the version of the compiler, without importing the compiler: for the names of
+    things that were compiled for this machine."""
+    words = ("vendor_id", "cpu family", "model", "stepping", "CPU implementer", "CPU part", "CPU variant", "uarch")
+    try:
+        first = Path("/proc/cpuinfo").read_text().partition("\n\n")[0]
+    except OSError:
+        first = ""
+    lines = [line.partition(":") for line in first.splitlines()]
+    told = {word.strip(): value.strip() for word, _, value in lines}
+    return {
+        "machine": platform.machine(),
+        "processor": {word: told[word] for word in words if word in told},
+        "flags": sorted(host_flags()),
+        "caches": dataclasses.asdict(host_caches()),
+        "cores": host_cores(),
+    }
+
+
 def x86_attributes(named: Collection[str], flags: Collection[str]) -> tuple[str, ...]:
     """What to add to or take from a processor's name so that it says exactly what the host has.
 

@@ -23,12 +23,13 @@ from tvm import relax, tirx
 
 from . import importer, phases
 from .codegen import machine_code
-from .kernels import conv, conv_direct, gemm, products, winograd
+from .importing.site import np_dtype
+from .kernels import conv, conv_direct, gemm_spec, products, winograd
 from .kernels.conv_depthwise import widest
 from .kernels.conv_spec import ConvSpec, ConvTile
 from .kernels.conv_transposed import TransposedSpec, convolutions
 from .kernels.convolutions import chosen_tile, tuples
-from .kernels.gemm import GemmSpec, GemmTile
+from .kernels.gemm_spec import GemmSpec, GemmTile
 from .kernels.vectors import Vectors
 from .measure import Spread
 from .session import use_threads
@@ -113,6 +114,11 @@ class Trial(ABC):
         """Whether the second input is."""
         return True
 
+    @property
+    def second_type(self) -> str:
+        """Element type of the second input, as it is packed."""
+        return "float32"
+
     def parameters(self, tile: Any) -> dict[str, Any]:
         """Of the template."""
         return {"spec": vars(self.spec), "tile": vars(tile)}
@@ -137,7 +143,8 @@ class Trial(ABC):
         """The compiled kernel (first input, second, output), without an epilogue."""
         first, out = self.shapes()
         bb = relax.BlockBuilder()
-        names = [relax.Var(f"x{i}", relax.TensorType(shape, "float32")) for i, shape in enumerate((first, second))]
+        types = [relax.TensorType(first, "float32"), relax.TensorType(second, self.second_type)]
+        names = [relax.Var(f"x{i}", kind) for i, kind in enumerate(types)]
         with bb.function("main", names):
             with bb.dataflow():
                 kind = relax.TensorType(out, "float32")
@@ -163,6 +170,10 @@ class ProductTrial(Trial):
     def constant(self) -> bool:
         return self.spec.packed
 
+    @property
+    def second_type(self) -> str:
+        return "float32" if self.spec.itemsize == 4 else "uint16"
+
     def flops(self) -> float:
         return self.spec.flops
 
@@ -178,13 +189,14 @@ class ProductTrial(Trial):
         s = self.spec
         assert s.inner and s.batch, "the sizes are numbers"
         if s.packed:
-            return gemm.pack(draw.standard_normal((s.inner, s.columns), np.float32), tile, self.lanes)
+            weights = draw.standard_normal((s.inner, s.columns), np.float32).astype(np_dtype(s.weights))
+            return gemm_spec.pack(weights, tile, self.lanes)
         return draw.standard_normal((1 if s.shared_b else s.batch, s.inner, s.columns), np.float32)
 
     def tiles(self) -> list[GemmTile]:
         s, isa = self.spec, self.target.isa
         rule = products.chosen_tile(s, self.target)
-        ranked = gemm.tiles(s.rows, s.columns, isa, self.lanes, (0, 1, 2))[:CANDIDATES]
+        ranked = gemm_spec.tiles(s.rows, s.columns, isa, self.lanes, (0, 1, 2))[:CANDIDATES]
         return _distinct([rule, *ranked, *(GemmTile(rule.rows, rule.vectors, depth) for depth in self.depths(rule))])
 
     def depths(self, rule: GemmTile) -> list[int]:
@@ -192,9 +204,9 @@ class ProductTrial(Trial):
         s = self.spec
         if not s.packed or not s.rows or not s.inner:
             return []
-        whole = gemm.part_of_depth(s.rows, s.inner, rule, self.target.caches)
+        whole = gemm_spec.part_of_depth(s.rows, s.inner, rule, self.target.caches)
         parts = [s.inner // 2, s.inner // 4] if whole is None else [2 * whole, whole // 2]
-        rounded = [-(-part // gemm.UNROLL) * gemm.UNROLL for part in parts]
+        rounded = [-(-part // gemm_spec.UNROLL) * gemm_spec.UNROLL for part in parts]
         return [0] * (whole is not None) + [part for part in rounded if 128 <= part < s.inner]
 
 

@@ -29,14 +29,17 @@ OVERHEAD = 60e6  # bytes that a process may hold besides weights and cache
 
 
 def weight_bytes(path: Path) -> int:
-    """Bytes of the weights that one run of an ONNX file reads: all but tables that only Gather takes rows from."""
+    """Bytes of the weights that one run of an ONNX file reads: all but tables that only Gather takes rows from, as they
+    are stored or widened by a Cast."""
     import onnx
 
     graph = onnx.load(path, load_external_data=False).graph
+    casts = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "Cast"}
     readers: dict[str, set[str]] = {}
     for node in graph.node:
-        for name in node.input:
-            readers.setdefault(name, set()).add(node.op_type)
+        if node.op_type != "Cast":
+            for name in node.input:
+                readers.setdefault(casts.get(name, name), set()).add(node.op_type)
     total = 0
     for tensor in graph.initializer:
         if readers.get(tensor.name, {"Gather"}) != {"Gather"}:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 from typing import ClassVar
@@ -17,6 +18,8 @@ from .shape_values import LENGTH, Entries, ShapeValues
 
 QUANTIZERS = ("DequantizeLinear", "QuantizeLinear", "DynamicQuantizeLinear")
 WHOLE = (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL)  # types of shape computations
+HALF = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+LARGE = 4096  # elements of weights that stay narrow
 SEQUENCES = ("SequenceConstruct", "SequenceEmpty", "SplitToSequence", "Optional")
 
 
@@ -33,7 +36,8 @@ class FoldConstants(Pass):
     condition becomes its branch.
     Left alone, each with its reason: results above max_bytes or that make the file larger by more than
     max_growth (a ConstantOfShape of 500 MB stays one; sizes are worked out first), work that takes long,
-    random operators, quantized weights, nodes of functions with parameters in their attributes.
+    random operators, quantized weights, float16 and bfloat16 weights that only products and gathers read, widened by a
+    Cast, nodes of functions with parameters in their attributes.
     Results are computed by NumPy, so they may differ from a runtime's by rounding.
     """
 
@@ -134,6 +138,9 @@ class _Run:
             self.report.skipped("fold", graph.site(node), f"{node.op_type} of a constant; quantized=true folds it")
             return
         tensors = [graph.constant_tensor(value) for value in node.inputs]
+        if _widens_weights(node):
+            self.report.skipped("fold", graph.site(node), "Cast of weights that products and gathers read as they are")
+            return
         try:
             self._check_size(node, scope, tensors)
             arrays = evaluate(node, scope.opset, tensors)
@@ -242,6 +249,28 @@ class _Run:
         for value in [*branch.initializers.values(), *(v for node in branch for v in node.outputs)]:
             if value.name and self._uses_of_names[value.name] > 1:
                 value.name = self._fresh(value.name)
+
+
+def _widens_weights(node: ir.Node) -> bool:
+    """Whether a node makes float32 of a large matrix of a narrower type for products and gathers alone."""
+    source = graph.input_of(node, 0)
+    shape = graph.static_shape(source)
+    if not graph.is_op(node, "Cast") or source is None or source.dtype not in HALF or shape is None or len(shape) != 2:
+        return False
+    widened = graph.attribute(node, "to") == ir.DataType.FLOAT and math.prod(shape) >= LARGE
+    return widened and _only_weight(node.outputs[0])
+
+
+def _only_weight(value: ir.Value) -> bool:
+    """Whether a matrix is nothing but the weight of products and the table of gathers, transposed or not."""
+    if value.is_graph_output() or not value.uses():
+        return False
+    return all(
+        (graph.is_op(user, "MatMul", "Gemm") and index == 1)
+        or (graph.is_op(user, "Gather") and index == 0)
+        or (graph.is_op(user, "Transpose") and _only_weight(user.outputs[0]))
+        for user, index in value.uses()
+    )
 
 
 def _megabytes(size: int) -> str:

@@ -11,6 +11,7 @@ from .block_weights import block_product
 from .quantization import conv_pads
 from .shapes import reshaped
 from .site import NARROW_FLOATS, Dim, Refuse, Result, Site, Unfixed, const, constant_of, converts, is_float
+from .stored import stored_weight
 
 CONVOLUTIONS = {1: relax.op.nn.conv1d, 2: relax.op.nn.conv2d, 3: relax.op.nn.conv3d}
 TRANSPOSED = {1: relax.op.nn.conv1d_transpose, 2: relax.op.nn.conv2d_transpose, 3: relax.op.nn.conv3d_transpose}
@@ -21,6 +22,9 @@ SPATIAL = {1: "W", 2: "HW", 3: "DHW"}
 def matmul(site: Site) -> Result:
     dtype = site.dtype()
     if dtype not in NARROW_FLOATS:
+        stored = stored_weight(site, 1)
+        if stored is not None:
+            return relax.op.matmul(site.x(0), stored, out_dtype=dtype)
         product = block_product(site, site.x(0), site.x(1))
         return relax.op.matmul(site.x(0), site.x(1)) if product is None else product
     both = [site.value(0), site.value(1)]
@@ -40,14 +44,18 @@ def gemm(site: Site) -> Result:
     a, b = site.x(0), site.x(1)
     if site.attr("transA", 0):
         a = site.emit(relax.op.permute_dims(a, [1, 0]))
-    if site.attr("transB", 0):
+    stored = stored_weight(site, 1, bool(site.attr("transB", 0)))
+    if stored is not None:
+        b = stored
+    elif site.attr("transB", 0):
         weight = site.array(1)
         b = site.emit(relax.op.permute_dims(b, [1, 0])) if weight is None else const(weight.T, dtype)
     if dtype in NARROW_FLOATS:
         y = site.cast(relax.op.matmul(a, b, out_dtype="float32"), dtype)
     else:
-        product = block_product(site, a, b)
-        y = site.emit(relax.op.matmul(a, b) if product is None else product)
+        product = block_product(site, a, b) if stored is None else None
+        y = relax.op.matmul(a, b, out_dtype=None if stored is None else dtype) if product is None else product
+        y = site.emit(y)
     if alpha != 1.0:
         y = site.emit(relax.op.multiply(y, const(alpha, dtype)))
     if not site.has(2) or beta == 0.0:

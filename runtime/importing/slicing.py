@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import tvm
@@ -30,6 +30,7 @@ from .site import (
     same,
     shape_of,
 )
+from .stored import stored_bits, stored_weight
 
 
 @converts("Slice")
@@ -363,6 +364,10 @@ def gather(site: Site) -> Result:
             raise Refuse("an index is out of range")
         fixed = const(np.where(known < 0, known + size, known), site.dtype(1))
         return relax.op.take(site.x(), fixed, axis)
+    stored = stored_weight(site, 0)
+    if stored is not None:
+        bits, widen = stored_bits(stored)
+        return site.te(lambda data, where: _gather(data, where, axis, widen), bits, index, name="gather")
     behind = site.shape()[axis + 1 :]
     if axis == 0 and for_kernels(site, 0) and all(isinstance(d, int) for d in behind):
         row, chosen = product(behind), site.shape(1)
@@ -373,8 +378,11 @@ def gather(site: Site) -> Result:
     return site.te(lambda data, where: _gather(data, where, axis), site.x(), index, name="gather")
 
 
-def _gather(data: te.Tensor, indices: te.Tensor, axis: int) -> te.Tensor:
-    """numpy.take with negative indices; indices out of range are brought to the nearest valid one."""
+def _gather(
+    data: te.Tensor, indices: te.Tensor, axis: int, made: Callable[[tirx.Expr], tirx.Expr] = lambda element: element
+) -> te.Tensor:
+    """numpy.take with negative indices; indices out of range are brought to the nearest valid one. made: of each
+    element that is taken."""
     rank = len(indices.shape)
     out = [*data.shape[:axis], *indices.shape, *data.shape[axis + 1 :]]
     size = data.shape[axis].astype("int64")
@@ -383,7 +391,7 @@ def _gather(data: te.Tensor, indices: te.Tensor, axis: int) -> te.Tensor:
         at = indices(*index[axis : axis + rank]).astype("int64")
         at = tirx.Select(at < 0, at + size, at)
         at = tirx.max(tirx.min(at, size - 1), tirx.IntImm("int64", 0))
-        return data(*index[:axis], at, *index[axis + rank :])
+        return made(data(*index[:axis], at, *index[axis + rank :]))
 
     return te.compute(tuple(out), element, name="gather")
 

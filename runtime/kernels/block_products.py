@@ -16,8 +16,8 @@ from ..importing.site import ByBody
 from ..lowering import lowers
 from ..target import Target
 from ..templates import Body, anchor, template
-from .gemm import GemmSpec, choose_tile
 from .gemm_blocks import BlockSpec, FewRows, ManyRows, Weights, integer_form, pack, steps_of_block
+from .gemm_spec import GemmSpec, choose_tile
 from .products import row_store, rows_of
 from .rows import count_of, each_row, flat_kernel, number_of, sweep
 from .vectors import Vectors

@@ -29,7 +29,7 @@ from tvm.tirx.script import builder as T
 from ...passes.base import Caches
 from ..target import InstructionSet
 from .conv_spec import Accumulators, ConvSpec, ConvTile, Emission, axis, split_evenly, taps_inside
-from .gemm import loads_cost
+from .gemm_spec import loads_cost
 from .vectors import Expr, Vectors
 
 UNROLL = 4  # input channels of one turn of the innermost loop

@@ -3,7 +3,8 @@
     Y[m, n] = finish(sum over k of A[m, k] · B[k, n])
 
 B is constant and packed once (`pack`): panels of up to `GemmTile.packed` vectors of columns, each [K][panel width], so
-that the inner loop reads it in order. Where B is computed at run time (`packed=False`) its rows are read in place.
+that the inner loop reads it in order. It may be stored in 16 bits, which become float32 in registers. Where B is
+computed at run time (`packed=False`) its rows are read in place.
 Rows are cut into tiles of two sizes that differ by one, so that no tile is nearly empty.
 
 Names: m, n, k rows, columns, depth; a, b, y flat buffers; tile: rows x vectors of accumulators in registers.
@@ -15,167 +16,31 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
 from ...passes.base import Caches
-from ..target import InstructionSet
+from .gemm_spec import FEW, PAGE, UNROLL, GemmSpec, GemmTile, panels, part_of_depth, streams_of_depth
 from .vectors import LINE, Buffer, Expr, Vectors
 
 # Bytes below which a buffer of scope "global" stays on the stack, where LLVM turns it into registers.
 REGISTER_BUFFER = 1024
 # Multiply-adds below which a second thread costs more than it gives.
 PARALLEL = 1 << 17
-UNROLL = 4  # steps of k that are written out
-FEW = 8  # tiles of A in the second cache, and times that B is read, from which on the depth is cut into parts
-MANY = 256  # rows from which on a panel that is too wide for the first cache is read often enough
 NEAR = 2  # tiles of a panel up to which none asks for the next one: it would be gone again before it is read
-STREAMS = (6, 5, 7), (3, 5)  # places of the depth that are read in turn instead, for up to two rows and for more
-FEW_ROWS = 2  # rows up to which a tile reads several panels of B
 BESIDE = 4  # panels side by side from which on each is a stream
-PAGE = 1024  # elements apart, or a multiple of it, elements fall in the same lines of a first-level cache
 SUMS = 1 << 18  # elements of the sums that wait between two parts of the depth
 
 # Called with a vector of results, its row and first column, and how many of its lanes exist (None: all).
 Finish = Callable[[Expr, Expr, Expr, "int | None"], None]
 
 
-@dataclass(frozen=True)
-class GemmSpec:
-    """Sizes of a product. rows: None when known at run time. packed: B is a constant in panels.
-
-    batch: how many products of these sizes lie behind each other, 1 for a packed B. shared_a, shared_b: all of them
-    read the same A or B.
-    """
-
-    rows: int | None
-    inner: int | None
-    columns: int
-    packed: bool = True
-    batch: int | None = 1
-    shared_a: bool = False
-    shared_b: bool = False
-
-    @property
-    def flops(self) -> int:
-        """Multiplications and additions; 0 where a size is known only at run time."""
-        return 2 * (self.batch or 0) * (self.rows or 0) * (self.inner or 0) * self.columns
-
-
-@dataclass(frozen=True)
-class GemmTile:
-    """Rows and vectors of accumulators. depth: steps of k of one part, 0: all at once, None: as the sizes ask for.
-
-    panel: vectors of a panel of B, of which the tile covers several behind each other; None for one of its own width.
-    """
-
-    rows: int
-    vectors: int
-    depth: int | None = None
-    panel: int | None = None
-
-    @property
-    def packed(self) -> int:
-        """Vectors of a panel of B."""
-        return self.panel or self.vectors
-
-    @property
-    def beside(self) -> int:
-        """Panels of B that the tile covers."""
-        return -(-self.vectors // self.packed)
-
-
-def loads_cost(rows: int, vectors: int) -> float:
-    """What a tile's cycles grow by with its loads for each multiply-add, as measured on 32 registers: 6x4 is 2 to 10 %
-    faster than 14x2, though both keep the multipliers busy on paper."""
-    return 1 + 0.2 * (rows + vectors) / (rows * vectors)
-
-
-def choose_tile(rows: int | None, columns: int, isa: InstructionSet, lanes: int) -> GemmTile:
-    """The tile that keeps the most accumulators and wastes the fewest, for a machine of `isa.registers` registers."""
-    return tiles(rows, columns, isa, lanes)[0]
-
-
-def packed_tile(rows: int | None, columns: int, isa: InstructionSet, lanes: int) -> GemmTile:
-    """The tile for a packed B. Few rows read panels of the width that many rows take, several at once: two models that
-    read the same weights so, such as a decoder's for its prompt and for one token, can share them."""
-    if rows is None or rows > FEW_ROWS:
-        return choose_tile(rows, columns, isa, lanes)
-    panel = choose_tile(None, columns, isa, lanes).vectors
-    return replace(next(t for t in tiles(rows, columns, isa, lanes) if t.vectors % panel == 0), panel=panel)
-
-
-def tiles(
-    rows: int | None, columns: int, isa: InstructionSet, lanes: int, shorter: Sequence[int] = (0,)
-) -> list[GemmTile]:
-    """Tiles, the one that should take the fewest cycles first. shorter: by how many rows than fit.
-
-    The accumulators, the vectors of B of one step and the element of A that meets them fit into registers.
-    """
-    total = -(-columns // lanes)
-    costs: dict[GemmTile, float] = {}
-    for vectors, less in itertools.product((1, 2, 3, 4, 6, 8), shorter):
-        most = (isa.registers - 1 - vectors) // vectors - less
-        if vectors > max(1, total) or most < 1:
-            continue
-        height = most if rows is None else -(-rows // -(-rows // most)) if rows else 1
-        # Per step of k: an FMA a cycle and unit, a load a cycle and unit, latency hidden by eight accumulators.
-        work = max(height * vectors, height + vectors, min(8, 2 * isa.registers // 4))
-        count = -(-total // vectors) * (1 if rows is None else -(-rows // height)) / height ** (rows is None)
-        wide = isa.registers >= 32 and (rows is None or rows >= MANY)
-        costs[GemmTile(height, vectors)] = work * count * (
-            loads_cost(height, vectors) if wide else 1 + 0.02 * abs(vectors - 2)
-        )
-    return sorted(costs, key=costs.__getitem__)
-
-
-def part_of_depth(rows: int, inner: int, tile: GemmTile, caches: Caches) -> int | None:
-    """Steps of k of one part, where all of a packed B would come from far away many times: a part of A that stays in
-    half of the second cache has few rows. None elsewhere."""
-    most = caches.l2 // 2 // (4 * tile.rows)  # steps of k times tiles
-    if most >= FEW * inner or -(-rows // tile.rows) * inner < FEW * most:
-        return None
-    parts = -(-inner * 2 * FEW // most)
-    return -(-inner // (parts * UNROLL)) * UNROLL
-
-
-def streams_of_depth(rows: int, inner: int, unroll: int, beside: int = 1) -> tuple[int, int]:
-    """(streams, steps of k of each, a multiple of `unroll`). Neither the streams of B nor the rows of A at their places
-    meet in the same lines of the first-level cache, if any number of streams does so. beside: panels that are read side
-    by side."""
-
-    def parted(streams: int) -> tuple[int, int]:
-        count = inner // streams // unroll
-        return streams, (count - 1 + count % 2) * unroll  # an odd number of lines
-
-    choices = [parted(max(2, streams // beside)) for streams in STREAMS[rows > 2]]
-    return max(choices, key=lambda choice: min(PAGE // 8, choice[1] % PAGE, -choice[1] % PAGE))
-
-
-def panels(columns: int, tile: GemmTile, lanes: int) -> list[tuple[int, int]]:
-    """(first vector, vectors) of each panel; the last may be narrower."""
-    total = -(-columns // lanes)
-    return [(first, min(tile.vectors, total - first)) for first in range(0, total, tile.vectors)]
-
-
-def pack(b: np.ndarray, tile: GemmTile, lanes: int) -> np.ndarray:
-    """B of shape (K, N) as panels behind each other, zeros in the lanes beyond N. Flat float32."""
-    inner, columns = b.shape
-    width = -(-columns // lanes) * lanes
-    padded = np.zeros((inner, width), np.float32)
-    padded[:, :columns] = b
-    step = tile.packed * lanes
-    parts = [padded[:, first : first + step].reshape(-1) for first in range(0, width, step)]
-    return np.concatenate(parts) if parts else padded.reshape(-1)
-
-
 @dataclass
 class GemmEmitter:
     """Emits a product into the IR builder that is open.
 
-    rows, inner, batch: the sizes, as numbers where the spec knows them. a, b: flat float32 buffers. index: type of
-    offsets.
+    rows, inner, batch: the sizes, as numbers where the spec knows them. a, b: flat float32 buffers, b of uint16 where
+    it is stored in 16 bits. index: type of offsets.
     """
 
     vectors: Vectors
@@ -354,13 +219,18 @@ class GemmEmitter:
         streams themselves."""
         if self.tile.beside >= BESIDE:
             return False
-        size = 4 * (self.spec.inner or 0) * self.spec.columns
+        size = self.spec.itemsize * (self.spec.inner or 0) * self.spec.columns
         return turn is not None and turn[1] <= NEAR and size > self.caches.l2 and (self.spec.inner or 0) >= PAGE // 16
+
+    @property
+    def _line(self) -> int:
+        """Elements of B in a cache line."""
+        return LINE * 4 // self.spec.itemsize
 
     def _streams(self, inner: int, width: int, step: Callable[[Expr], None]) -> None:
         """All steps of k, from several places of the depth in turn: a processor fetches several streams ahead of their
         reader at once, and each only to the end of its page, so that one alone does not fill the way to memory."""
-        unroll = max(1, LINE // width)
+        unroll = max(1, self._line // width)
         streams, length = streams_of_depth(self.tile.rows, inner, unroll, self.tile.beside)
         with T.serial(self.const(length // unroll)) as k:
             for stream, u in itertools.product(range(streams), range(unroll)):
@@ -396,7 +266,10 @@ class GemmEmitter:
                 before = const(self.inner) * const(first * lanes) if first else const(0)
                 at = b_start + before + k * const(step) + const((j - first) * lanes)
                 partial = not spec.packed and panel.lanes is not None and j == count - 1
-                bs.append(v.load(self.b, at, const(panel.lanes) if partial and panel.lanes else None))
+                if spec.itemsize == 2:
+                    bs.append(v.widened(self.b, at, spec.weights))
+                else:
+                    bs.append(v.load(self.b, at, const(panel.lanes) if partial and panel.lanes else None))
             for i in range(height):
                 a = T.Bind(v.splat(self.a[a_start + const(i) * const(self.inner) + k]))
                 for j in range(count):
@@ -414,7 +287,7 @@ class GemmEmitter:
             begin = T.Bind(b_start + part.start * const(b_step)) if part else b_start
             total = (part.depth if part else self.inner) // UNROLL * UNROLL * b_step
             if turn[1] > NEAR:
-                ask = v.ahead(self.b, begin, total, UNROLL * b_step, *turn, const)
+                ask = v.ahead(self.b, begin, total, UNROLL * b_step, *turn, const, self._line)
                 ahead = ask and (lambda k: ask(begin + k * const(b_step)))
         if part is None:
             if isinstance(self.inner, int) and self._far(turn):

@@ -21,7 +21,8 @@ from tvm import tirx
 from tvm.tirx.script import builder as T
 
 from ..target import InstructionSet
-from .gemm import GemmEmitter, _Panel, panels
+from .gemm import GemmEmitter, _Panel
+from .gemm_spec import panels
 from .vectors import ROUND, Buffer, Expr, Vectors
 
 Finish = Callable[[Expr, Expr, Expr, "int | None"], None]

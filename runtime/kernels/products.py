@@ -12,8 +12,11 @@ from tvm.tirx.script import builder as T
 from ..elements import Size, expression, product, size_of
 from ..target import Target
 from ..templates import Body, anchor, template
-from .gemm import Finish, GemmEmitter, GemmSpec, GemmTile, choose_tile, pack, packed_tile
+from .gemm import Finish, GemmEmitter
+from .gemm_spec import GemmSpec, GemmTile, choose_tile, pack, packed_tile
 from .vectors import Expr, Vectors
+
+STORED = ("float32", "float16", "bfloat16")  # types of constant weights
 
 
 @template("gemm")
@@ -74,12 +77,15 @@ def _number(size: Size) -> Expr | int:
 
 
 def matmul(bb: relax.BlockBuilder, a: Any, b: Any, target: Target, packed: dict[Any, Any]) -> Any | None:
-    """A product as a template; None where it has none: other types than float32, vectors, columns or a broadcast
-    that are known only at run time. packed: weights that were packed before, so that those of several products are
-    held once.
+    """A product as a template; None where it has none: other types than float32, but for weights of STORED, vectors,
+    columns or a broadcast that are known only at run time. packed: weights that were packed before, so that those of
+    several products are held once.
     """
     kinds = (a.ty, b.ty)
-    if any(str(k.dtype.dtype) != "float32" or not isinstance(k.shape, relax.ShapeExpr) for k in kinds):
+    if any(not isinstance(k.shape, relax.ShapeExpr) for k in kinds) or str(kinds[0].dtype.dtype) != "float32":
+        return None
+    stored = str(kinds[1].dtype.dtype)
+    if stored not in (STORED if isinstance(b, tvm.ir.GenericConst) else ("float32",)):
         return None
     left, right = ([size_of(d) for d in k.shape.values] for k in kinds)
     if min(len(left), len(right)) < 2 or 0 in (*left, *right):
@@ -103,13 +109,16 @@ def matmul(bb: relax.BlockBuilder, a: Any, b: Any, target: Target, packed: dict[
             return None
     weight = b.value.numpy() if isinstance(b, tvm.ir.GenericConst) and shared_b else None
     known = [size if isinstance(size, int) else None for size in (height, inner, count)]
-    spec = GemmSpec(known[0], known[1], columns, weight is not None, known[2], shared_a, shared_b)
+    if weight is None and stored != "float32":
+        return None
+    spec = GemmSpec(known[0], known[1], columns, weight is not None, known[2], shared_a, shared_b, stored)
     lanes = Vectors(target.isa).lanes
     tile = chosen_tile(spec, target)
     if weight is not None:
         key = (b, tile.packed)
         if key not in packed:
-            packed[key] = relax.const(pack(weight.reshape(weight.shape[-2:]), tile, lanes), "float32")
+            panels = pack(weight.reshape(weight.shape[-2:]), tile, lanes)
+            packed[key] = relax.const(panels, str(panels.dtype))
         b = packed[key]
     out = relax.TensorType([expression(d) for d in (*batch, rows, columns)], "float32")
     flops = 2 * (spec.inner or 0) * math.prod(d for d in (*batch, rows, columns) if isinstance(d, int))

@@ -23,7 +23,8 @@ from tvm.tirx.script import builder as T
 from ...passes.base import Caches
 from ..target import InstructionSet
 from .functions import sigmoid, tanh
-from .gemm import GemmEmitter, GemmSpec, GemmTile, choose_tile, pack, tiles
+from .gemm import GemmEmitter
+from .gemm_spec import GemmSpec, GemmTile, choose_tile, pack, tiles
 from .rows import Shape, Size, count_of, flat_kernel
 from .vectors import Buffer, Expr, Vectors
 

@@ -181,6 +181,10 @@ class Vectors:
         pointer = T.address_of(buffer[offset])
         return T.Bind(T.call_extern(self.dtype, self._name("load"), pointer, _int32(count), T.float32(fill)))
 
+    def widened(self, buffer: Buffer, offset: Expr, kind: str) -> Expr:
+        """The vector at `offset` of a buffer of uint16, the bits of numbers of type `kind`, float16 or bfloat16."""
+        return T.Bind(T.call_extern(self.dtype, self._name(f"widen_{kind}"), buffer[self.at(offset)]))
+
     def select(self, x: Expr, kept: Buffer, offset: Expr, count: Expr | None = None) -> Expr:
         """x where the booleans at `offset` are true, else -inf; with `count` only so many are read."""
         count = T.int32(self.lanes) if count is None else _int32(count)
@@ -203,26 +207,28 @@ class Vectors:
         T.evaluate(T.call_extern("int32", "gw_prefetch", T.address_of(buffer[offset])))
 
     def ahead(
-        self, buffer: Buffer, begin: Expr, total: int, group: int, turn: Expr, turns: int, const: Callable[[int], Expr]
+        self, buffer: Buffer, begin: Expr, total: int, group: int, turn: Expr, turns: int, const: Callable[[int], Expr],
+        line: int = LINE,
     ) -> Callable[[Expr], None] | None:
         """What asks for the `total` elements behind those from `begin` on, while `turns` tiles read these in groups.
 
         Every tile reads all of them, `group` elements at a time, and calls the result with the offset of each group.
         The first tiles ask for a share each, a few lines a group, so that all has come when the next elements are
-        read, and no tile waits for many lines at once. turn: number of the tile. None where groups are too small.
+        read, and no tile waits for many lines at once. turn: number of the tile. line: elements of a cache line. None
+        where groups are too small.
         """
-        lines = group // LINE
+        lines = group // line
         if not lines or not turns:
             return None
         each = -(-lines // turns)  # lines that are asked for in a group
         shares = -(-lines // each)
-        of_share = total // group * each * LINE
+        of_share = total // group * each * line
         start = T.Bind(begin + const(total) + T.min(turn, const(shares - 1)) * const(of_share))
 
         def ask(at: Expr) -> None:
-            line = T.Bind(start + (at - begin) // const(group) * const(each * LINE))
+            first = T.Bind(start + (at - begin) // const(group) * const(each * line))
             for number in range(each):
-                self.prefetch(buffer, line + const(number * LINE))
+                self.prefetch(buffer, first + const(number * line))
 
         return ask
 
@@ -267,7 +273,8 @@ class Vectors:
             text += _CHOOSE.format(name=name, word=word, lanes=lanes, vector=vector, mask=mask)
         for name, word in (("above", "ogt"), ("above_or_nan", "ugt")):
             text += _ABOVE.format(name=name, word=word, lanes=lanes, vector=vector, mask=mask)
-        text += _LOWEST_BIT
+        text += _LOWEST_BIT + _WIDEN_BFLOAT16.format(lanes=lanes, vector=vector)
+        text += (_WIDEN_FLOAT16 if self.isa.half else _WIDEN_FLOAT16_BITS).format(lanes=lanes, vector=vector)
         if self.isa.lookup:
             text += _LOOKUP.format(entries=", ".join(f"i32 {_root_of_two(j)}" for j in range(PARTS)))
         if self.isa.scalef:
@@ -391,6 +398,44 @@ define i32 @gw_{name}_{lanes}({vector} %a, {vector} %b) alwaysinline {{
   %m = bitcast {mask} %c to i{lanes}
   %r = zext i{lanes} %m to i32
   ret i32 %r
+}}
+"""
+
+_WIDEN_BFLOAT16 = """
+define {vector} @gw_widen_bfloat16_{lanes}(<{lanes} x i16> %v) alwaysinline {{
+  %w = zext <{lanes} x i16> %v to <{lanes} x i32>
+  %s = shl <{lanes} x i32> %w, splat (i32 16)
+  %r = bitcast <{lanes} x i32> %s to {vector}
+  ret {vector} %r
+}}
+"""
+
+_WIDEN_FLOAT16 = """
+define {vector} @gw_widen_float16_{lanes}(<{lanes} x i16> %v) alwaysinline {{
+  %h = bitcast <{lanes} x i16> %v to <{lanes} x half>
+  %r = fpext <{lanes} x half> %h to {vector}
+  ret {vector} %r
+}}
+"""
+
+# Exponent and mantissa of a float16 in their places of a float32 are 2^112 times too small, numbers below the normal
+# ones included; infinity and NaN get the greatest exponent.
+_WIDEN_FLOAT16_BITS = """
+define {vector} @gw_widen_float16_{lanes}(<{lanes} x i16> %v) alwaysinline {{
+  %w = zext <{lanes} x i16> %v to <{lanes} x i32>
+  %m = and <{lanes} x i32> %w, splat (i32 32767)
+  %s = xor <{lanes} x i32> %w, %m
+  %p = shl <{lanes} x i32> %m, splat (i32 13)
+  %f = bitcast <{lanes} x i32> %p to {vector}
+  %n = fmul {vector} %f, splat (float 0x46F0000000000000)
+  %b = bitcast {vector} %n to <{lanes} x i32>
+  %c = icmp uge <{lanes} x i32> %m, splat (i32 31744)
+  %o = or <{lanes} x i32> %b, splat (i32 2139095040)
+  %x = select <{lanes} x i1> %c, <{lanes} x i32> %o, <{lanes} x i32> %b
+  %t = shl <{lanes} x i32> %s, splat (i32 16)
+  %y = or <{lanes} x i32> %x, %t
+  %r = bitcast <{lanes} x i32> %y to {vector}
+  ret {vector} %r
 }}
 """
 

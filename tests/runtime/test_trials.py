@@ -25,7 +25,7 @@ from graphwright.runtime import trials  # noqa: E402
 from graphwright.runtime.blocked import blocked_array  # noqa: E402
 from graphwright.runtime.kernels import conv_direct, winograd  # noqa: E402
 from graphwright.runtime.kernels.conv_spec import ConvSpec  # noqa: E402
-from graphwright.runtime.kernels.gemm import GemmSpec  # noqa: E402
+from graphwright.runtime.kernels.gemm_spec import GemmSpec  # noqa: E402
 from graphwright.runtime.trials import ConvTrial, ProductTrial, Trial  # noqa: E402
 
 TOLERANCE = 1e-5  # of the output's scale
@@ -35,6 +35,7 @@ PRODUCTS = {
     "packed": GemmSpec(29, 40, 70, True, 1, False, True),
     "one row": GemmSpec(1, 37, 130, True, 1, False, True),
     "one of each": GemmSpec(1, 1, 1, True, 1, False, True),
+    "16 bits": GemmSpec(29, 40, 70, True, 1, False, True, "bfloat16"),
     "deep": GemmSpec(40, 530, 40, True, 1, False, True),
     "batch": GemmSpec(15, 20, 33, False, 3, False, False),
     "shared left": GemmSpec(15, 20, 33, False, 3, True, False),
@@ -84,10 +85,11 @@ def test_every_tile_of_a_product(case: str, name: str) -> None:
     draw = np.random.default_rng(1)
     a = draw.standard_normal(trial.shapes()[0], np.float32)
     b = draw.standard_normal((1 if spec.shared_b else spec.batch, spec.inner, spec.columns), np.float32)
+    b = b.astype(trials.np_dtype(spec.weights))
     expected = a.astype(np.float64) @ b.astype(np.float64)
 
     def second(tile: Any) -> np.ndarray:
-        return trials.gemm.pack(b[0], tile, trial.lanes) if spec.packed else b
+        return trials.gemm_spec.pack(b[0], tile, trial.lanes) if spec.packed else b
 
     found = outputs(trial, a, second)
     assert len(found) > 1 or min(spec.rows, spec.inner, spec.columns) == 1

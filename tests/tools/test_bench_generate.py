@@ -11,12 +11,16 @@ from graphwright.tools.bench_generate import line, weight_bytes
 from onnx import TensorProto, helper, numpy_helper
 
 
+@pytest.mark.parametrize("narrow", [False, True])
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_table_counts_only_where_more_than_rows_of_it_are_read(tied: bool, tmp_path: Path) -> None:
-    table, head = np.zeros((100, 8), np.float32), np.zeros((8, 50), np.float16)
-    nodes = [helper.make_node("Gather", ["table", "ids"], ["x"]), helper.make_node("MatMul", ["x", "head"], ["y"])]
+def test_a_table_counts_only_where_more_than_rows_of_it_are_read(tied: bool, narrow: bool, tmp_path: Path) -> None:
+    table, head = np.zeros((100, 8), np.float16 if narrow else np.float32), np.zeros((8, 50), np.float16)
+    read = "wide" if narrow else "table"
+    nodes = [helper.make_node("Gather", [read, "ids"], ["x"]), helper.make_node("MatMul", ["x", "head"], ["y"])]
+    if narrow:
+        nodes.insert(0, helper.make_node("Cast", ["table"], ["wide"], to=TensorProto.FLOAT))
     if tied:
-        nodes.append(helper.make_node("Transpose", ["table"], ["t"]))
+        nodes.append(helper.make_node("Transpose", [read], ["t"]))
     ids = helper.make_tensor_value_info("ids", TensorProto.INT64, [1])
     y = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
     held = [numpy_helper.from_array(a, name) for name, a in (("table", table), ("head", head))]

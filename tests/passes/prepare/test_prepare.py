@@ -93,6 +93,33 @@ def test_folding_limits_say_how_to_lift_them() -> None:
 
 
 @pytest.mark.parametrize(
+    ("nodes", "stays"),
+    [
+        ("y = MatMul (x, w)", True),
+        ("y = Gemm <transB = 1> (x, w)", True),
+        ("t = Transpose (w) y = MatMul (x, t)", True),
+        ("y = Gather (w, i)", True),
+        ("y = MatMul (w, x)", False),
+        ("y = Add (x, w)", False),
+        ("t = Transpose (w) z = MatMul (x, t) y = Add (z, t)", False),
+        ("z = MatMul (x, w) y = Identity (w)", False),
+    ],
+)
+def test_narrow_weights_of_products_alone_stay_narrow(nodes: str, stays: bool) -> None:
+    model = parse(f"g (float[64,64] x, int64[2] i) => (float y) {{ w = Cast <to = 1> (n) {nodes} }}")
+    value = ir.Value(name="n", type=ir.TensorType(ir.DataType.FLOAT16), shape=ir.Shape([64, 64]))
+    value.const_value = ir.tensor(np.ones((64, 64), np.float16), name="n")
+    model.graph.register_initializer(value)
+    for node in model.graph:
+        if node.op_type == "Cast":
+            node.replace_input_with(0, value)
+    after, (report,) = Pipeline.parse("fold-constants").run(model)
+    assert ("Cast" in [node.op_type for node in after.graph]) == stays
+    reason = "Cast of weights that products and gathers read as they are"
+    assert [skip.reason for skip in report.skips] == [reason] * stays
+
+
+@pytest.mark.parametrize(
     ("nodes", "expected"),
     [
         ("v = Mul (wide, wide)", np.int64(3 << 40) + 4),

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 from graphwright.passes.base import Caches
@@ -23,7 +24,7 @@ UNWRITTEN = 12345.0
 
 @dataclass(frozen=True)
 class Product:
-    """One product. dynamic: rows are known to the kernel at run time only."""
+    """One product. dynamic: rows are known at run time only. weights: type that a packed B is stored in."""
 
     m: int
     k: int
@@ -33,11 +34,13 @@ class Product:
     shared_a: bool = False
     shared_b: bool = False
     dynamic: bool = False
+    weights: str = "float32"
 
 
 def function(product: Product, target: Target, name: str, threads: int) -> Any:
     """A kernel (a, b, y) over flat buffers."""
-    from graphwright.runtime.kernels.gemm import GemmEmitter, GemmSpec, choose_tile, packed_tile
+    from graphwright.runtime.kernels.gemm import GemmEmitter
+    from graphwright.runtime.kernels.gemm_spec import GemmSpec, choose_tile, packed_tile
     from graphwright.runtime.kernels.vectors import Vectors
     from tvm import tirx
     from tvm.script.ir_builder import IRBuilder
@@ -45,7 +48,7 @@ def function(product: Product, target: Target, name: str, threads: int) -> Any:
 
     p, v = product, Vectors(target.isa)
     rows = None if p.dynamic else p.m
-    spec = GemmSpec(rows, p.k, p.n, p.packed, p.batch, p.shared_a, p.shared_b)
+    spec = GemmSpec(rows, p.k, p.n, p.packed, p.batch, p.shared_a, p.shared_b, p.weights)
     tile = (packed_tile if p.packed else choose_tile)(rows, p.n, target.isa, v.lanes)
     with IRBuilder() as builder, T.prim_func(s_tir=True):
         T.func_name(name)
@@ -53,7 +56,11 @@ def function(product: Product, target: Target, name: str, threads: int) -> Any:
         sizes = [tirx.Var(f"n{i}", "int64") for i in range(3)]
         m = tirx.Var("m", "int64")
         shapes = [(sizes[0],), (sizes[1],), (m, p.batch * p.n)]
-        a, b, y = (T.match_buffer(T.arg(f"x{i}", T.handle()), s, "float32") for i, s in enumerate(shapes))
+        types = ("float32", "float32" if p.weights == "float32" else "uint16", "float32")
+        a, b, y = (
+            T.match_buffer(T.arg(f"x{i}", T.handle()), shape, dtype)
+            for i, (shape, dtype) in enumerate(zip(shapes, types, strict=True))
+        )
         with T.sblock("root"):
             T.reads()
             T.writes()
@@ -76,7 +83,7 @@ def kernels(products: Sequence[Product], target: Target, threads: int = 1) -> li
     """All of them in one library. Each takes A (batch, M, K) and B (batch, K, N), 1 for a batch where it is shared."""
     import tvm
     from graphwright.runtime.codegen import machine_code
-    from graphwright.runtime.kernels.gemm import pack, packed_tile
+    from graphwright.runtime.kernels.gemm_spec import pack, packed_tile
     from graphwright.runtime.kernels.vectors import Vectors
 
     module = tvm.IRModule({f"g{i}": function(p, target, f"g{i}", threads) for i, p in enumerate(products)})
@@ -87,7 +94,7 @@ def kernels(products: Sequence[Product], target: Target, threads: int = 1) -> li
         p, m = product, a.shape[-2]
         if p.packed:
             tile = packed_tile(None if p.dynamic else p.m, p.n, target.isa, lanes)
-            b = pack(b.reshape(p.k, p.n), tile, lanes)
+            b = pack(b.reshape(p.k, p.n).astype(dtype_named(p.weights)), tile, lanes)
         # One row more than there is: what a kernel writes behind its end is seen.
         y = np.full((p.batch * m + 1) * p.n, UNWRITTEN, np.float32)
         out = tvm.runtime.tensor(y)
@@ -101,11 +108,16 @@ def kernels(products: Sequence[Product], target: Target, threads: int = 1) -> li
     return [functools.partial(run, i, p) for i, p in enumerate(products)]
 
 
+def dtype_named(name: str) -> np.dtype[Any]:
+    return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
+
+
 def operands(product: Product, rows: int | None = None, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     p, random = product, np.random.default_rng(seed)
     a = random.standard_normal((1 if p.shared_a else p.batch, p.m if rows is None else rows, p.k))
     b = random.standard_normal((1 if p.packed or p.shared_b else p.batch, p.k, p.n))
-    return a.astype(np.float32), b.astype(np.float32)
+    # What a narrow type holds.
+    return a.astype(np.float32), b.astype(dtype_named(p.weights)).astype(np.float32)
 
 
 def check(product: Product, kernel: Kernel, rows: int | None = None) -> None:
@@ -120,7 +132,7 @@ def check(product: Product, kernel: Kernel, rows: int | None = None) -> None:
 
 def edges(target: Target, rows: int) -> list[int]:
     """Columns around a vector and around the panels of the tile that is taken for as many rows."""
-    from graphwright.runtime.kernels.gemm import choose_tile
+    from graphwright.runtime.kernels.gemm_spec import choose_tile
     from graphwright.runtime.kernels.vectors import Vectors
 
     lanes = Vectors(target.isa).lanes
@@ -196,7 +208,7 @@ def test_streams_of_weights_beyond_the_cache(name: str, runnable: Callable[[str]
 @pytest.mark.parametrize("unroll", [1, 2, 4])
 def test_streams_meet_in_no_line(rows: int, unroll: int) -> None:
     """Whatever the depth, streams hold nearly all of it and keep apart."""
-    from graphwright.runtime.kernels.gemm import PAGE, streams_of_depth
+    from graphwright.runtime.kernels.gemm_spec import PAGE, streams_of_depth
 
     for inner in (64, 576, 1024, 1536, 3072, 4096, 5120, 6144, 8960, 16384):
         streams, length = streams_of_depth(rows, inner, unroll)
@@ -248,7 +260,7 @@ def test_any_product(data: st.DataObject) -> None:
 
 def test_rows_that_do_not_fill_a_tile_are_spread() -> None:
     """No tile is nearly empty: heights differ by one at most, and the accumulators fit into registers."""
-    from graphwright.runtime.kernels.gemm import choose_tile, pack, panels
+    from graphwright.runtime.kernels.gemm_spec import choose_tile, pack, panels
 
     for name in ("cpu-avx512", "cpu-avx2", "cpu-baseline"):
         isa = Target.named(name).isa
@@ -268,7 +280,7 @@ def test_rows_that_do_not_fill_a_tile_are_spread() -> None:
 @pytest.mark.parametrize("columns", [1, 17, 100, 192, 576, 1000, 4096])
 def test_one_row_reads_the_panels_of_many(target: str, columns: int) -> None:
     """So that a decoder's models for its prompt and for one token hold their weights once."""
-    from graphwright.runtime.kernels.gemm import pack, packed_tile
+    from graphwright.runtime.kernels.gemm_spec import pack, packed_tile
     from graphwright.runtime.kernels.vectors import Vectors
     from graphwright.runtime.target import Target
 
@@ -277,3 +289,31 @@ def test_one_row_reads_the_panels_of_many(target: str, columns: int) -> None:
     b = np.random.default_rng(0).standard_normal((3, columns), np.float32)
     few, many = (pack(b, packed_tile(rows, columns, isa, lanes), lanes) for rows in (1, None))
     np.testing.assert_array_equal(few, many)
+
+
+NARROW = ("float16", "bfloat16")
+
+
+@pytest.mark.parametrize("weights", NARROW)
+@pytest.mark.parametrize("name", X86)
+def test_weights_of_16_bits(name: str, weights: str, runnable: Callable[[str], Target]) -> None:
+    """One row, a few and a number that is known at run time, with columns around vectors and panels, deep and not."""
+    target = runnable(name)
+    columns = edges(target, 1)
+    cases = [Product((1, 2, 7)[i % 3], (5, 66, 133)[i % 3], n, weights=weights) for i, n in enumerate(columns)]
+    cases += [Product(1, 700, 136, weights=weights), Product(13, 37, 70, dynamic=True, weights=weights)]
+    for case, kernel in zip(cases, kernels(cases, target), strict=True):
+        for m in (0, 1, 2, 23) if case.dynamic else (case.m,):
+            check(case, kernel, m)
+
+
+@pytest.mark.parametrize("weights", NARROW)
+@pytest.mark.parametrize("name", X86)
+def test_every_number_of_16_bits(name: str, weights: str, runnable: Callable[[str], Target]) -> None:
+    """Times 1 in a sum of one term each is itself: zeros, those below the normal ones, infinities and NaN included."""
+    target = runnable(name)
+    case = Product(1, 1, 1 << 16, weights=weights)
+    (kernel,) = kernels([case], target)
+    b = np.arange(1 << 16, dtype=np.uint16).view(dtype_named(weights)).astype(np.float32).reshape(1, 1, -1)
+    b[np.isnan(b)] = np.nan  # a quiet one, which NumPy converts without a warning
+    np.testing.assert_array_equal(kernel(np.ones((1, 1, 1), np.float32), b)[0], b[0])
