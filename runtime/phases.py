@@ -41,7 +41,9 @@ def legalize(module: tvm.IRModule, target: Target) -> tvm.IRModule:
     module = tvm.transform.Sequential(dispatch)(module)
     if target.is_cpu:
         from .plan import LOOKED_AT, plan
+        from .repeat import repeated
 
+        module = repeated(module)
         module = relax.transform.LegalizeOps(skip_ops=LOOKED_AT, enable_warning=False)(module)
         module = plan(module, target)
     rest = [relax.transform.LegalizeOps(enable_warning=False), relax.transform.AnnotateTIROpPattern()]
