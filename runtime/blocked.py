@@ -16,6 +16,7 @@ from tvm.ir import TensorLoad
 
 from .elements import NotElementwise, nest_of, renamed, size_of
 
+IMAGES = ("float32", "int8", "uint8")  # types of images that are kept in blocks
 CHANNEL = 1  # the axis that is cut into blocks
 
 # Functions that stay finite for every finite argument; others may not see the lanes beyond C.
@@ -81,7 +82,7 @@ def first_channel(function: tirx.PrimFunc) -> int | None:
         nest = nest_of(function)
     except NotElementwise:
         return None
-    if not isinstance(nest.value, TensorLoad) or len(nest.extents) < 3 or str(nest.value.ty.dtype) != "float32":
+    if not isinstance(nest.value, TensorLoad) or len(nest.extents) < 3 or str(nest.value.ty.dtype) not in IMAGES:
         return None
     shape = nest.parameters[0].shape
     if len(shape) != len(nest.extents):

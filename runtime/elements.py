@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, TypeAlias, TypeGuard
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import tvm
 import tvm_ffi
@@ -21,7 +21,7 @@ from tvm.ir import prim as ir_prim
 from tvm.tirx.script import builder as T
 
 from .kernels.functions import FUNCTIONS
-from .kernels.vectors import COMPARISONS, Buffer, Expr, Vectors
+from .kernels.vectors import Expr
 
 P = ir_prim.expr
 
@@ -145,7 +145,7 @@ _BINARY = {
     P.Add: "add", P.Sub: "sub", P.Mul: "mul", P.Div: "div", P.Max: "max", P.Min: "min", P.LT: "lt", P.LE: "le",
     P.GT: "gt", P.GE: "ge", P.EQ: "eq", P.NE: "ne", P.And: "and", P.Or: "or",
 }  # fmt: skip
-DTYPES = frozenset({"float32", "int32", "int64", "bool"})
+DTYPES = frozenset({"float32", "int8", "uint8", "int16", "uint16", "int32", "int64", "bool"})
 
 
 # --- from TIR ---------------------------------------------------------------------------------------------------
@@ -347,7 +347,7 @@ def axes_of(shape: Sequence[Size]) -> list[Any]:
     return [tirx.Var(f"i{n}", "int64") for n in range(len(shape))]
 
 
-# --- to vectors -------------------------------------------------------------------------------------------------
+# --- axes of trees ----------------------------------------------------------------------------------------------
 
 
 def leaves(tree: Tree) -> list[Load]:
@@ -361,6 +361,10 @@ def leaves(tree: Tree) -> list[Load]:
         elif isinstance(node, Apply):
             stack.extend(node.args)
     return list(found)
+
+
+def _divides_integers(tree: Tree) -> bool:
+    return isinstance(tree, Apply) and (tree.op == "truncdiv" or any(map(_divides_integers, tree.args)))
 
 
 def collapsed(tree: Tree, extents: Sequence[Size]) -> tuple[Tree, tuple[Size, ...], list[list[int]]]:
@@ -400,16 +404,15 @@ def collapsed(tree: Tree, extents: Sequence[Size]) -> tuple[Tree, tuple[Size, ..
 def check_vectors(tree: Tree, extents: Sequence[Size], lanes: int) -> None:
     """Raises NotElementwise when the last axis cannot be walked through in vectors."""
     last = extents[-1] if extents else 1
-    filled = not extents or (isinstance(last, int) and last % lanes == 0)
+    if not (isinstance(last, int) and last % lanes == 0) and _divides_integers(tree):
+        raise NotElementwise("lanes that do not exist would be divided by 0")
     for load in leaves(tree):
         if load.strides and load.strides[-1] not in (0, 1) and last != 1:
             raise NotElementwise("its last axis is not contiguous in every input")
         if load.dtype == "bool":
             raise NotElementwise("it reads truth values")
-        if load.strides and load.strides[-1] == 1 and load.dtype != "float32" and not filled:
-            raise NotElementwise("its last axis does not fill vectors of whole numbers")
-    if tree.dtype != "float32" and (tree.dtype == "bool" or not extents or not filled):
-        raise NotElementwise(f"it writes {tree.dtype}")
+    if tree.dtype == "bool":
+        raise NotElementwise("it writes truth values")
 
 
 def place_of(axes: Sequence[Expr], extents: Sequence[Size], groups: Sequence[Sequence[int]]) -> list[Expr]:
@@ -424,70 +427,3 @@ def place_of(axes: Sequence[Expr], extents: Sequence[Size], groups: Sequence[Seq
                 value = axes[axis] if isinstance(value, int) else value + axes[axis]
         place.append(value if isinstance(value, int) else analyzer.simplify(value))
     return place
-
-
-def _compares_floats(tree: Tree) -> TypeGuard[Apply]:
-    return isinstance(tree, Apply) and tree.op in COMPARISONS and tree.args[0].dtype == "float32"
-
-
-@dataclass
-class TreeEmitter:
-    """Emits a tree as vectors into the IR builder that is open. buffers: the flat tensors that loads refer to."""
-
-    vectors: Vectors
-    buffers: Sequence[Buffer]
-    index: str = "int64"
-    _done: dict[Tree, Expr] = field(default_factory=dict)
-
-    def vector(self, tree: Tree, place: Sequence[Expr], count: int | Expr | None = None, anchor: Expr = None) -> Expr:
-        """`tree` at `place`, the values of the axes of which the last is that of the first lane.
-
-        count: lanes that exist, None for all. anchor: the vector that Anchor stands for.
-        """
-        self._done = {}
-        return self._emit(tree, place, count, anchor)
-
-    def _emit(self, tree: Tree, place: Sequence[Expr], count: int | Expr | None, anchor: Expr) -> Expr:
-        if tree in self._done:
-            return self._done[tree]
-        v = self.vectors
-        if isinstance(tree, Anchor):
-            result = T.Bind(anchor)
-        elif isinstance(tree, Constant):
-            return self._constant(tree.value, tree.dtype)
-        elif isinstance(tree, Load):
-            result = self._load(tree, place, count)
-        elif tree.op == "select" and _compares_floats(tree.args[0]) and tree.dtype == "float32":
-            comparison = tree.args[0]
-            sides = [self._emit(a, place, count, anchor) for a in (*comparison.args, *tree.args[1:])]
-            result = v.choose(comparison.op, *sides)
-        else:
-            args = [self._emit(a, place, count, anchor) for a in tree.args]
-            if tree.op == "select":
-                result = T.Select(*args)
-                result = result if tree.dtype == "bool" else T.Bind(result)
-            elif tree.op == "cast":
-                result = T.Bind(T.Cast(f"{tree.dtype}x{v.lanes}", args[0]))
-            elif tree.op in OPERATIONS:
-                # TVM cannot bind vectors of truth values.
-                result = OPERATIONS[tree.op](*args)
-                result = result if tree.dtype == "bool" else T.Bind(result)
-            else:
-                result = FUNCTIONS[tree.op](v, args[0])
-        self._done[tree] = result
-        return result
-
-    def _constant(self, value: float | int, dtype: str) -> Expr:
-        return T.broadcast(tirx.const(value, dtype), self.vectors.lanes)
-
-    def _load(self, load: Load, place: Sequence[Expr], count: int | Expr | None) -> Expr:
-        v, buffer = self.vectors, self.buffers[load.source]
-        offset: Expr = expression(load.base, self.index)
-        for stride, at in zip(load.strides, place, strict=True):
-            if stride != 0:
-                offset = offset + at * expression(stride, self.index)
-        if load.strides and load.strides[-1] == 1:
-            if load.dtype == "float32":
-                return v.load(buffer, offset, tirx.const(count, self.index) if isinstance(count, int) else count)
-            return T.Bind(buffer[v.at(offset)])
-        return T.Bind(T.broadcast(buffer[offset], v.lanes))

@@ -24,6 +24,7 @@ from tvm.relax.frontend.onnx import onnx_frontend as frontend
 
 from ..passes.errors import CompileError
 from .importing import CONVERTERS, protos
+from .importing.integers import as_numbers, on_integers
 from .importing.protos import STANDARD
 from .importing.site import (
     PACKED,
@@ -379,6 +380,10 @@ class _Importer:
                 protos.in_place(node),
             )  # fmt: skip
             try:
+                whole = on_integers(site)
+                if whole is not None:
+                    results = self.flat(CONVERTERS[node.op_type](whole[0]))
+                    return [as_numbers(site, result, whole[1]) for result in results]
                 return self.flat(CONVERTERS[node.op_type](site))
             except ByBody:
                 return self.body(protos.standard_body(node, attrs, inputs, scope.opset), inputs, attrs, scope, node)

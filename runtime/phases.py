@@ -40,9 +40,11 @@ def legalize(module: tvm.IRModule, target: Target) -> tvm.IRModule:
     dispatch = [relax.backend.DispatchSampling(), relax.backend.DispatchSortScan(), relax.transform.FoldConstant()]
     if target.is_cpu:
         from .plan import LOOKED_AT, plan
+        from .repeat import repeated
 
         # Before constants are folded: products read narrow weights before they are widened.
         dispatch.insert(0, relax.transform.DeadCodeElimination())
+        module = repeated(module)
     module = tvm.transform.Sequential(dispatch)(module)
     if target.is_cpu:
         module = relax.transform.LegalizeOps(skip_ops=LOOKED_AT, enable_warning=False)(module)

@@ -12,9 +12,9 @@ from typing import Any
 import tvm
 from tvm import relax, tirx
 
-from .blocked import blocked_elementwise, blocked_shape, first_channel
+from .blocked import IMAGES, blocked_elementwise, blocked_shape, first_channel
 from .elements import NotElementwise, size_of
-from .kernels import channels, convolutions, products
+from .kernels import channels, convolutions, integers, pooling, products
 from .kernels.vectors import Vectors
 from .target import Target
 from .templates import anchor, spec_of
@@ -125,14 +125,22 @@ class _Planner(relax.PyExprMutator):
         arguments = [a for a in call.args[1].fields if isinstance(a.ty, relax.TensorType)]
         blocked = [self.in_blocks(a) for a in arguments]
         spec = spec_of(function)
-        if spec is not None and spec["template"] in ("pool", "global-pool", "upsample", "interpolate"):
+        if spec is not None and spec["template"] in (*pooling.NAMES, "interpolate"):
             source = self.into_blocks(arguments[0])
             shape = convolutions.dims_of(kind)
             assert shape is not None, "the sizes of an image are known"
-            out = relax.TensorType(blocked_shape(shape, self.lanes), "float32")
+            out = relax.TensorType(blocked_shape(shape, self.lanes), kind.dtype)
             flops = int(function.attrs[FLOPS])
             result = anchor(self.builder_, spec["template"], spec["parameters"], [source, *arguments[1:]], out, flops)
             return self.unpacked(result, kind)
+        if spec is not None and spec["template"] == integers.PLAN:
+            return self.unpacked(
+                integers.planned(
+                    self.builder_, spec["parameters"], arguments, kind, blocked[0], self.into_blocks, self.target,
+                    self.weights,
+                ),
+                kind,
+            )  # fmt: skip
         dims = convolutions.dims_of(kind)
         if dims is None or not any(b is not None for b in blocked):
             return None
@@ -164,7 +172,7 @@ class _Planner(relax.PyExprMutator):
             return None
         fields = list(call.args[0].fields)
         rank = len(kind.shape.values)
-        if rank < 3 or int(call.attrs.axis) % rank != 1 or str(kind.dtype.dtype) != "float32":
+        if rank < 3 or int(call.attrs.axis) % rank != 1 or str(kind.dtype.dtype) not in IMAGES:
             return None
         dims = [convolutions.dims_of(f.ty) for f in fields]
         if convolutions.dims_of(kind) is None or any(d is None or 0 in d[1:] for d in dims):
@@ -180,5 +188,5 @@ class _Planner(relax.PyExprMutator):
         """Ranges of channels of tensors in blocks behind each other."""
         shape = convolutions.dims_of(kind)
         assert shape is not None, "the sizes of an image are known"
-        out = relax.TensorType(blocked_shape(shape, self.lanes), "float32")
+        out = relax.TensorType(blocked_shape(shape, self.lanes), kind.dtype)
         return self.unpacked(channels.joined(self.builder_, sources, ranges, out), kind)

@@ -27,6 +27,7 @@ from . import elements
 from .elements import NotElementwise, Size, Source, Symbol, Tree
 from .kernels import moves
 from .kernels.elementwise import emit_elementwise
+from .kernels.emitter import TreeEmitter
 from .kernels.vectors import Buffer, Expr, Vectors
 from .target import Target
 from .work import FLOPS, with_flops
@@ -312,12 +313,11 @@ def _anchor_kernel(name: str, calls: Sequence[_Call], params: Sequence[Any], tar
     shapes = _Shapes(kinds)
     tree, shape = _epilogue(calls, params, shapes)
     small, _, groups = elements.collapsed(tree, shape)
-    v = Vectors(target.isa)
-    elements.check_vectors(tree, shape, v.lanes)
+    elements.check_vectors(tree, shape, Vectors(target.isa).lanes)
     positions = [list(params).index(a) for a in main.arguments]
 
     def write(v: Vectors, inputs: Sequence[Buffer], y: Buffer, index: str) -> None:
-        emitter = elements.TreeEmitter(v, inputs, index)
+        emitter = TreeEmitter(v, inputs, index)
 
         def store(value: Expr, axes: Sequence[Expr], count: int | None) -> None:
             place = elements.place_of(axes, shape, groups)

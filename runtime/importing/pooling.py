@@ -9,10 +9,13 @@ from typing import Any
 import numpy as np
 from tvm import relax, te, tirx
 
+from .integers import in_steps, scaled
 from .quantization import conv_pads
 from .reductions import mean
 from .shapes import reshaped
 from .site import NARROW_FLOATS, Dim, Result, Site, Unfixed, const, converts, int64, is_float, np_dtype
+
+MAXIMUM = ("float32", "int8", "uint8")  # types of a greatest element
 
 
 def pooled_sizes(
@@ -39,13 +42,13 @@ def pooled_sizes(
     return out
 
 
-def templated(site: Site) -> bool:
-    """Whether the CPU's pooling templates take this node: float32, one or two axes, sizes that are known but for the
-    batch's.
+def templated(site: Site, types: Sequence[str] = ("float32",)) -> bool:
+    """Whether the CPU's pooling templates take this node: one or two axes, sizes that are known but for the batch's.
+    types: that the template takes.
     """
     dims = site.shape()
     static = all(isinstance(d, int) and d > 0 for d in dims[1:]) and dims[0] != 0
-    return site.target.is_cpu and site.dtype() == "float32" and len(dims) in (3, 4) and static
+    return site.target.is_cpu and site.dtype() in types and len(dims) in (3, 4) and static
 
 
 def _pool_anchor(
@@ -63,13 +66,16 @@ def _pool_anchor(
         "kind": kind, "kernel": two(kernel, 1), "strides": two(strides, 1), "dilations": two(dilations, 1),
         "pads": two(before, 0), "include": include,
     }  # fmt: skip
-    x = site.x()
-    shape = list(out)
+    x, shape = site.x(), list(out)
+    operand = in_steps(site, x) if kind == "mean" else None
+    if operand is not None:
+        x, parameters["zero"] = operand.value, int(operand.zero_point)
     if rank == 1:
         dims = site.shape()
         x, shape = reshaped(site, x, [*dims[:2], 1, dims[2]]), [*shape[:2], 1, shape[2]]
     flops = work(shape, math.prod(kernel))
-    y = anchor(site.bb, "pool", parameters, [x], relax.TensorType(shape, "float32"), flops)
+    y = anchor(site.bb, "pool", parameters, [x], relax.TensorType(shape, site.dtype()), flops)
+    y = y if operand is None else scaled(site, y, operand)
     return reshaped(site, y, [*out]) if rank == 1 else y
 
 
@@ -83,7 +89,7 @@ def global_average_pool(site: Site) -> Result:
 
 @converts("GlobalMaxPool")
 def global_max_pool(site: Site) -> Result:
-    if not templated(site):
+    if not templated(site, MAXIMUM):
         return site.emit(relax.op.max(site.x(), list(range(2, site.rank())), keepdims=True))
     return global_pool(site, "max")
 
@@ -93,8 +99,12 @@ def global_pool(site: Site, kind: str) -> Any:
     from ..templates import anchor
 
     dims = site.shape()
-    out = relax.TensorType([*dims[:2], *([1] * (len(dims) - 2))], "float32")
-    return anchor(site.bb, "global-pool", {"kind": kind}, [site.x()], out, work(dims, 1))
+    out = relax.TensorType([*dims[:2], *([1] * (len(dims) - 2))], site.dtype())
+    operand = in_steps(site, site.x()) if kind == "mean" else None
+    if operand is None:
+        return anchor(site.bb, "global-pool", {"kind": kind}, [site.x()], out, work(dims, 1))
+    parameters = {"kind": kind, "zero": int(operand.zero_point)}
+    return scaled(site, anchor(site.bb, "global-pool", parameters, [operand.value], out, work(dims, 1)), operand)
 
 
 def work(dims: Sequence[Dim], each: int) -> int:
@@ -171,7 +181,7 @@ def max_pool(site: Site) -> Result:
     before, after = conv_pads(site, dims[2:], kernel, strides, dilations)
     out: list[Dim] = [*dims[:2], *pooled_sizes(site, dims[2:], kernel, strides, dilations, before, after)]
     dtype = site.dtype()
-    if site.outputs == 1 and templated(site):
+    if site.outputs == 1 and templated(site, MAXIMUM):
         return _pool_anchor(site, "max", out, kernel, strides, dilations, before)
     low = float("-inf") if is_float(dtype) else int(np.iinfo(np_dtype(dtype)).min)
     least = tirx.const(low, dtype)

@@ -40,7 +40,7 @@ from .site import (
 )
 
 INTEGERS = ("int8", "uint8", "int16", "uint16")
-DEQUANTIZE = "graphwright.dequantize"  # attribute of the function: axis and block of its scales
+DEQUANTIZE = "graphwright.dequantize"  # attribute of the function: its scale and zero point
 MOVES = ("relax.permute_dims", "relax.reshape", "relax.squeeze", "relax.expand_dims", "relax.flatten")
 
 
@@ -80,16 +80,17 @@ def integer_operand(bb: relax.BlockBuilder, expr: tvm.ir.Expr) -> IntegerOperand
     text = (function.attrs or {}).get(DEQUANTIZE)
     if text is None:
         return None
-    granularity = json.loads(str(text))
+    known = json.loads(str(text))
     x, *given = made.args[1].fields
     arrays = [constant_of(g) for g in given]
-    if granularity["block"] or any(a is None for a in arrays):
+    if known["block"] or any(a is None for a in arrays):
         return None
-    scale = np.asarray(arrays[0], np.float32)
-    zero = np.asarray(arrays[1], np.int32) if len(arrays) > 1 else np.zeros(scale.shape, np.int32)
-    axis = granularity["axis"]
+    axis = known["axis"]
+    scale = np.asarray(arrays.pop(0) if known["scale"] is None else known["scale"], np.float32)
+    zero = np.asarray(arrays.pop(0) if arrays else known["zero_point"] or 0, np.int32)
     shape = () if axis is None else (scale.size,)
-    operand: IntegerOperand | None = IntegerOperand(x, scale.reshape(shape), zero.reshape(shape), axis)
+    zero = np.broadcast_to(zero.reshape(-1), (scale.size,)).reshape(shape)
+    operand: IntegerOperand | None = IntegerOperand(x, scale.reshape(shape), zero, axis)
     for call, dims in reversed(moves):
         operand = None if operand is None else _moved(bb, operand, call, dims)
     return operand
@@ -129,13 +130,27 @@ def _granularity(site: Site, scale: tvm.ir.Expr, rank: int) -> tuple[int | None,
     return 0 if rank == 1 else normal_axis(int(site.attr("axis", 1)), rank), block
 
 
-def _parameter(tensor: te.Tensor, index: Sequence[Any], axis: int | None, block: int) -> tirx.Expr:
-    """The scale or zero point that belongs to an element."""
-    if axis is None:
-        return tensor(*([0] * len(tensor.shape)))
-    if block:
-        return tensor(*(tirx.floordiv(v, block) if a == axis else v for a, v in enumerate(index)))
-    return tensor(index[axis])
+class _Parameter:
+    """A scale or zero point in a tensor expression: a number where it is one constant of the whole tensor, so that code
+    can be made for that number, else an input."""
+
+    def __init__(self, expr: tvm.ir.Expr | None, axis: int | None, block: int) -> None:
+        array = None if expr is None or axis is not None else constant_of(expr)
+        self.number = None if array is None else array.reshape(-1)[0]
+        self.inputs = [] if expr is None or self.number is not None else [expr]
+        self.axis, self.block = axis, block
+
+    def at(self, tensors: Sequence[te.Tensor], index: Sequence[Any], dtype: str) -> tirx.Expr:
+        """What belongs to an element. tensors: of `inputs`."""
+        if self.number is not None:
+            return tirx.const(self.number.astype(np_dtype(dtype)).item(), dtype)
+        (tensor,) = tensors
+        if self.axis is None:
+            return tensor(*([0] * len(tensor.shape))).astype(dtype)
+        if self.block:
+            index = [tirx.floordiv(v, self.block) if a == self.axis else v for a, v in enumerate(index)]
+            return tensor(*index).astype(dtype)
+        return tensor(index[self.axis]).astype(dtype)
 
 
 def limits(dtype: str) -> tuple[int, int]:
@@ -155,23 +170,24 @@ def quantized(
     dtype: one of INTEGERS or of PACKED; the elements of the latter are kept in 8 bits.
     """
     low, high = limits(dtype)
+    factor, start = _Parameter(scale, axis, block), _Parameter(zero, axis, block)
+    many = len(factor.inputs)
 
-    def compute(data: te.Tensor, factor: te.Tensor, *point: te.Tensor) -> te.Tensor:
+    def compute(data: te.Tensor, *given: te.Tensor) -> te.Tensor:
         def element(*i: tirx.Var) -> tirx.Expr:
-            steps = data(*i).astype("float32") / _parameter(factor, i, axis, block).astype("float32")
+            steps = data(*i).astype("float32") / factor.at(given[:many], i, "float32")
             least, most = tirx.const(float(low), "float32"), tirx.const(float(high), "float32")
-            if not point:
-                # x first: the maximum of NaN and a number is that number.
-                return tirx.nearbyint(tirx.min(tirx.max(steps, least), most)).astype("int32").astype(kept)
-            start = _parameter(point[0], i, axis, block)
-            offset = start.astype("float32")
-            whole = tirx.nearbyint(tirx.min(tirx.max(steps, least - offset), most - offset))
-            return (whole.astype("int32") + start.astype("int32")).astype(kept)
+            if zero is not None:
+                offset = start.at(given[many:], i, "float32")
+                least, most = least - offset, most - offset
+            # x first: the maximum of NaN and a number is that number.
+            whole = tirx.nearbyint(tirx.min(tirx.max(steps, least), most)).astype("int32")
+            return (whole if zero is None else whole + start.at(given[many:], i, "int32")).astype(kept)
 
         return te.compute(data.shape, element, name="quantize")
 
     kept = PACKED.get(dtype, dtype)
-    return site.te(compute, x, scale, *([] if zero is None else [zero]), name="quantize")
+    return site.te(compute, x, *factor.inputs, *start.inputs, name="quantize")
 
 
 def dequantized(
@@ -179,17 +195,27 @@ def dequantized(
 ) -> tvm.ir.Expr:
     """(x - zero point) * scale, the difference taken in int32."""
 
-    def compute(data: te.Tensor, factor: te.Tensor, *point: te.Tensor) -> te.Tensor:
+    factor, start = _Parameter(scale, axis, block), _Parameter(zero, axis, block)
+    many = len(factor.inputs)
+
+    def compute(data: te.Tensor, *given: te.Tensor) -> te.Tensor:
         def element(*i: tirx.Var) -> tirx.Expr:
             value = data(*i).astype("int32")
-            if point:
-                value = value - _parameter(point[0], i, axis, block).astype("int32")
-            return (value.astype("float32") * _parameter(factor, i, axis, block).astype("float32")).astype(dtype)
+            if zero is not None:
+                value = value - start.at(given[many:], i, "int32")
+            return (value.astype("float32") * factor.at(given[:many], i, "float32")).astype(dtype)
 
         return te.compute(data.shape, element, name="dequantize")
 
-    attrs = {DEQUANTIZE: json.dumps({"axis": axis, "block": block})}
-    return site.te(compute, x, scale, *([] if zero is None else [zero]), name="dequantize", attrs=attrs)
+    attrs = {DEQUANTIZE: _description(factor, start)}
+    return site.te(compute, x, *factor.inputs, *start.inputs, name="dequantize", attrs=attrs)
+
+
+def _description(scale: _Parameter, zero: _Parameter) -> str:
+    """What integer_operand reads of a dequantization. Numbers are in here, the rest are inputs of the function."""
+    point = None if zero.number is None else int(zero.number)
+    number = None if scale.number is None else float(scale.number)
+    return json.dumps({"axis": scale.axis, "block": scale.block, "scale": number, "zero_point": point})
 
 
 # --- operators --------------------------------------------------------------------------------------------------
@@ -211,6 +237,34 @@ def _kept_in(site: Site) -> str:
     return onnx_dtype(given) if given else "uint8"
 
 
+def _requantized(site: Site, dtype: str) -> tvm.ir.Expr | None:
+    """What was dequantized by the same scale and zero point, as it was; a concatenation of dequantized tensors as one
+    of what they are quantized to. None for others."""
+    scale, zero = site.array(1), site.array(2) if site.has(2) else np.zeros((), np.int32)
+    if scale is None or zero is None or dtype in PACKED or site.dtype() != "float32":
+        return None
+
+    def whole(x: tvm.ir.Expr) -> tvm.ir.Expr | None:
+        operand = integer_operand(site.bb, x)
+        if operand is None or operand.axis is not None:
+            return None
+        if operand.dtype == dtype and operand.scale == scale and operand.zero_point == int(zero.reshape(())):
+            return operand.value
+        return quantized(site, x, site.x(1), _zero_point(site), dtype, None, 0)
+
+    operand = integer_operand(site.bb, site.x())
+    if operand is not None:
+        value = whole(site.x())
+        return value if value is not None and value.same_as(operand.value) else None
+    joined = made_by(site.bb, site.x(), "relax.concat")
+    if joined is None or not isinstance(joined.args[0], relax.Tuple):
+        return None
+    fields = list(joined.args[0].fields)
+    if any((o := integer_operand(site.bb, f)) is None or o.axis is not None for f in fields):
+        return None
+    return site.emit(relax.op.concat([whole(f) for f in fields], int(joined.attrs.axis)))
+
+
 @converts("QuantizeLinear")
 def quantize_linear(site: Site) -> Result:
     dtype = _kept_in(site)
@@ -219,6 +273,8 @@ def quantize_linear(site: Site) -> Result:
     if site.attr("precision", 0) not in (0, 1):
         raise Refuse("its precision is not float32")
     axis, block = _granularity(site, site.x(1), site.rank())
+    if axis is None and (again := _requantized(site, dtype)) is not None:
+        return again
     y = quantized(site, site.x(0), site.x(1), _zero_point(site), dtype, axis, block)
     return Value(y, packed=dtype if dtype in PACKED else None)
 

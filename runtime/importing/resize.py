@@ -287,7 +287,7 @@ def resize(site: Site) -> Result:
     if mode == "nearest" and (factors := _whole_factors(site, rule, out, fixed_scales)) is not None:
         from ..templates import anchor
 
-        return anchor(site.bb, "upsample", {"factors": factors}, [site.x()], relax.TensorType(list(out), F32))
+        return anchor(site.bb, "upsample", {"factors": factors}, [site.x()], relax.TensorType(list(out), site.dtype()))
     if (made := _interpolated(site, rule, out, axes, fixed_scales, has_scales)) is not None:
         return made
     x, dtype = site.x(), site.dtype()
@@ -314,12 +314,14 @@ def resize(site: Site) -> Result:
     return site.cast(x, dtype)
 
 
-def _whole_factors(site: Site, rule: _Rule, out: Sequence[Dim], scales: Sequence[float] | None) -> list[int] | None:
+def _whole_factors(
+    site: Site, rule: _Rule, out: Sequence[Dim], scales: Sequence[float] | None
+) -> list[int] | None:
     """How often each row and column is repeated, where that is all that a resize to `out` does; else None."""
-    from .pooling import templated
+    from .pooling import MAXIMUM, templated
 
     dims = site.shape()
-    if not templated(site) or len(dims) != 4 or tuple(out[:2]) != tuple(dims[:2]):
+    if not templated(site, MAXIMUM) or len(dims) != 4 or tuple(out[:2]) != tuple(dims[:2]):
         return None
     sizes = [(d, o) for d, o in zip(dims[2:], out[2:], strict=True) if isinstance(d, int) and isinstance(o, int)]
     if len(sizes) != 2 or any(o % d for d, o in sizes):

@@ -143,3 +143,4 @@ STEPS: dict[str, Any] = {
 def _int(value: Any) -> int | None:
     found = number(getattr(value, "value", value))
     return found if isinstance(found, int) else None
+

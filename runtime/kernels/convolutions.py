@@ -11,10 +11,8 @@ from typing import Any
 import numpy as np
 import tvm
 from tvm import relax, te, tirx
-from tvm.tirx.script import builder as T
 
 from ..blocked import blocked_shape
-from ..elements import fixed
 from ..target import Target
 from ..templates import Body, anchor, template
 from . import conv as kernels
@@ -26,9 +24,10 @@ from .vectors import Expr, Vectors
 
 @template("conv", per_item=True)
 def conv(parameters: dict[str, Any], body: Body) -> None:
-    """parameters: the fields of ConvSpec and of ConvTile, and whether rows are the spec's columns."""
+    """parameters: the fields of ConvSpec and of ConvTile, and whether rows are the spec's columns. Of 8-bit numbers the
+    third input is what sums start at."""
     spec, tile = ConvSpec(**tuples(parameters["spec"])), ConvTile(**parameters["tile"])
-    x, w = body.inputs
+    x, w, *first = body.inputs
     lanes = body.vectors.lanes
     drop = 3 - (len(body.out_shape) - 2)  # 1 where the convolution has one spatial axis
 
@@ -39,7 +38,7 @@ def conv(parameters: dict[str, Any], body: Body) -> None:
 
     assert lanes == body.out_shape[-1]
     kernels.emit(
-        body.vectors, spec, tile, x, w, finish, body.target.cores, body.index, body.target.caches
+        body.vectors, spec, tile, x, w, finish, body.target.cores, body.index, body.target.caches, *first
     )  # fmt: skip
 
 
@@ -130,12 +129,14 @@ def chosen_tile(spec: ConvSpec, target: Target) -> ConvTile:
     return ConvTile(**tuned) if tuned else kernels.choose_tile(spec, target.isa, target.caches)
 
 
-def _one_column(fields: Mapping[str, Any]) -> bool:
+def one_column(fields: Mapping[str, Any]) -> bool:
+    """Whether all places lie in one column."""
     sizes = (fields["in_size"], fields["out_size"], fields["kernel"], fields["strides"])
     return all(size[1] == 1 for size in sizes) and fields["pads"][1] == 0
 
 
-def _turned(fields: Mapping[str, Any]) -> dict[str, Any]:
+def turned(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """A spec's fields with rows and columns exchanged."""
     return {name: value[::-1] if isinstance(value, tuple) else value for name, value in fields.items()}
 
 
@@ -150,10 +151,10 @@ def convolution(
     sizes = _sizes(call, blocked)
     if sizes is None:
         return None
-    swapped = len(sizes.out) == 4 and _one_column(sizes.fields)
+    swapped = len(sizes.out) == 4 and one_column(sizes.fields)
     if swapped:
         # Kernels work along rows. Columns of one place lie in memory as a row does.
-        sizes = dataclasses.replace(sizes, weight=sizes.weight.swapaxes(2, 3), fields=_turned(sizes.fields))
+        sizes = dataclasses.replace(sizes, weight=sizes.weight.swapaxes(2, 3), fields=turned(sizes.fields))
     spec = ConvSpec(**sizes.fields)
     if kernels.supported(spec, target.isa) is not None:
         return None
@@ -197,7 +198,7 @@ UNPACK = "graphwright.unpack"
 
 
 def pack(bb: relax.BlockBuilder, x: Any, target: Target) -> Any:
-    """(N, C, ...) float32 -> blocks."""
+    """(N, C, ...) -> blocks."""
     lanes = Vectors(target.isa).lanes
     shape = dims_of(x.ty)
     assert shape is not None, "the sizes of an image are known"
@@ -208,8 +209,21 @@ def pack(bb: relax.BlockBuilder, x: Any, target: Target) -> Any:
         # Blocks of rows are transposed; the rest is another view of the same memory.
         rows = bb.emit(relax.op.reshape(x, [shape[0], out[1], lanes, math.prod(shape[2:])]))
         return bb.emit(relax.op.reshape(bb.emit(relax.op.permute_dims(rows, [0, 1, 3, 2])), out))
-    kernel = bb.add_func(moves.blocks(shape, target, into=True), "pack")
-    return bb.emit(relax.call_tir(kernel, [x], relax.TensorType(out, "float32")))
+    dtype = str(x.ty.dtype.dtype)
+    function = moves.blocks(shape, target, into=True) if dtype == "float32" else _packing(shape, out, dtype)
+    return bb.emit(relax.call_tir(bb.add_func(function, "pack"), [x], relax.TensorType(out, dtype)))
+
+
+def _packing(shape: Sequence[Any], out: Sequence[Any], dtype: str) -> tirx.PrimFunc:
+    """A loop nest from (N, C, ...) to blocks; lanes beyond C repeat the last channel."""
+    data = te.placeholder(list(shape), dtype, "x")
+
+    def element(n: Any, block: Any, *rest: Any) -> Any:
+        *place, lane = rest
+        return data(n, tirx.min(block * out[-1] + lane, shape[1] - 1), *place)
+
+    function = te.create_prim_func([data, te.compute(tuple(out), element, name="pack")], "int64")
+    return function.without_attr("global_symbol")
 
 
 def unpack(bb: relax.BlockBuilder, blocked: Any, shape: Sequence[Any], target: Target) -> Any:
@@ -233,182 +247,3 @@ def unpack(bb: relax.BlockBuilder, blocked: Any, shape: Sequence[Any], target: T
         function = function.without_attr("global_symbol")
     kernel = bb.add_func(function.with_attr(UNPACK, True), "unpack")
     return relax.call_tir(kernel, [blocked], relax.TensorType(list(shape), dtype))
-
-
-# --- poolings ---------------------------------------------------------------------------------------------------
-
-
-@template("pool", per_item=True)
-def pool(parameters: dict[str, Any], body: Body) -> None:
-    """Greatest or mean of windows, in blocks. parameters: kind ("max" or "mean"), kernel, strides, dilations, pads
-    (above, left), include (padding counts in a mean).
-
-    The greatest of nothing but NaN is NaN, as in onnxruntime. Beside finite numbers NaN does not count; its kernels
-    differ there, by where in the window it is, and ONNX does not say. A window that is all padding has -inf.
-    """
-    v, index = body.vectors, body.index
-    (x,) = body.inputs
-    batch, blocks, height, width, lanes = fixed(body.shapes[0])
-    out_height, out_width = fixed(body.out_shape[2:4])
-    kind, (kh, kw), (sh, sw) = parameters["kind"], parameters["kernel"], parameters["strides"]
-    (dh, dw), (top, left) = parameters["dilations"], parameters["pads"]
-    largest = kind == "max"
-    first = float("-inf") if largest else 0.0
-
-    def const(value: int) -> Expr:
-        return tirx.const(value, index)
-
-    work = batch * blocks * out_height * out_width * kh * kw * lanes
-    rows = batch * blocks * out_height
-    wide = body.target.cores > 1 and work >= 1 << 16
-    tile = next(t for t in (8, 7, 6, 5, 4, 3, 2, 1) if out_width % t == 0)
-    padded_rows = top > 0 or (out_height - 1) * sh + (kh - 1) * dh - top >= height
-    edges = [
-        t for t in range(out_width // tile)
-        if t * tile * sw - left < 0 or ((t + 1) * tile - 1) * sw + (kw - 1) * dw - left >= width
-    ]  # fmt: skip
-    with (T.parallel if wide else T.serial)(const(rows)) as row:
-        at = T.Bind(tirx.floormod(row, const(out_height)))
-        plane = T.Bind(tirx.floordiv(row, const(out_height)))
-        block = T.Bind(tirx.floormod(plane, const(blocks)))
-        item = T.Bind(tirx.floordiv(plane, const(blocks)))
-        start = T.Bind(at * const(sh) - const(top))
-        base = T.Bind(plane * const(height * width * lanes))
-
-        def inside(t: int, where: int | None) -> list[int]:
-            """The taps in a row of the t-th output's window that are no padding."""
-            if where is None:
-                return list(range(kw))
-            return [j for j in range(kw) if 0 <= (where + t) * sw + j * dw - left < width]
-
-        def window(column: Expr, where: int | None) -> None:
-            """One tile of outputs from `column` on. where: the column where it is known and taps may be outside."""
-            cells = v.registers(tile, first)
-            ends = v.registers(tile if largest else 1, first)  # the last taps
-
-            def taps(i: int | Expr) -> None:
-                offset = T.Bind(base + (start + i * const(dh)) * const(width * lanes))
-                for j in range(kw):
-                    for t in range(tile):
-                        if j not in inside(t, where):
-                            continue
-                        column_at = (column + const(t)) * const(sw) + const(j * dw - left)
-                        value = v.load(x, offset + column_at * const(lanes))
-                        here = v.at(const(t * lanes))
-                        old = cells[here]
-                        T.buffer_store(cells, T.max(value, old) if largest else old + value, [here])
-                        if largest and j == inside(t, where)[-1]:
-                            T.buffer_store(ends, value, [here])
-
-            if padded_rows:
-                with T.serial(const(kh)) as i:
-                    at_row = T.Bind(start + i * const(dh))
-                    with T.If(tirx.all(at_row >= const(0), at_row < const(height))), T.Then():
-                        taps(i)
-            else:
-                for i in range(kh):
-                    taps(const(i))
-            count_rows: Expr = tirx.const(float(kh), "float32")
-            if kind == "mean" and padded_rows and not parameters["include"]:
-                count_rows = T.Bind(_inside_rows(start, kh, dh, height, index))
-            for t in range(tile):
-                here = v.at(const(t * lanes))
-                value = cells[here]
-                if largest:
-                    value = _unless_nan(v, value, ends[here])
-                else:
-                    columns = kw if parameters["include"] else len(inside(t, where))
-                    value = value / v.splat(T.Bind(count_rows * tirx.const(float(columns), "float32")))
-                body.store(value, [item, block, at, column + const(t), const(0)], None)
-
-        tiles = out_width // tile
-        if edges:
-            inner = [t for t in range(tiles) if t not in edges]
-            for t in edges:
-                window(const(t * tile), t * tile)
-            if inner:
-                with T.serial(const(len(inner))) as t:
-                    window(T.Bind((t + const(inner[0])) * const(tile)), None)
-        else:
-            with T.serial(const(tiles)) as t:
-                window(T.Bind(t * const(tile)), None)
-
-
-def _unless_nan(v: Vectors, greatest: Expr, tap: Expr) -> Expr:
-    """The greatest of a window's numbers; NaN where it has none. greatest: -inf there, as NaN is passed over. tap: any
-    of the window's."""
-    return T.Bind(T.Select(greatest == v.splat(float("-inf")), tap, greatest))
-
-
-def _inside_rows(start: Expr, taps: int, step: int, height: int, index: str) -> Expr:
-    total: Expr = tirx.const(0.0, "float32")
-    for i in range(taps):
-        at = start + tirx.const(i * step, index)
-        inside = tirx.all(at >= tirx.const(0, index), at < tirx.const(height, index))
-        total = total + T.Select(inside, tirx.const(1.0, "float32"), tirx.const(0.0, "float32"))
-    return total
-
-
-@template("global-pool", per_item=True)
-def global_pool(parameters: dict[str, Any], body: Body) -> None:
-    """Greatest or mean over all places of each channel, in blocks. parameters: kind ("max" or "mean"). NaN is treated
-    as by `pool`."""
-    v, index = body.vectors, body.index
-    (x,) = body.inputs
-    batch, blocks, *place, lanes = fixed(body.shapes[0])
-    size = math.prod(place)
-    largest = parameters["kind"] == "max"
-
-    def const(value: int) -> Expr:
-        return tirx.const(value, index)
-
-    def both(a: Expr, b: Expr) -> Expr:
-        return T.max(b, a) if largest else a + b
-
-    wide = body.target.cores > 1 and batch * blocks * size * lanes >= 1 << 17
-    with (T.parallel if wide else T.serial)(const(batch * blocks)) as plane:
-        sums = v.registers(4, float("-inf") if largest else 0.0)
-        base = T.Bind(plane * const(size * lanes))
-
-        def add(at: Expr, which: int) -> None:
-            here = v.at(const(which * lanes))
-            T.buffer_store(sums, both(sums[here], v.load(x, base + at * const(lanes))), [here])
-
-        with T.serial(const(size // 4)) as i:
-            for j in range(4):
-                add(T.Bind(i * const(4) + const(j)), j)
-        for j in range(size % 4):
-            add(const(size - size % 4 + j), j)
-        total = both(
-            both(sums[v.at(const(0))], sums[v.at(const(lanes))]),
-            both(sums[v.at(const(2 * lanes))], sums[v.at(const(3 * lanes))]),
-        )
-        if largest:
-            total = _unless_nan(v, total, v.load(x, base + const((size - 1) * lanes)))
-        else:
-            total = total * v.splat(1.0 / size)
-        zeros = [const(0)] * (len(place) + 1)
-        item, block = tirx.floordiv(plane, const(blocks)), tirx.floormod(plane, const(blocks))
-        body.store(T.Bind(total), [item, block, *zeros], None)
-
-
-@template("upsample", per_item=True)
-def upsample(parameters: dict[str, Any], body: Body) -> None:
-    """Each place repeated (rows, columns) times, in blocks."""
-    v, index = body.vectors, body.index
-    (x,) = body.inputs
-    rows, columns = parameters["factors"]
-    batch, blocks, height, width, lanes = fixed(body.shapes[0])
-
-    def const(value: int) -> Expr:
-        return tirx.const(value, index)
-
-    wide = body.target.cores > 1 and batch * blocks * height * width * lanes >= 1 << 15
-    with (T.parallel if wide else T.serial)(const(batch * blocks * height)) as row:
-        plane, at = T.Bind(tirx.floordiv(row, const(height))), T.Bind(tirx.floormod(row, const(height)))
-        item, block = T.Bind(tirx.floordiv(plane, const(blocks))), T.Bind(tirx.floormod(plane, const(blocks)))
-        with T.serial(const(rows)) as i, T.serial(const(width)) as column:
-            value = v.load(x, (row * const(width) + column) * const(lanes))
-            for j in range(columns):
-                place = [at * const(rows) + i, column * const(columns) + const(j)]
-                body.store(value, [item, block, *place, const(0)], None)

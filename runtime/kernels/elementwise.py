@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
-from ..elements import Size, Tree, TreeEmitter, collapsed, expression, leaves, product
-from .vectors import Buffer, Expr, Vectors
+from ..elements import Size, Tree, collapsed, expression, leaves, product
+from .emitter import TreeEmitter, narrowed
+from .vectors import GROUP, Buffer, Expr, Vectors
 
 # Elements below which a second thread costs more than it gives, for work of one load and one operation an element.
 PARALLEL = 1 << 16
-GROUP = 4  # vectors of one turn of the inner loop
 USUAL = 1 << 8  # what a size that is known at run time is taken for when threads are given out
 
 
@@ -79,10 +79,16 @@ class _Chain:
             return
         lanes, count = self.emitter.vectors.lanes, self.const(turns) if isinstance(turns, int) else turns
 
+        narrow = narrowed(self.tree)
+
         def turn(number: Expr) -> None:
             at = T.Bind(number * self.const(GROUP * lanes))
-            for j in range(GROUP):
-                self._vector(place, start, at + self.const(j * lanes), None)
+            if narrow is None:
+                for j in range(GROUP):
+                    self._vector(place, start, at + self.const(j * lanes), None)
+                return
+            values = [self.emitter.vector(narrow, [*place, at + self.const(j * lanes)]) for j in range(GROUP)]
+            self.emitter.vectors.store_narrow(self.y, start + at, values)
 
         if threads == 1:
             with T.serial(count) as number:

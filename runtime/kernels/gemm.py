@@ -12,6 +12,7 @@ Names: m, n, k rows, columns, depth; a, b, y flat buffers; tile: rows x vectors 
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -20,11 +21,10 @@ from tvm import tirx
 from tvm.tirx.script import builder as T
 
 from ...passes.base import Caches
+from .dots import Accumulators, Dot, dot_of
 from .gemm_spec import FEW, PAGE, UNROLL, GemmSpec, GemmTile, panels, part_of_depth, streams_of_depth
-from .vectors import LINE, Buffer, Expr, Vectors
+from .vectors import Buffer, Expr, Vectors
 
-# Bytes below which a buffer of scope "global" stays on the stack, where LLVM turns it into registers.
-REGISTER_BUFFER = 1024
 # Multiply-adds below which a second thread costs more than it gives.
 PARALLEL = 1 << 17
 NEAR = 2  # tiles of a panel up to which none asks for the next one: it would be gone again before it is read
@@ -39,8 +39,10 @@ Finish = Callable[[Expr, Expr, Expr, "int | None"], None]
 class GemmEmitter:
     """Emits a product into the IR builder that is open.
 
-    rows, inner, batch: the sizes, as numbers where the spec knows them. a, b: flat float32 buffers, b of uint16 where
-    it is stored in 16 bits. index: type of offsets.
+    rows, inner, batch: the sizes, as numbers where the spec knows them. a, b: flat buffers, b of uint16 where it is
+    stored in 16 bits. index: type of offsets. first: what the sums of a column start at, in whole vectors; None: 0.
+
+    The depth is counted in steps (`dots`): of 8-bit numbers, a holds whole steps, which inner and spec.inner count.
     """
 
     vectors: Vectors
@@ -55,6 +57,11 @@ class GemmEmitter:
     threads: int
     caches: Caches
     index: str = "int64"
+    first: Buffer | None = None
+
+    @functools.cached_property
+    def dot(self) -> Dot:
+        return dot_of(self.vectors, self.spec.data, self.spec.weights)
 
     def const(self, value: int | Expr) -> Expr:
         return tirx.const(value, self.index) if isinstance(value, int) else value
@@ -127,7 +134,7 @@ class GemmEmitter:
         chunks, groups = -(-tiles // per_chunk), -(-len(cuts) // per_group)
         with (T.parallel if self._parallel() and chunks * groups > 1 else T.serial)(const(chunks * groups)) as task:
             chunk, group = T.Bind(task // const(groups)), T.Bind(task % const(groups))
-            sums = T.alloc_buffer((per_group * per_chunk * each,), "float32", scope="global")
+            sums = T.alloc_buffer((per_group * per_chunk * each,), self.dot.sums, scope="global")
             first = T.Bind(group * const(per_group))
             panels = T.Bind(T.min(const(per_group), const(len(cuts)) - first))
             parts = -(-inner // depth)
@@ -212,26 +219,24 @@ class GemmEmitter:
 
     def panel_start(self, column: Expr) -> Expr:
         """Offset in B of the packed panel that begins with a column."""
-        return column * self.const(self.inner)
+        return column * self.const(self.dot.group) * self.const(self.inner)
 
     def _far(self, turn: tuple[Expr, int] | None) -> bool:
         """Whether few tiles read a packed panel and most of B comes from far away, and the panels are too few to be the
         streams themselves."""
         if self.tile.beside >= BESIDE:
             return False
-        size = self.spec.itemsize * (self.spec.inner or 0) * self.spec.columns
-        return turn is not None and turn[1] <= NEAR and size > self.caches.l2 and (self.spec.inner or 0) >= PAGE // 16
-
-    @property
-    def _line(self) -> int:
-        """Elements of B in a cache line."""
-        return LINE * 4 // self.spec.itemsize
+        steps, dot = self.spec.inner or 0, self.dot
+        size = dot.itemsize * dot.group * steps * self.spec.columns
+        return turn is not None and turn[1] <= NEAR and size > self.caches.l2 and steps >= PAGE // 16
 
     def _streams(self, inner: int, width: int, step: Callable[[Expr], None]) -> None:
         """All steps of k, from several places of the depth in turn: a processor fetches several streams ahead of their
         reader at once, and each only to the end of its page, so that one alone does not fill the way to memory."""
-        unroll = max(1, self._line // width)
-        streams, length = streams_of_depth(self.tile.rows, inner, unroll, self.tile.beside)
+        unroll = max(1, self.dot.line // width)
+        streams, length = streams_of_depth(
+            self.tile.rows, inner, unroll, self.tile.beside, 4 * PAGE // self.dot.itemsize // self.dot.group
+        )
         with T.serial(self.const(length // unroll)) as k:
             for stream, u in itertools.product(range(streams), range(unroll)):
                 step(k * self.const(unroll) + self.const(stream * length + u))
@@ -245,15 +250,15 @@ class GemmEmitter:
 
         turn: of the tile among those that go through a packed panel behind each other, and how many these are.
         """
-        v, spec, lanes, const = self.vectors, self.spec, self.vectors.lanes, self.const
+        v, spec, lanes, const, dot = self.vectors, self.spec, self.vectors.lanes, self.const, self.dot
         count = panel.vectors
-        accumulators = Accumulators(v, height * count)
+        accumulators = Accumulators(dot, height, count)
         column = T.Bind(panel.number * const(self.tile.vectors * lanes))
         row_of_a = row if spec.shared_a else item * const(self.rows) + row
         a_start = T.Bind(row_of_a * const(self.inner))
         width = min(count, self.tile.packed) if spec.packed else count  # vectors that lie behind each other
         if spec.packed:
-            b_start, b_step = T.Bind(self.panel_start(column)), width * lanes
+            b_start, b_step = T.Bind(self.panel_start(column)), width * dot.width
         else:
             before = const(0) if spec.shared_b else item * const(self.inner) * const(spec.columns)
             b_start, b_step = T.Bind(before + column), spec.columns
@@ -262,33 +267,38 @@ class GemmEmitter:
             bs = []
             for j in range(count):
                 first = j - j % width
-                step = b_step if first + width <= count else (count - first) * lanes  # the last panel may be narrower
-                before = const(self.inner) * const(first * lanes) if first else const(0)
-                at = b_start + before + k * const(step) + const((j - first) * lanes)
+                # The last panel may be narrower.
+                step = b_step if first + width <= count else (count - first) * dot.width
+                before = const(self.inner) * const(first * dot.width) if first else const(0)
+                at = b_start + before + k * const(step) + const((j - first) * dot.width)
                 partial = not spec.packed and panel.lanes is not None and j == count - 1
-                if spec.itemsize == 2:
-                    bs.append(v.widened(self.b, at, spec.weights))
-                else:
-                    bs.append(v.load(self.b, at, const(panel.lanes) if partial and panel.lanes else None))
+                bs.append(v.load(self.b, at, const(panel.lanes or 0)) if partial else dot.weights(self.b, at))
             for i in range(height):
-                a = T.Bind(v.splat(self.a[a_start + const(i) * const(self.inner) + k]))
+                a = dot.same(self.a, a_start + const(i) * const(self.inner) + k)
                 for j in range(count):
-                    accumulators.add(i * count + j, a, bs[j])
+                    accumulators.add(i, j, a, bs[j])
 
         def finish() -> None:
             for i in range(height):
                 for j in range(count):
                     there = panel.lanes if j == count - 1 else None
                     at_row = item * const(self.rows) + row + const(i)
-                    self.finish(accumulators.value(i * count + j), at_row, column + const(j * lanes), there)
+                    self.finish(accumulators.get(i, j), at_row, column + const(j * lanes), there)
+
+        def begin_sums() -> None:
+            for j in range(count):
+                value = dot.zeros() if self.first is None else v.load(self.first, column + const(j * lanes))
+                for i in range(height):
+                    accumulators.set(i, j, value)
 
         ahead = None
         if turn is not None and isinstance(self.inner, int):
             begin = T.Bind(b_start + part.start * const(b_step)) if part else b_start
             total = (part.depth if part else self.inner) // UNROLL * UNROLL * b_step
             if turn[1] > NEAR:
-                ask = v.ahead(self.b, begin, total, UNROLL * b_step, *turn, const, self._line)
+                ask = v.ahead(self.b, begin, total, UNROLL * b_step, *turn, const, dot.line)
                 ahead = ask and (lambda k: ask(begin + k * const(b_step)))
+        begin_sums()
         if part is None:
             if isinstance(self.inner, int) and self._far(turn):
                 self._streams(self.inner, b_step, step)
@@ -297,13 +307,13 @@ class GemmEmitter:
             finish()
             return
         with T.If(part.begun), T.Then():
-            for n in range(height * count):
-                accumulators.set(n, v.load(part.sums, part.at + const(n * lanes)))
+            for i, j in itertools.product(range(height), range(count)):
+                accumulators.set(i, j, v.load(part.sums, part.at + const((i * count + j) * lanes)))
         repeat(part.steps, UNROLL, lambda k: step(part.start + k), self.index, ahead)
         with T.If(part.goes_on):
             with T.Then():
-                for n in range(height * count):
-                    v.store(part.sums, part.at + const(n * lanes), accumulators.value(n))
+                for i, j in itertools.product(range(height), range(count)):
+                    v.store(part.sums, part.at + const((i * count + j) * lanes), accumulators.get(i, j))
             with T.Else():
                 finish()
 
@@ -370,28 +380,3 @@ def repeat(
     with T.serial(count - done) as k:
         body(done + k)
 
-
-class Accumulators:
-    """Vectors that live in registers, in buffers small enough for the stack."""
-
-    def __init__(self, vectors: Vectors, count: int) -> None:
-        self.vectors = vectors
-        self.each = (REGISTER_BUFFER - 1) // (4 * vectors.lanes)
-        sizes = [min(self.each, count - first) for first in range(0, count, self.each)]
-        self.buffers = [vectors.registers(size, 0.0) for size in sizes]
-
-    def _place(self, number: int) -> tuple[Buffer, Expr]:
-        return self.buffers[number // self.each], self.vectors.at(number % self.each * self.vectors.lanes)
-
-    def value(self, number: int) -> Expr:
-        buffer, at = self._place(number)
-        return buffer[at]
-
-    def set(self, number: int, value: Expr) -> None:
-        buffer, at = self._place(number)
-        T.buffer_store(buffer, value, [at])
-
-    def add(self, number: int, a: Expr, b: Expr) -> None:
-        """accumulator += a·b."""
-        buffer, at = self._place(number)
-        T.buffer_store(buffer, self.vectors.fma(a, b, buffer[at]), [at])

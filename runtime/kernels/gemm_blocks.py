@@ -21,6 +21,7 @@ from tvm import tirx
 from tvm.tirx.script import builder as T
 
 from ..target import InstructionSet
+from .dots import IntegerDot
 from .gemm import GemmEmitter, _Panel
 from .gemm_spec import panels
 from .vectors import ROUND, Buffer, Expr, Vectors
@@ -28,7 +29,6 @@ from .vectors import ROUND, Buffer, Expr, Vectors
 Finish = Callable[[Expr, Expr, Expr, "int | None"], None]
 
 PARALLEL = 1 << 17  # multiply-adds below which a second thread costs more than it gives
-PAIRS = ("avx2", "avx512")  # instruction sets that add products of bytes in pairs
 CARRY = 32  # steps whose products of 4 bits and 8 bits 16 bits hold
 SMALLEST = 1e-30  # largest element of a block below which it is taken for this
 STEPS = 127  # the greatest number of a block of A
@@ -158,7 +158,9 @@ class Weights:
 def integer_form(isa: InstructionSet) -> str:
     """How codes of at most 4 bits meet bytes of A: "quads" and "signed-quads" add four products into 32 bits, "pairs"
     two into 16 bits; "" where no such instruction is used."""
-    return "pairs" if isa.name in PAIRS else ""
+    if isa.dot_int8 == "pairs":
+        return "pairs" if isa.vector_bits >= 256 else ""
+    return isa.dot_int8
 
 
 @dataclass
@@ -308,10 +310,12 @@ class _IntegerDot:
     def __init__(self, rows: FewRows) -> None:
         self.rows, self.spec, self.vectors, self.a, self.const = rows, rows.spec, rows.vectors, rows.a, rows.const
         spec, count = self.spec, self.spec.rows or 0
-        self.words = CARRY // spec.per_word
         self.lanes = self.vectors.lanes
+        # What adds four products at once, where there is such an instruction.
+        self.quads = IntegerDot(self.vectors, "uint8") if integer_form(self.vectors.isa) != "pairs" else None
+        self.words = 1 if self.quads else CARRY // spec.per_word
         self.wide = spec.blocks * spec.block  # bytes of a row
-        self.bytes = T.alloc_buffer((count * self.wide,), "int8", scope="global")
+        self.bytes = T.alloc_buffer((count * self.wide + self.lanes,), "int8", scope="global")  # whole vectors are written
         self.factors = T.alloc_buffer((count * spec.blocks,), "float32", scope="global")
         self.corrections = T.alloc_buffer((count * spec.blocks,), "int32", scope="global")
 
@@ -341,7 +345,8 @@ class _IntegerDot:
 
     def begin(self, b: Expr, count: int, zeros: list[Expr] | None) -> None:
         spec, const, lanes = self.spec, self.const, self.lanes
-        self.sums, self.halves = self._registers(count, 32), self._registers(count, 16)
+        self.sums = self._registers(count, 32)
+        self.halves = [] if self.quads else self._registers(count, 16)
         for m, sums in enumerate(self.sums):
             start = T.Bind(T.broadcast(self.corrections[const(m * spec.blocks) + b], lanes))
             for j, into in enumerate(sums):
@@ -356,20 +361,25 @@ class _IntegerDot:
     def add(self, k: Expr, codes: list[Expr], steps: int) -> None:
         spec, const, lanes = self.spec, self.const, self.lanes
         mask = ((1 << spec.bits) - 1) * 0x01010101
-        all16 = T.ramp(0, 1, 2 * lanes)
+        all16, all32 = T.ramp(0, 1, 2 * lanes), T.ramp(0, 1, lanes)
         for quad in range(-(-steps // 4)):
             a = []
             for m in range(len(self.sums)):
                 four = self.bytes[T.ramp(const(m * self.wide) + k + const(4 * quad), 1, 4)]
-                a.append(T.Bind(T.broadcast(T.reinterpret(four, dtype="int32"), lanes)))
+                same = T.broadcast(T.reinterpret(four, dtype="int32"), lanes)
+                a.append(T.Bind(T.reinterpret(same, dtype=f"int8x{4 * lanes}")))
             for j, word in enumerate(codes):
                 x = word
                 if quad:
                     x = T.shift_right(x, T.broadcast(T.int32(quad * spec.bits), lanes))
-                x = T.Bind(T.bitwise_and(x, T.broadcast(T.int32(mask), lanes)))
-                for m, halves in enumerate(self.halves):
-                    pairs = _pairs(self.vectors, x, a[m])
-                    T.buffer_store(halves[j], halves[j][all16] + pairs, [all16])
+                x = T.bitwise_and(x, T.broadcast(T.int32(mask), lanes))
+                x = T.Bind(T.reinterpret(x, dtype=f"int8x{4 * lanes}"))
+                for m, sums in enumerate(self.sums):
+                    if self.quads:
+                        T.buffer_store(sums[j], self.quads.add(sums[j][all32], x, a[m]), [all32])
+                    else:
+                        half = self.halves[m][j]
+                        T.buffer_store(half, half[all16] + _pairs(self.vectors, x, a[m]), [all16])
 
     def carry(self) -> None:
         lanes = self.lanes
@@ -423,8 +433,8 @@ class ManyRows(GemmEmitter):
 def _pairs(v: Vectors, codes: Expr, a: Expr) -> Expr:
     """Products of bytes without a sign and bytes with one, added in pairs of neighbours: int16, exact for 4 bits."""
     name = {8: "llvm.x86.avx2.pmadd.ub.sw", 16: "llvm.x86.avx512.pmaddubs.w.512"}[v.lanes]
-    x, y = (T.reinterpret(value, dtype=f"int8x{4 * v.lanes}") for value in (codes, a))
-    return T.Bind(T.call_llvm_pure_intrin(T.llvm_lookup_intrinsic_id(name), x, y, dtype=f"int16x{2 * v.lanes}"))
+    call = T.call_llvm_pure_intrin(T.llvm_lookup_intrinsic_id(name), codes, a, dtype=f"int16x{2 * v.lanes}")
+    return T.Bind(call)
 
 
 def _widened_pairs(v: Vectors, halves: Expr) -> Expr:

@@ -10,13 +10,14 @@ import numpy as np
 
 from ...passes.base import Caches
 from ..target import InstructionSet
+from .dots import grouped
 
 UNROLL = 4  # steps of k that are written out
 FEW = 8  # tiles of A in the second cache, and times that B is read, from which on the depth is cut into parts
 MANY = 256  # rows from which on a panel that is too wide for the first cache is read often enough
 STREAMS = (6, 5, 7), (3, 5)  # places of the depth that are read in turn instead, for up to two rows and for more
 FEW_ROWS = 2  # rows up to which a tile reads several panels of B
-PAGE = 1024  # elements apart, or a multiple of it, elements fall in the same lines of a first-level cache
+PAGE = 1024  # float32 apart, or a multiple of it, elements fall in the same lines of a first-level cache
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class GemmSpec:
 
     batch: how many products of these sizes lie behind each other, 1 for a packed B. shared_a, shared_b: all of them
     read the same A or B. weights: the type that a packed B is stored in; its elements become float32 in registers.
+    data: type of A; for uint8 and int8, of which `zero` stands for 0, B is int8 and Y int32.
     """
 
     rows: int | None
@@ -35,11 +37,8 @@ class GemmSpec:
     shared_a: bool = False
     shared_b: bool = False
     weights: str = "float32"
-
-    @property
-    def itemsize(self) -> int:
-        """Bytes of an element of B."""
-        return 4 if self.weights == "float32" else 2
+    data: str = "float32"
+    zero: int = 0
 
     @property
     def flops(self) -> int:
@@ -76,31 +75,34 @@ def loads_cost(rows: int, vectors: int) -> float:
     return 1 + 0.2 * (rows + vectors) / (rows * vectors)
 
 
-def choose_tile(rows: int | None, columns: int, isa: InstructionSet, lanes: int) -> GemmTile:
-    """The tile that keeps the most accumulators and wastes the fewest, for a machine of `isa.registers` registers."""
-    return tiles(rows, columns, isa, lanes)[0]
+def choose_tile(rows: int | None, columns: int, isa: InstructionSet, lanes: int, spare: int = 0) -> GemmTile:
+    """The tile that keeps the most accumulators and wastes the fewest, for a machine of `isa.registers` registers, of
+    which `spare` are for products."""
+    return tiles(rows, columns, isa, lanes, spare=spare)[0]
 
 
-def packed_tile(rows: int | None, columns: int, isa: InstructionSet, lanes: int) -> GemmTile:
+def packed_tile(rows: int | None, columns: int, isa: InstructionSet, lanes: int, spare: int = 0) -> GemmTile:
     """The tile for a packed B. Few rows read panels of the width that many rows take, several at once: two models that
     read the same weights so, such as a decoder's for its prompt and for one token, can share them."""
     if rows is None or rows > FEW_ROWS:
-        return choose_tile(rows, columns, isa, lanes)
-    panel = choose_tile(None, columns, isa, lanes).vectors
-    return replace(next(t for t in tiles(rows, columns, isa, lanes) if t.vectors % panel == 0), panel=panel)
+        return choose_tile(rows, columns, isa, lanes, spare)
+    panel = choose_tile(None, columns, isa, lanes, spare).vectors
+    wide = next(t for t in tiles(rows, columns, isa, lanes, spare=spare) if t.vectors % panel == 0)
+    return replace(wide, panel=panel)
 
 
 def tiles(
-    rows: int | None, columns: int, isa: InstructionSet, lanes: int, shorter: Sequence[int] = (0,)
+    rows: int | None, columns: int, isa: InstructionSet, lanes: int, shorter: Sequence[int] = (0,), spare: int = 0
 ) -> list[GemmTile]:
     """Tiles, the one that should take the fewest cycles first. shorter: by how many rows than fit.
 
-    The accumulators, the vectors of B of one step and the element of A that meets them fit into registers.
+    The accumulators, the vectors of B of one step, the element of A that meets them and `spare` products fit into
+    registers.
     """
     total = -(-columns // lanes)
     costs: dict[GemmTile, float] = {}
     for vectors, less in itertools.product((1, 2, 3, 4, 6, 8), shorter):
-        most = (isa.registers - 1 - vectors) // vectors - less
+        most = (isa.registers - 1 - spare - vectors) // vectors - less
         if vectors > max(1, total) or most < 1:
             continue
         height = most if rows is None else -(-rows // -(-rows // most)) if rows else 1
@@ -124,17 +126,17 @@ def part_of_depth(rows: int, inner: int, tile: GemmTile, caches: Caches) -> int 
     return -(-inner // (parts * UNROLL)) * UNROLL
 
 
-def streams_of_depth(rows: int, inner: int, unroll: int, beside: int = 1) -> tuple[int, int]:
+def streams_of_depth(rows: int, inner: int, unroll: int, beside: int = 1, page: int = PAGE) -> tuple[int, int]:
     """(streams, steps of k of each, a multiple of `unroll`). Neither the streams of B nor the rows of A at their places
     meet in the same lines of the first-level cache, if any number of streams does so. beside: panels that are read side
-    by side."""
+    by side. page: elements of one."""
 
     def parted(streams: int) -> tuple[int, int]:
         count = inner // streams // unroll
         return streams, (count - 1 + count % 2) * unroll  # an odd number of lines
 
     choices = [parted(max(2, streams // beside)) for streams in STREAMS[rows > 2]]
-    return max(choices, key=lambda choice: min(PAGE // 8, choice[1] % PAGE, -choice[1] % PAGE))
+    return max(choices, key=lambda choice: min(page // 8, choice[1] % page, -choice[1] % page))
 
 
 def panels(columns: int, tile: GemmTile, lanes: int) -> list[tuple[int, int]]:
@@ -143,14 +145,17 @@ def panels(columns: int, tile: GemmTile, lanes: int) -> list[tuple[int, int]]:
     return [(first, min(tile.vectors, total - first)) for first in range(0, total, tile.vectors)]
 
 
-def pack(b: np.ndarray, tile: GemmTile, lanes: int) -> np.ndarray:
-    """B of shape (K, N) as panels behind each other, zeros in the lanes beyond N. Flat; float32, or for float16 and
-    bfloat16 their bits as uint16."""
+def pack(b: np.ndarray, tile: GemmTile, lanes: int, group: int = 1) -> np.ndarray:
+    """B of shape (K, N) as panels behind each other, zeros in the lanes beyond N. Flat; int8 where B is, for float16
+    and bfloat16 their bits as uint16, else float32.
+
+    group: elements of the depth of a step, which lie behind each other.
+    """
     inner, columns = b.shape
     width = -(-columns // lanes) * lanes
-    padded = np.zeros((inner, width), b.dtype if b.dtype.itemsize == 2 else np.float32)
+    padded = np.zeros((inner, width), b.dtype if b.dtype == np.int8 or b.dtype.itemsize == 2 else np.float32)
     padded[:, :columns] = b
-    step = tile.packed * lanes
+    padded, step = grouped(padded, 0, group), tile.packed * lanes
     parts = [padded[:, first : first + step].reshape(-1) for first in range(0, width, step)]
     packed = np.concatenate(parts) if parts else padded.reshape(-1)
     return packed.view(np.uint16) if packed.dtype.itemsize == 2 else packed

@@ -12,6 +12,8 @@ from tvm.tirx.script import builder as T
 from ..elements import Size, expression, product, size_of
 from ..target import Target
 from ..templates import Body, anchor, template
+from . import gemm_int8
+from .dots import dot_of
 from .gemm import Finish, GemmEmitter
 from .gemm_spec import GemmSpec, GemmTile, choose_tile, pack, packed_tile
 from .vectors import Expr, Vectors
@@ -21,16 +23,20 @@ STORED = ("float32", "float16", "bfloat16")  # types of constant weights
 
 @template("gemm")
 def gemm(parameters: dict[str, Any], body: Body) -> None:
-    """A (..., M, K) · B (K, N) packed or (..., K, N) in place. parameters: the fields of GemmSpec and of GemmTile."""
+    """A (..., M, K) · B (K, N) packed or (..., K, N) in place. parameters: the fields of GemmSpec and of GemmTile. Of
+    8-bit numbers the third input is what sums start at."""
     spec, tile = GemmSpec(**parameters["spec"]), GemmTile(**parameters["tile"])
     v = body.vectors
-    a, b = body.inputs
+    a, b, *first = body.inputs
     leading = body.out_shape[:-1]
     batch = 1 if spec.packed or spec.shared_b else product(leading[:-1])
     rows = product(leading) if batch == 1 else leading[-1]
     height, inner, count = (_number(size) for size in (rows, body.shapes[0][-1], batch))
-    target, store = body.target, row_store(body)
-    GemmEmitter(v, spec, tile, height, inner, count, a, b, store, target.cores, target.caches, body.index).emit()
+    common = (row_store(body), body.target.cores, body.target.caches, body.index)
+    if first:
+        gemm_int8.emit(v, spec, tile, height, a, b, first[0], *common)
+    else:
+        GemmEmitter(v, spec, tile, height, inner, count, a, b, *common).emit()
 
 
 def row_store(body: Body) -> Finish:
@@ -69,7 +75,8 @@ def chosen_tile(spec: GemmSpec, target: Target) -> GemmTile:
     if tuned:
         return GemmTile(**tuned)
     rule = packed_tile if spec.packed else choose_tile
-    return rule(spec.rows, spec.columns, target.isa, Vectors(target.isa).lanes)
+    vectors = Vectors(target.isa)
+    return rule(spec.rows, spec.columns, target.isa, vectors.lanes, dot_of(vectors, spec.data).spare)
 
 
 def _number(size: Size) -> Expr | int:

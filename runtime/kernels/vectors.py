@@ -14,6 +14,7 @@ import struct
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from tvm import tirx
 from tvm.tirx.script import builder as T
 
 from ..target import InstructionSet
@@ -43,6 +44,8 @@ EXP_ZERO_BITS = -88.0
 POWER_ZERO = -180.0
 LOWEST = -3.4028234663852886e38
 NEGATIVE_INFINITY = float("-inf")
+GROUP = 4  # vectors that are narrowed together
+NARROW = ("int8", "uint8", "int16", "uint16")
 LINE = 16  # elements of a cache line
 
 Expr = Any  # a TIR expression; TVM gives its expression classes no common public name
@@ -144,6 +147,10 @@ class Vectors:
         magic = T.Bind(self.splat(ROUND) + (self.splat(BIAS) - n) * self.splat(float(self.parts)))
         return Exponential(self, floor, magic, factor, low=False)
 
+    def add_pairs(self, sums: Expr, x: Expr, w: Expr) -> Expr:
+        """int32 sums + the products of neighbouring int16 of x and w, pair by pair."""
+        return T.call_extern(f"int32x{self.lanes}", self._name("pairs"), sums, x, w)
+
     def choose(self, comparison: str, a: Expr, b: Expr, then: Expr, otherwise: Expr) -> Expr:
         """Lane by lane `then` where a compares so with b, else `otherwise`.
 
@@ -175,10 +182,14 @@ class Vectors:
         return T.ramp(offset, 1, self.lanes)
 
     def load(self, buffer: Buffer, offset: Expr, count: Expr | None = None, fill: float = 0.0) -> Expr:
-        """The vector at `offset`; with `count` < lanes only so many elements are read, the rest are `fill`."""
+        """The vector at `offset`; with `count` < lanes only so many elements are read, the rest are `fill`, which is 0
+        for other elements than float32."""
         if count is None:
             return T.Bind(buffer[self.at(offset)])
-        pointer = T.address_of(buffer[offset])
+        pointer, dtype = T.address_of(buffer[offset]), str(buffer.dtype)
+        if dtype != "float32":
+            name = self._name(f"load_i{_bits(dtype)}")
+            return T.Bind(T.call_extern(f"{dtype}x{self.lanes}", name, pointer, _int32(count)))
         return T.Bind(T.call_extern(self.dtype, self._name("load"), pointer, _int32(count), T.float32(fill)))
 
     def widened(self, buffer: Buffer, offset: Expr, kind: str) -> Expr:
@@ -190,26 +201,48 @@ class Vectors:
         count = T.int32(self.lanes) if count is None else _int32(count)
         return T.Bind(T.call_extern(self.dtype, self._name("select"), T.address_of(kept[offset]), count, x))
 
-    def store(
-        self, buffer: Buffer, offset: Expr, value: Expr, count: Expr | None = None, stream: bool = False
-    ) -> None:
+    def store(self, buffer: Buffer, offset: Expr, value: Expr, count: Expr | None = None, stream: bool = False) -> None:
         """Write a vector, or its first `count` elements. `stream`: past the caches, to an aligned address."""
-        pointer = T.address_of(buffer[offset])
+        pointer, dtype = T.address_of(buffer[offset]), str(buffer.dtype)
         if count is not None:
-            T.evaluate(T.call_extern("int32", self._name("store"), pointer, _int32(count), value))
+            name = self._name("store" if dtype == "float32" else f"store_i{_bits(dtype)}")
+            T.evaluate(T.call_extern("int32", name, pointer, _int32(count), value))
         elif stream:
             T.evaluate(T.call_extern("int32", self._name("stream"), pointer, value))
         else:
             T.buffer_store(buffer, value, [self.at(offset)])
+
+    def nearest(self, x: Expr) -> Expr:
+        """The nearest int32 of floats within its range, half to even."""
+        integer = f"int32x{self.lanes}"
+        if self.isa.streaming:  # x86: one instruction, where rounding to a float first takes two, or a call
+            name = f"llvm.lrint.v{self.lanes}i32.v{self.lanes}f32"
+            return T.Bind(T.call_llvm_pure_intrin(T.llvm_lookup_intrinsic_id(name), x, dtype=integer))
+        name = f"llvm.roundeven.v{self.lanes}f32"
+        whole = T.call_llvm_pure_intrin(T.llvm_lookup_intrinsic_id(name), x, dtype=self.dtype)
+        return T.Bind(T.Cast(integer, whole))
+
+    def apart(self, x: Expr) -> Expr:
+        """A product that no addition may take in: fused, it would not be rounded, and not everywhere."""
+        return T.Bind(T.call_extern(self.dtype, self._name("apart"), x))
+
+    def narrow(self, value: Expr, dtype: str) -> Expr:
+        """A vector of int32 as one of 8 or 16 bits, whose numbers fit into them."""
+        return T.Bind(T.call_extern(f"{dtype}x{self.lanes}", self._name(f"narrow_{dtype}"), value))
+
+    def store_narrow(self, buffer: Buffer, offset: Expr, values: Sequence[Expr]) -> None:
+        """Write GROUP vectors of int32 behind each other as numbers of 8 or 16 bits, into which they fit."""
+        name = self._name(f"narrow_group_{buffer.dtype}")
+        T.evaluate(T.call_extern("int32", name, T.address_of(buffer[offset]), *values))
 
     def prefetch(self, buffer: Buffer, offset: Expr) -> None:
         """Ask for the cache line of an element; past the buffer's end nothing happens."""
         T.evaluate(T.call_extern("int32", "gw_prefetch", T.address_of(buffer[offset])))
 
     def ahead(
-        self, buffer: Buffer, begin: Expr, total: int, group: int, turn: Expr, turns: int, const: Callable[[int], Expr],
-        line: int = LINE,
-    ) -> Callable[[Expr], None] | None:
+        self, buffer: Buffer, begin: Expr, total: int, group: int, turn: Expr, turns: int,
+        const: Callable[[int], Expr], line: int = LINE,
+    ) -> Callable[[Expr], None] | None:  # fmt: skip
         """What asks for the `total` elements behind those from `begin` on, while `turns` tiles read these in groups.
 
         Every tile reads all of them, `group` elements at a time, and calls the result with the offset of each group.
@@ -241,15 +274,16 @@ class Vectors:
         if self.isa.streaming:
             T.evaluate(T.call_extern("int32", "gw_fence"))
 
-    def registers(self, count: int, value: float) -> Buffer:
+    def registers(self, count: int, value: float, dtype: str = "float32") -> Buffer:
         """`count` vectors that live in registers, filled with `value`.
 
         TVM keeps a buffer of scope "global" under 1024 bytes on the stack, which LLVM turns into registers;
         scope "local" would be a heap allocation.
         """
-        buffer = T.alloc_buffer((count * self.lanes,), "float32", scope="global")
+        buffer = T.alloc_buffer((count * self.lanes,), dtype, scope="global")
+        filled = T.broadcast(tirx.const(value, dtype), self.lanes)
         for j in range(count):
-            T.buffer_store(buffer, self.splat(value), [self.at(j * self.lanes)])
+            T.buffer_store(buffer, filled, [self.at(j * self.lanes)])
         return buffer
 
     # -- LLVM IR --------------------------------------------------------------------------------------------
@@ -265,9 +299,17 @@ class Vectors:
         lanes = self.lanes
         vector, mask = f"<{lanes} x float>", f"<{lanes} x i1>"
         text = _MEMORY.format(
-            lanes=lanes, vector=vector, mask=mask, align=4 * lanes, below=4 * lanes - 1,
-            index=", ".join(f"i32 {i}" for i in range(lanes)), lowest=", ".join(["float 0xFFF0000000000000"] * lanes),
+            lanes=lanes,
+            vector=vector,
+            mask=mask,
+            align=4 * lanes,
+            below=4 * lanes - 1,
+            index=", ".join(f"i32 {i}" for i in range(lanes)),
+            lowest=", ".join(["float 0xFFF0000000000000"] * lanes),
         )
+        for bits in (8, 16, 32, 64):
+            text += _WHOLE.format(lanes=lanes, bits=bits, vector=f"<{lanes} x i{bits}>", mask=mask, align=bits // 8)
+        text += _narrowing(lanes, pack=self.isa.lookup)
         text += _reduction("max", lanes) + _reduction("sum", lanes)
         for name, word in COMPARISONS.items():
             text += _CHOOSE.format(name=name, word=word, lanes=lanes, vector=vector, mask=mask)
@@ -275,6 +317,8 @@ class Vectors:
             text += _ABOVE.format(name=name, word=word, lanes=lanes, vector=vector, mask=mask)
         text += _LOWEST_BIT + _WIDEN_BFLOAT16.format(lanes=lanes, vector=vector)
         text += (_WIDEN_FLOAT16 if self.isa.half else _WIDEN_FLOAT16_BITS).format(lanes=lanes, vector=vector)
+        if self.isa.dot_int8 == "pairs":
+            text += _PAIRS_SSE2 if lanes == 4 else _PAIRS.format(lanes=lanes, twice=2 * lanes)
         if self.isa.lookup:
             text += _LOOKUP.format(entries=", ".join(f"i32 {_root_of_two(j)}" for j in range(PARTS)))
         if self.isa.scalef:
@@ -324,6 +368,11 @@ def _root_of_two(j: int) -> int:
     return bits - (127 << 23) - (j << 23) // PARTS
 
 
+def _bits(dtype: str) -> int:
+    """Bits of an element of a type such as uint8."""
+    return int("".join(c for c in dtype if c.isdigit()))
+
+
 def _int32(value: Expr | int) -> Expr:
     return T.int32(value) if isinstance(value, int) else T.Cast("int32", value)
 
@@ -370,15 +419,35 @@ define i32 @gw_prefetch(ptr %p) alwaysinline {{
   call void @llvm.prefetch.p0(ptr %p, i32 0, i32 3, i32 1)
   ret i32 0
 }}
+define {vector} @gw_apart_{lanes}({vector} %v) alwaysinline {{
+  %r = call {vector} @llvm.arithmetic.fence.v{lanes}f32({vector} %v)
+  ret {vector} %r
+}}
+declare {vector} @llvm.arithmetic.fence.v{lanes}f32({vector})
 define {vector} @gw_add_{lanes}({vector} %v, {vector} %c) alwaysinline {{
   %r = fadd {vector} %v, %c
   ret {vector} %r
 }}
 declare {vector} @llvm.masked.load.v{lanes}f32.p0(ptr, {mask}, {vector})
-declare <{lanes} x i8> @llvm.masked.load.v{lanes}i8.p0(ptr, {mask}, <{lanes} x i8>)
 declare void @llvm.masked.store.v{lanes}f32.p0({vector}, ptr, {mask})
 declare void @llvm.prefetch.p0(ptr, i32, i32, i32)
 !0 = !{{i32 1}}
+"""
+
+# Whole numbers.
+_WHOLE = """
+define {vector} @gw_load_i{bits}_{lanes}(ptr %p, i32 %n) alwaysinline {{
+  %m = call {mask} @gw_mask_{lanes}(i32 %n)
+  %v = call {vector} @llvm.masked.load.v{lanes}i{bits}.p0(ptr align {align} %p, {mask} %m, {vector} zeroinitializer)
+  ret {vector} %v
+}}
+define i32 @gw_store_i{bits}_{lanes}(ptr %p, i32 %n, {vector} %v) alwaysinline {{
+  %m = call {mask} @gw_mask_{lanes}(i32 %n)
+  call void @llvm.masked.store.v{lanes}i{bits}.p0({vector} %v, ptr align {align} %p, {mask} %m)
+  ret i32 0
+}}
+declare {vector} @llvm.masked.load.v{lanes}i{bits}.p0(ptr, {mask}, {vector})
+declare void @llvm.masked.store.v{lanes}i{bits}.p0({vector}, ptr, {mask})
 """
 
 # Comparison -> LLVM's predicate.
@@ -439,6 +508,25 @@ define {vector} @gw_widen_float16_{lanes}(<{lanes} x i16> %v) alwaysinline {{
 }}
 """
 
+# As one piece with one register beside its operands: of intrinsics LLVM makes trees of sums, or holds more products
+# than there are registers.
+_PAIRS = """
+define <{lanes} x i32> @gw_pairs_{lanes}(<{lanes} x i32> %s, <{twice} x i16> %x, <{twice} x i16> %w) alwaysinline {{
+  %r = call {{ <{lanes} x i32>, <{lanes} x i32> }} asm "vpmaddwd $3, $2, $1\\0A\\09vpaddd $1, $0, $0",
+      "=v,=&v,v,v,0"(<{twice} x i16> %x, <{twice} x i16> %w, <{lanes} x i32> %s)
+  %v = extractvalue {{ <{lanes} x i32>, <{lanes} x i32> }} %r, 0
+  ret <{lanes} x i32> %v
+}}
+"""
+_PAIRS_SSE2 = """
+define <4 x i32> @gw_pairs_4(<4 x i32> %s, <8 x i16> %x, <8 x i16> %w) alwaysinline {
+  %p = call <4 x i32> @llvm.x86.sse2.pmadd.wd(<8 x i16> %x, <8 x i16> %w)
+  %r = add <4 x i32> %s, %p
+  ret <4 x i32> %r
+}
+declare <4 x i32> @llvm.x86.sse2.pmadd.wd(<8 x i16>, <8 x i16>)
+"""
+
 _LOWEST_BIT = """
 define i32 @gw_lowest_bit(i32 %n) alwaysinline {
   %r = call i32 @llvm.cttz.i32(i32 %n, i1 true)
@@ -487,6 +575,68 @@ declare void @llvm.x86.sse.sfence()
 """
 
 
+_NARROW = """
+define {narrow} @gw_narrow_{name}_{lanes}({wide} %x) alwaysinline {{
+  %r = trunc {wide} %x to {narrow}
+  ret {narrow} %r
+}}
+"""
+_NARROW_GROUP = """
+define i32 @gw_narrow_group_{name}_{lanes}(ptr %p, {wide} %a, {wide} %b, {wide} %c, {wide} %d) alwaysinline {{
+  %ab = shufflevector {wide} %a, {wide} %b, <{two} x i32> <{first}>
+  %cd = shufflevector {wide} %c, {wide} %d, <{two} x i32> <{first}>
+  %x = shufflevector <{two} x i32> %ab, <{two} x i32> %cd, <{four} x i32> <{second}>
+  %r = trunc <{four} x i32> %x to <{four} x i{bits}>
+  store <{four} x i{bits}> %r, ptr %p, align {align}
+  ret i32 0
+}}
+"""
+# x86 below AVX-512 has no truncation of whole registers, but packs two into one, in each half of a register.
+_PACK = """
+define <8 x i8> @gw_narrow_{name}_8(<8 x i32> %x) alwaysinline {{
+  %l = shufflevector <8 x i32> %x, <8 x i32> poison, <4 x i32> <i32 0, i32 1, i32 2, i32 3>
+  %h = shufflevector <8 x i32> %x, <8 x i32> poison, <4 x i32> <i32 4, i32 5, i32 6, i32 7>
+  %w = call <8 x i16> @llvm.x86.sse2.packssdw.128(<4 x i32> %l, <4 x i32> %h)
+  %b = call <16 x i8> @llvm.x86.sse2.{pack}.128(<8 x i16> %w, <8 x i16> %w)
+  %r = shufflevector <16 x i8> %b, <16 x i8> poison, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  ret <8 x i8> %r
+}}
+define i32 @gw_narrow_group_{name}_8(ptr %p, <8 x i32> %a, <8 x i32> %b, <8 x i32> %c, <8 x i32> %d) alwaysinline {{
+  %ab = call <16 x i16> @llvm.x86.avx2.packssdw(<8 x i32> %a, <8 x i32> %b)
+  %cd = call <16 x i16> @llvm.x86.avx2.packssdw(<8 x i32> %c, <8 x i32> %d)
+  %x = call <32 x i8> @llvm.x86.avx2.{pack}(<16 x i16> %ab, <16 x i16> %cd)
+  %y = bitcast <32 x i8> %x to <8 x i32>
+  %r = shufflevector <8 x i32> %y, <8 x i32> poison,
+      <8 x i32> <i32 0, i32 4, i32 1, i32 5, i32 2, i32 6, i32 3, i32 7>
+  store <8 x i32> %r, ptr %p, align 1
+  ret i32 0
+}}
+declare <16 x i8> @llvm.x86.sse2.{pack}.128(<8 x i16>, <8 x i16>)
+declare <32 x i8> @llvm.x86.avx2.{pack}(<16 x i16>, <16 x i16>)
+"""
+_PACK_WORDS = """
+declare <8 x i16> @llvm.x86.sse2.packssdw.128(<4 x i32>, <4 x i32>)
+declare <16 x i16> @llvm.x86.avx2.packssdw(<8 x i32>, <8 x i32>)
+"""
+
+
+def _narrowing(lanes: int, pack: bool) -> str:
+    """Functions that make vectors of int32 narrower, one and GROUP at a time. pack: by AVX2's instructions."""
+    text = _PACK_WORDS if pack else ""
+    for name in NARROW:
+        bits = _bits(name)
+        if pack and bits == 8:
+            text += _PACK.format(name=name, pack="packsswb" if name == "int8" else "packuswb")
+            continue
+        text += _NARROW.format(narrow=f"<{lanes} x i{bits}>", wide=f"<{lanes} x i32>", lanes=lanes, name=name)
+        text += _NARROW_GROUP.format(
+            wide=f"<{lanes} x i32>", lanes=lanes, two=2 * lanes, four=GROUP * lanes, name=name, bits=bits,
+            align=bits // 8, first=", ".join(f"i32 {i}" for i in range(2 * lanes)),
+            second=", ".join(f"i32 {i}" for i in range(GROUP * lanes)),
+        )  # fmt: skip
+    return text
+
+
 def _reduction(what: str, lanes: int) -> str:
     """A reduction by halving. `llvm.vector.reduce` of floats is a chain of scalar operations instead."""
     lines = [f"define float @gw_{what}_{lanes}(<{lanes} x float> %v{lanes}) alwaysinline {{"]
@@ -496,9 +646,7 @@ def _reduction(what: str, lanes: int) -> str:
         whole, part = f"<{width} x float>", f"<{half} x float>"
         for side, first in (("l", 0), ("h", half)):
             index = ", ".join(f"i32 {first + i}" for i in range(half))
-            lines.append(
-                f"  %{side}{half} = shufflevector {whole} %v{width}, {whole} poison, <{half} x i32> <{index}>"
-            )
+            lines.append(f"  %{side}{half} = shufflevector {whole} %v{width}, {whole} poison, <{half} x i32> <{index}>")
         if what == "sum":
             lines.append(f"  %v{half} = fadd {part} %l{half}, %h{half}")
         else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -10,6 +10,8 @@ import numpy as np
 import onnx
 import pytest
 from graphwright.runtime.target import Target
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 tvm = pytest.importorskip("tvm")
 pytestmark = pytest.mark.tvm
@@ -178,3 +180,45 @@ def test_no_operand(body: str) -> None:
         s=np.ones(4, np.float32), shape=np.array([2, 12]),
     )  # fmt: skip
     assert found is None
+
+
+RESIDUAL = """g (uint8[n, SIZE] a, uint8[n, SIZE] b) => (uint8[n, SIZE] y) {
+    p = DequantizeLinear (a, s, z)  q = DequantizeLinear (b, t, u)  r = Add (p, q)  e = Relu (r)
+    y = QuantizeLinear (e, v, w) }"""
+X86 = ["cpu", "cpu-avx512", "cpu-avx2", "cpu-baseline"]
+
+
+@pytest.mark.parametrize("name", X86)
+@pytest.mark.parametrize("size", [1, 7, 8, 31, 64, 131])
+def test_a_residual_sum_is_onnxs_to_the_bit(
+    name: str, size: int, runnable: Callable[..., Any], compile_model: Callable[..., Any]
+) -> None:
+    """Products of scales are rounded before they are added, on every instruction set."""
+    runnable(name)
+    random = np.random.default_rng(size)
+    scales = {k: np.array(random.uniform(0.01, 0.2), np.float32) for k in "stv"}
+    points = {k: np.array(random.integers(0, 256), np.uint8) for k in "zuw"}
+    model = compile_model(RESIDUAL.replace("SIZE", str(size)), name, **scales, **points)
+    assert len(model.kernels("quantize")) == 1
+    a, b = (random.integers(0, 256, (9, size)).astype(np.uint8) for _ in range(2))
+    total = (a - points["z"].astype(np.int32)).astype(np.float32) * scales["s"]
+    total = np.maximum(total + (b - points["u"].astype(np.int32)).astype(np.float32) * scales["t"], 0)
+    (y,) = model.run({"a": a, "b": b})
+    np.testing.assert_array_equal(y, quantized(total, scales["v"], points["w"], 0, 255))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.floats(2.0**-20, 2.0**10, width=32), st.integers(0, 255))
+def test_the_quotient_without_a_division_rounds_like_the_quotient(scale: float, zero: int) -> None:
+    """What `by_reciprocal` promises at ties holds between them: the same in NumPy, where each step is rounded alike."""
+    from graphwright.runtime.kernels.quantization import by_reciprocal
+
+    low, high, s = -zero, 255 - zero, np.float32(scale)
+    if not by_reciprocal(float(s), low, high):
+        return
+    x = np.random.default_rng(zero).uniform(float(s) * low, float(s) * high, 4096).astype(np.float32)
+    r = np.float32(1) / s
+    q = x * r
+    rest = (x.astype(np.float64) - q.astype(np.float64) * np.float64(s)).astype(np.float32)
+    better = (q.astype(np.longdouble) + rest.astype(np.longdouble) * np.longdouble(r)).astype(np.float32)
+    np.testing.assert_array_equal(np.rint(better), np.rint(x / s))

@@ -30,8 +30,8 @@ def spec(rows: int | None, inner: int, columns: int, block: int = 32, **fields: 
 def function(s: Any, target: Target, name: str, threads: int) -> Any:
     """A kernel (a, words, scales, [zeros,] y) over flat buffers; rows are y's where the spec leaves them open."""
     from graphwright.runtime.kernels.block_products import FEW
-    from graphwright.runtime.kernels.gemm_spec import GemmSpec, choose_tile
     from graphwright.runtime.kernels.gemm_blocks import FewRows, ManyRows, Weights
+    from graphwright.runtime.kernels.gemm_spec import GemmSpec, choose_tile
     from graphwright.runtime.kernels.vectors import Vectors
     from tvm import tirx
     from tvm.script.ir_builder import IRBuilder
@@ -76,8 +76,8 @@ def kernels(specs: Sequence[Any], target: Target, threads: int = 1) -> list[Kern
     """All of them in one library. Each takes A (M, K), codes (K, N), scales and zeros (blocks, N)."""
     import tvm
     from graphwright.runtime.codegen import machine_code
-    from graphwright.runtime.kernels.gemm_spec import choose_tile
     from graphwright.runtime.kernels.gemm_blocks import pack
+    from graphwright.runtime.kernels.gemm_spec import choose_tile
     from graphwright.runtime.kernels.vectors import Vectors
 
     module = tvm.IRModule({f"g{i}": function(s, target, f"g{i}", threads) for i, s in enumerate(specs)})

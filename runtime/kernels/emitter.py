@@ -1,0 +1,166 @@
+"""Trees of elementwise operations as explicit vectors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TypeGuard
+
+from tvm import tirx
+from tvm.tirx.script import builder as T
+
+from ..elements import OPERATIONS, Anchor, Apply, Constant, Load, Tree, expression
+from . import quantization
+from .functions import FUNCTIONS
+from .vectors import COMPARISONS, NARROW, Buffer, Expr, Vectors
+
+RANGES = {
+    f"{sign}int{bits}": (0, (1 << bits) - 1) if sign else (-(1 << (bits - 1)), (1 << (bits - 1)) - 1)
+    for sign in ("", "u") for bits in (8, 16, 32)
+}  # fmt: skip
+UNKNOWN = (-math.inf, math.inf)
+
+
+def _compares_floats(tree: Tree) -> TypeGuard[Apply]:
+    return isinstance(tree, Apply) and tree.op in COMPARISONS and tree.args[0].dtype == "float32"
+
+
+def bounds(tree: Tree) -> tuple[float, float]:
+    """Least and greatest value that a tree can have, NaN excluded where they are finite; infinite when not known."""
+    if isinstance(tree, Constant):
+        return (tree.value, tree.value)
+    if isinstance(tree, Load):
+        return RANGES.get(tree.dtype, UNKNOWN)
+    if not isinstance(tree, Apply):
+        return UNKNOWN
+    if tree.op in ("max", "min") and isinstance(tree.args[1], Constant) and not math.isnan(tree.args[1].value):
+        # A NaN on the left gives way to the number on the right.
+        (low, high), limit = bounds(tree.args[0]), tree.args[1].value
+        return (max(low, limit), max(high, limit)) if tree.op == "max" else (min(low, limit), min(high, limit))
+    if tree.op == "nearbyint":
+        low, high = bounds(tree.args[0])
+        return (round(low), round(high)) if math.isfinite(low) and math.isfinite(high) else UNKNOWN
+    if tree.op == "cast":
+        low, high = bounds(tree.args[0])
+        least, most = RANGES.get(tree.dtype, UNKNOWN)
+        return (math.floor(low), math.ceil(high)) if least <= low and high <= most else (least, most)
+    if tree.op in ("add", "sub") and tree.dtype == "int32":
+        (a, b), (c, d) = map(bounds, tree.args)
+        low, high = (a + c, b + d) if tree.op == "add" else (a - d, b - c)
+        return (low, high) if low >= -(1 << 31) and high < 1 << 31 else UNKNOWN
+    return UNKNOWN
+
+
+def narrowed(tree: Tree) -> Tree | None:
+    """The int32 tree of which a tree of 8 or 16 bits is the value, unchanged; None where it is none or could wrap."""
+    if not isinstance(tree, Apply) or tree.op != "cast" or tree.dtype not in NARROW or tree.args[0].dtype != "int32":
+        return None
+    low, high = bounds(tree.args[0])
+    return tree.args[0] if RANGES[tree.dtype][0] <= low and high <= RANGES[tree.dtype][1] else None
+
+
+def _quotient(tree: Tree) -> tuple[Tree, float, int, int] | None:
+    """(x, s, low, high) where a tree is min(max(x / s, low), high) with numbers s > 0 and whole low and high."""
+    inner, limits = tree, []
+    for op in ("min", "max", "div"):
+        if not isinstance(inner, Apply) or inner.op != op or inner.dtype != "float32":
+            return None
+        x, limit = inner.args
+        if not isinstance(limit, Constant):
+            return None
+        limits.append(limit.value)
+        inner = x
+    high, low, scale = limits
+    if not all(float(limit).is_integer() and abs(limit) <= 1 << 17 for limit in (low, high)) or not low <= high:
+        return None
+    return (inner, scale, int(low), int(high)) if 0 < scale < math.inf else None
+
+
+def _rounded(tree: Apply) -> Tree | None:
+    """The float32 tree whose nearest int32 a tree is."""
+    inner = tree.args[0]
+    if tree.op == "cast" and tree.dtype == "int32" and isinstance(inner, Apply) and inner.op == "nearbyint":
+        return inner.args[0]
+    return None
+
+
+def _scaled_integer(tree: Apply) -> bool:
+    """Whether a tree is a product of a number and an integer: the value of a dequantized tensor or of a sum."""
+    whole = tree.args[0]
+    return (
+        tree.op == "mul" and tree.dtype == "float32"
+        and isinstance(whole, Apply) and whole.op == "cast" and whole.args[0].dtype == "int32"
+    )  # fmt: skip
+
+
+@dataclass
+class TreeEmitter:
+    """Emits a tree as vectors into the IR builder that is open. buffers: the flat tensors that loads refer to."""
+
+    vectors: Vectors
+    buffers: Sequence[Buffer]
+    index: str = "int64"
+    _done: dict[Tree, Expr] = field(default_factory=dict)
+
+    def vector(self, tree: Tree, place: Sequence[Expr], count: int | Expr | None = None, anchor: Expr = None) -> Expr:
+        """`tree` at `place`, the values of the axes of which the last is that of the first lane.
+
+        count: lanes that exist, None for all. anchor: the vector that Anchor stands for.
+        """
+        self._done = {}
+        return self._emit(tree, place, count, anchor)
+
+    def _emit(self, tree: Tree, place: Sequence[Expr], count: int | Expr | None, anchor: Expr) -> Expr:
+        if tree in self._done:
+            return self._done[tree]
+        v = self.vectors
+        if isinstance(tree, Anchor):
+            result = T.Bind(anchor)
+        elif isinstance(tree, Constant):
+            return self._constant(tree.value, tree.dtype)
+        elif isinstance(tree, Load):
+            result = self._load(tree, place, count)
+        elif tree.op == "select" and _compares_floats(tree.args[0]) and tree.dtype == "float32":
+            comparison = tree.args[0]
+            sides = [self._emit(a, place, count, anchor) for a in (*comparison.args, *tree.args[1:])]
+            result = v.choose(comparison.op, *sides)
+        elif (quotient := _quotient(tree)) is not None:
+            x, scale, low, high = quotient
+            result = quantization.quotient(v, self._emit(x, place, count, anchor), scale, low, high)
+        elif (real := _rounded(tree)) is not None:
+            result = v.nearest(self._emit(real, place, count, anchor))
+        elif _scaled_integer(tree):
+            result = v.apart(
+                self._emit(tree.args[0], place, count, anchor) * self._emit(tree.args[1], place, count, anchor)
+            )
+        elif (wide := narrowed(tree)) is not None:
+            result = v.narrow(self._emit(wide, place, count, anchor), tree.dtype)
+        else:
+            args = [self._emit(a, place, count, anchor) for a in tree.args]
+            if tree.op == "select":
+                result = T.Select(*args)
+                result = result if tree.dtype == "bool" else T.Bind(result)
+            elif tree.op == "cast":
+                result = T.Bind(T.Cast(f"{tree.dtype}x{v.lanes}", args[0]))
+            elif tree.op in OPERATIONS:
+                # TVM cannot bind vectors of truth values.
+                result = OPERATIONS[tree.op](*args)
+                result = result if tree.dtype == "bool" else T.Bind(result)
+            else:
+                result = FUNCTIONS[tree.op](v, args[0])
+        self._done[tree] = result
+        return result
+
+    def _constant(self, value: float | int, dtype: str) -> Expr:
+        return T.broadcast(tirx.const(value, dtype), self.vectors.lanes)
+
+    def _load(self, load: Load, place: Sequence[Expr], count: int | Expr | None) -> Expr:
+        v, buffer = self.vectors, self.buffers[load.source]
+        offset: Expr = expression(load.base, self.index)
+        for stride, at in zip(load.strides, place, strict=True):
+            if stride != 0:
+                offset = offset + at * expression(stride, self.index)
+        if load.strides and load.strides[-1] == 1:
+            return v.load(buffer, offset, tirx.const(count, self.index) if isinstance(count, int) else count)
+        return T.Bind(T.broadcast(buffer[offset], v.lanes))
