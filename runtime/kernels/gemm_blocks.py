@@ -315,7 +315,8 @@ class _IntegerDot:
         self.quads = IntegerDot(self.vectors, "uint8") if integer_form(self.vectors.isa) != "pairs" else None
         self.words = 1 if self.quads else CARRY // spec.per_word
         self.wide = spec.blocks * spec.block  # bytes of a row
-        self.bytes = T.alloc_buffer((count * self.wide + self.lanes,), "int8", scope="global")  # whole vectors are written
+        # Whole vectors are written, the last one beyond the row.
+        self.bytes = T.alloc_buffer((count * self.wide + self.lanes,), "int8", scope="global")
         self.factors = T.alloc_buffer((count * spec.blocks,), "float32", scope="global")
         self.corrections = T.alloc_buffer((count * spec.blocks,), "int32", scope="global")
 
