@@ -14,7 +14,7 @@ from tvm import relax, tirx
 
 from .blocked import IMAGES, blocked_elementwise, blocked_shape, first_channel
 from .elements import NotElementwise, size_of
-from .kernels import channels, convolutions, pooling, products
+from .kernels import channels, convolutions, integers, pooling, products
 from .kernels.vectors import Vectors
 from .target import Target
 from .templates import anchor, spec_of
@@ -133,6 +133,14 @@ class _Planner(relax.PyExprMutator):
             flops = int(function.attrs[FLOPS])
             result = anchor(self.builder_, spec["template"], spec["parameters"], [source, *arguments[1:]], out, flops)
             return self.unpacked(result, kind)
+        if spec is not None and spec["template"] == integers.PLAN:
+            return self.unpacked(
+                integers.planned(
+                    self.builder_, spec["parameters"], arguments, kind, blocked[0], self.into_blocks, self.target,
+                    self.weights,
+                ),
+                kind,
+            )  # fmt: skip
         dims = convolutions.dims_of(kind)
         if dims is None or not any(b is not None for b in blocked):
             return None

@@ -33,7 +33,8 @@ class InstructionSet:
     vector_bits: width of one vector register. registers: how many there are. fma: fused multiply-add on
     vectors. scalef: multiply by a power of two in one instruction (AVX-512). lookup: choose among eight
     numbers of a register by the low bits of eight others (AVX2's vpermd). streaming: non-temporal stores.
-    dot_int8 / dot_bf16: dot-product instructions.
+    dot_int8: how 8-bit numbers are multiplied and added into int32: "pairs" of int16 (pmaddwd), "quads" of uint8 with
+    int8 (VNNI), "signed-quads" of int8 (NEON's sdot), "": one by one. dot_bf16: dot products of bfloat16.
     """
 
     name: str
@@ -43,7 +44,7 @@ class InstructionSet:
     scalef: bool = False
     lookup: bool = False
     streaming: bool = False
-    dot_int8: bool = False
+    dot_int8: str = ""
     dot_bf16: bool = False
 
     def lanes(self, bits: int = 32) -> int:
@@ -51,21 +52,25 @@ class InstructionSet:
         return self.vector_bits // bits
 
 
-AVX512 = InstructionSet("avx512", 512, 32, fma=True, scalef=True, streaming=True)
-AVX2 = InstructionSet("avx2", 256, 16, fma=True, lookup=True, streaming=True)
-SSE2 = InstructionSet("sse2", 128, 16, streaming=True)
+AVX512 = InstructionSet("avx512", 512, 32, fma=True, scalef=True, streaming=True, dot_int8="pairs")
+AVX512_VNNI = dataclasses.replace(AVX512, name="avx512-vnni", dot_int8="quads")
+AVX2 = InstructionSet("avx2", 256, 16, fma=True, lookup=True, streaming=True, dot_int8="pairs")
+AVX2_VNNI = dataclasses.replace(AVX2, name="avx2-vnni", dot_int8="quads")
+SSE2 = InstructionSet("sse2", 128, 16, streaming=True, dot_int8="pairs")
 NEON = InstructionSet("neon", 128, 32, fma=True)
 NEON32 = InstructionSet("neon32", 128, 16, fma=True)
 RVV = InstructionSet("rvv", 128, 32, fma=True)
 SCALAR = InstructionSet("scalar", 32, 32, fma=True)
 GPU = InstructionSet("gpu", 32, 255, fma=True)
 
+_AVX2_FLAGS = frozenset(["avx2", "fma", "bmi1", "bmi2", "f16c", "movbe"])
+_AVX512_FLAGS = frozenset(["avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx2", "fma", "bmi2", "f16c"])
 # /proc/cpuinfo's words that a processor must show to run code of an instruction set.
 NEEDED_FLAGS = {
-    "avx512": frozenset(
-        ["avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx2", "fma", "bmi2", "f16c"]
-    ),
-    "avx2": frozenset(["avx2", "fma", "bmi1", "bmi2", "f16c", "movbe"]),
+    "avx512-vnni": _AVX512_FLAGS | {"avx512_vnni"},
+    "avx512": _AVX512_FLAGS,
+    "avx2-vnni": _AVX2_FLAGS | {"avx_vnni"},
+    "avx2": _AVX2_FLAGS,
     "neon": frozenset({"asimd"}),
 }
 
@@ -235,10 +240,12 @@ def host() -> Target:
     if machine not in triples:
         raise TargetError(f"this machine is {machine}; target cpu is known for {', '.join(triples)}")
     if machine == "x86_64":
-        isa = next((isa for isa in (AVX512, AVX2) if NEEDED_FLAGS[isa.name] <= flags), SSE2)
-        isa = dataclasses.replace(isa, dot_int8="avx512_vnni" in flags, dot_bf16="avx512_bf16" in flags)
+        known = (AVX512_VNNI, AVX512, AVX2_VNNI, AVX2)
+        isa = next((isa for isa in known if NEEDED_FLAGS[isa.name] <= flags), SSE2)
+        isa = dataclasses.replace(isa, dot_bf16="avx512_bf16" in flags)
     else:
-        isa = dataclasses.replace(NEON, dot_int8="asimddp" in flags) if machine == "aarch64" else RVV
+        dot = "signed-quads" if "asimddp" in flags else ""
+        isa = dataclasses.replace(NEON, dot_int8=dot) if machine == "aarch64" else RVV
     mcpu = str(codegen.llvm_get_system_cpu())
     mattr: tuple[str, ...] = ()
     if machine == "x86_64":
@@ -266,12 +273,16 @@ TARGETS: dict[str, Target] = {
             isa=AVX512, caches=Caches(32 * KIB, 1 * MIB, 16 * MIB), cores=4,
         ),
         Target(
+            "cpu-avx512-vnni", "llvm", "x86-64 with AVX-512 and VNNI (Cascade Lake and Zen 4 on)", _X86, "x86-64-v4",
+            ("+avx512vnni",), _X86, AVX512_VNNI, Caches(32 * KIB, 1 * MIB, 16 * MIB), 4,
+        ),
+        Target(
             "cpu-baseline", "llvm", "any x86-64", _X86, "x86-64", zig=_X86,
             isa=SSE2, caches=Caches(32 * KIB, 256 * KIB, 4 * MIB), cores=2,
         ),
         Target(
             "arm64", "llvm", "64-bit ARM boards (cortex-a76)", _ARM64, "cortex-a76", zig=_ARM64,
-            isa=dataclasses.replace(NEON, dot_int8=True), caches=Caches(64 * KIB, 512 * KIB, 2 * MIB),
+            isa=dataclasses.replace(NEON, dot_int8="signed-quads"), caches=Caches(64 * KIB, 512 * KIB, 2 * MIB),
             cores=4,
         ),
         Target(

@@ -68,6 +68,8 @@ def tunables(path: Path, target: Target) -> list[Tunable]:
 
 
 def _trials(template: str, parameters: dict[str, Any], target: Target) -> Iterator[Trial]:
+    if parameters.get("spec", {}).get("data", "float32") != "float32":
+        return  # 8-bit numbers keep the tiles of the rule
     if template == "gemm":
         spec = GemmSpec(**parameters["spec"])
         if spec.flops:
@@ -241,7 +243,7 @@ class ConvTrial(Trial):
             count = sum(t.count for t in tiling.tiles) + 1
             if count <= tiling.columns:
                 yield ConvTile("direct", tiling.vectors, -(-tiling.columns // count), tiling.columns)
-        for split in conv_direct.splits(spec, first, self.lanes, target.caches, target.cores)[1:4]:
+        for split in conv_direct.splits(spec, first, isa, target.caches, target.cores)[1:4]:
             yield ConvTile("direct", rows=split.rows, panels=split.panels)
 
     def winograd(self) -> Iterator[ConvTile]:

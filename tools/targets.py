@@ -56,7 +56,8 @@ def command(name: str | None, as_json: bool) -> None:
         print_json({**target.to_json(), "runs_here": target.runs_here})
         return
     isa, caches = target.isa, target.caches
-    flags = [flag for flag in ("fma", "scalef", "lookup", "streaming", "dot_int8", "dot_bf16") if getattr(isa, flag)]
+    flags = [flag for flag in ("fma", "scalef", "lookup", "streaming", "dot_bf16") if getattr(isa, flag)]
+    flags += [f"dot_int8 ({isa.dot_int8})"] if isa.dot_int8 else []
     rows_of = [
         ("description", target.description), ("kind", target.kind), ("triple", target.triple), ("mcpu", target.mcpu),
         ("mattr", " ".join(target.mattr)), ("vectors", f"{isa.name}: {isa.registers} of {isa.vector_bits} bits"),

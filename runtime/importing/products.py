@@ -1,4 +1,4 @@
-"""Matrix products and convolutions in floating point. float16 accumulates in float32."""
+"""Matrix products and convolutions in floating point. float16 accumulates in float32, dequantized numbers in int32."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 import tvm
 from tvm import relax
 
+from . import integer_products
 from .quantization import conv_pads
 from .shapes import reshaped
 from .site import NARROW_FLOATS, Dim, Refuse, Result, Site, Unfixed, const, constant_of, converts, is_float
@@ -19,6 +20,8 @@ SPATIAL = {1: "W", 2: "HW", 3: "DHW"}
 @converts("MatMul")
 def matmul(site: Site) -> Result:
     dtype = site.dtype()
+    if (whole := integer_products.matmul(site)) is not None:
+        return whole[0]
     if dtype not in NARROW_FLOATS:
         return relax.op.matmul(site.x(0), site.x(1))
     both = [site.value(0), site.value(1)]
@@ -35,6 +38,11 @@ def gemm(site: Site) -> Result:
     alpha, beta = float(site.attr("alpha", 1.0)), float(site.attr("beta", 1.0))
     if not is_float(dtype) and not (alpha.is_integer() and beta.is_integer()):
         raise Refuse("integers are scaled by a fraction")
+    plain = alpha == beta == 1.0 and not site.attr("transA", 0)
+    whole = integer_products.matmul(site, bool(site.attr("transB", 0)), 2) if plain else None
+    if whole is not None:
+        y, added = whole
+        return y if added or not site.has(2) else relax.op.add(y, site.x(2))
     a, b = site.x(0), site.x(1)
     if site.attr("transA", 0):
         a = site.emit(relax.op.permute_dims(a, [1, 0]))
@@ -82,6 +90,8 @@ def _attributes(site: Site) -> tuple[int, list[int], list[int], list[int]]:
 def conv(site: Site) -> Result:
     dtype = site.dtype()
     rank, kernel, strides, dilations = _attributes(site)
+    if (whole := integer_products.conv(site, kernel, strides, dilations)) is not None:
+        return whole
     before, after = conv_pads(site, site.shape()[2:], kernel, strides, dilations)
     x, weight = site.x(0), site.x(1)
     options: dict[str, Any] = {"out_dtype": "float32"} if dtype in NARROW_FLOATS else {}

@@ -1,10 +1,11 @@
-"""Convolution of float32 tensors with blocked channels: the choice among the templates, and a kernel that adds a bias.
+"""Convolution of tensors with blocked channels: the choice among the templates, and a kernel that adds a bias.
 
 direct: any size, dense or with groups that fill whole vectors (`conv_direct`).
 depthwise: one input channel for each output channel (`conv_depthwise`).
 winograd: 3x3 of stride 1 with fewer multiplications (`winograd`).
 
-Layouts are in `conv_spec`. `emit` writes the loops and hands each finished vector to the caller, who stores it.
+float32, and 8-bit numbers with sums in int32 (`dots`), which the first two take. Layouts are in `conv_spec`. `emit`
+writes the loops and hands each finished vector to the caller, who stores it.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from ...passes.base import Caches
 from ..target import InstructionSet
 from . import conv_depthwise, conv_direct, winograd
 from .conv_spec import ConvSpec, ConvTile, Emission, Finish
+from .dots import LONGEST, dot_of
 from .vectors import Buffer, Expr, Vectors
 
 SYMBOL = "conv"
@@ -35,6 +37,9 @@ def supported(spec: ConvSpec, isa: InstructionSet) -> str | None:
     sizes = (*spec.in_size, *spec.out_size, *spec.kernel, *spec.strides, *spec.dilations)
     if min(sizes) < 1 or min(spec.in_channels, spec.out_channels, spec.groups) < 1:
         return f"a size below one in {spec}"
+    depth = spec.taps * spec.in_channels // spec.groups
+    if spec.data != "float32" and depth > LONGEST:
+        return f"sums of {depth} products of 8-bit numbers may exceed int32"
     if spec.groups == 1:
         return None
     if spec.in_channels % spec.groups or spec.out_channels % spec.groups:
@@ -53,6 +58,8 @@ def choose_algorithm(spec: ConvSpec, isa: InstructionSet, caches: Caches) -> tup
     """(algorithm, why), the reason usable in a report."""
     if spec.depthwise:
         return "depthwise", "one input channel for each output channel"
+    if spec.data != "float32":
+        return "direct", "8-bit numbers"
     if refusal := winograd.refusal(spec):
         return "direct", refusal
     one = replace(spec, batch=1)
@@ -92,13 +99,14 @@ def emit(
     threads: int,
     index: str,
     caches: Caches | None = None,
+    first: Buffer | None = None,
 ) -> None:
     """Emit the convolution of flat buffers `x` and `w` into the IR builder that is open.
 
-    w: from `pack_weights` with the same tile. index: integer type of offsets, wide enough for all of them.
-    threads: what the kernel may count on.
+    w: from `pack_weights` with the same tile. first: what sums start at, of 8-bit numbers `first_sums`. index: integer
+    type of offsets, wide enough for all of them. threads: what the kernel may count on.
     """
-    emission = Emission(vectors, spec, x, w, finish, threads, index)
+    emission = Emission(vectors, spec, x, w, finish, threads, index, dot_of(vectors, spec.data), first)
     TEMPLATES[tile.algorithm].emit(emission, tile, caches or Caches())
 
 
@@ -110,9 +118,10 @@ def conv(
     name: str | None = None,
     caches: Caches | None = None,
 ) -> tirx.PrimFunc:
-    """A kernel (x, w, bias, y) -> None over float32 tensors: y = convolution + bias, blocked.
+    """A kernel (x, w, bias, y) -> None: y = convolution + bias, blocked.
 
-    x (N, an image's elements), w from `pack_weights`, bias (ceil(O/L)·L,), y (N, ceil(O/L)·H·W·L).
+    x (N, an image's elements), w from `pack_weights`, bias (ceil(O/L)·L,), y (N, ceil(O/L)·H·W·L). All are float32; of
+    8-bit x, w is int8, bias from `first_sums` and int32, y int32.
     """
     if reason := supported(spec, isa):
         raise ValueError(reason)
@@ -121,7 +130,8 @@ def conv(
     lanes, (height, width) = vectors.lanes, spec.out_size
     blocks = spec.out_blocks(lanes)
     shape = (spec.out_channels, spec.in_channels // spec.groups, *spec.kernel)
-    count = pack_weights(np.zeros(shape, np.float32), spec, isa, tile).size
+    dot = dot_of(vectors, spec.data)
+    count = pack_weights(np.zeros(shape, dot.dtype), spec, isa, tile).size
     sizes = (spec.image(lanes), blocks * height * width * lanes)
     small = spec.batch is not None and max(count, spec.batch * max(sizes)) < 1 << 30
     index = "int32" if small else "int64"
@@ -131,19 +141,22 @@ def conv(
         n = tirx.Var("n", index) if spec.batch is None else tirx.const(spec.batch, index)
         shapes = [(n, sizes[0]), (count,), (blocks * lanes,), (n, sizes[1])]
         x, w, bias, y = (
-            T.match_buffer(T.arg(label, T.handle()), size, "float32")
-            for label, size in zip(("x", "w", "bias", "y"), shapes, strict=True)
+            T.match_buffer(T.arg(label, T.handle()), size, dtype)
+            for label, size, dtype in zip(
+                ("x", "w", "bias", "y"), shapes, (spec.data, dot.dtype, dot.sums, dot.sums), strict=True
+            )
         )
-        x = T.decl_buffer((n * tirx.const(sizes[0], index),), "float32", data=x.data)
-        y = T.decl_buffer((n * tirx.const(sizes[1], index),), "float32", data=y.data)
+        x = T.decl_buffer((n * tirx.const(sizes[0], index),), spec.data, data=x.data)
+        y = T.decl_buffer((n * tirx.const(sizes[1], index),), dot.sums, data=y.data)
+        whole = spec.data != "float32"
 
         def finish(value: Expr, place: Sequence[Expr]) -> None:
             image, block, row, column = place
             at = ((image * blocks + block) * height + row) * width + column
-            vectors.store(y, at * lanes, value + bias[vectors.at(block * lanes)])
+            vectors.store(y, at * lanes, value if whole else value + bias[vectors.at(block * lanes)])
 
         with T.sblock("root"), vectors.prelude():
-            emit(vectors, spec, tile, x, w, finish, threads, index, caches)
+            emit(vectors, spec, tile, x, w, finish, threads, index, caches, bias if whole else None)
     return builder.get()
 
 

@@ -7,7 +7,7 @@
 
 A row whose taps are all inside the image in height has its kernel rows written out, with the weights in registers where
 they fit; rows at the border run a loop over those inside. Tiles at the left and right border have code of their own.
-Weights are packed [channel block][kernel row][kernel column][lane].
+Weights are packed [channel block][kernel row][kernel column][lane]. 8-bit numbers are taken in groups of kernel rows.
 """
 
 from __future__ import annotations
@@ -21,33 +21,39 @@ from tvm.tirx.script import builder as T
 
 from ...passes.base import Caches
 from ..target import InstructionSet
-from .conv_spec import Accumulators, ConvSpec, ConvTile, Emission, axis, split_evenly, taps_inside
+from .conv_int8 import Source, copied_columns, rows_in_groups
+from .conv_spec import ConvSpec, ConvTile, Emission, axis, split_evenly, taps_inside
+from .dots import Accumulators, IntegerDot, dot_of, grouped
 from .vectors import Expr, Vectors
 
 WRITTEN_OUT = 9  # taps up to which kernel rows are written out
+COPY = 96 << 10  # bytes of a copy of the input of 8-bit numbers, about: in the second cache of any processor
 
 
 def pack(weight: np.ndarray, spec: ConvSpec, isa: InstructionSet, tile: ConvTile) -> np.ndarray:
     """(C, 1, kernel height, kernel width) weights as the kernel reads them, one axis."""
-    lanes = Vectors(isa).lanes
-    padded = axis(weight.reshape(spec.out_channels, spec.taps), 0, spec.out_blocks(lanes) * lanes)
-    blocked = padded.reshape(-1, lanes, spec.taps).transpose(0, 2, 1)
-    return np.ascontiguousarray(blocked, dtype=np.float32).reshape(-1)
+    dot = dot_of(Vectors(isa), spec.data)
+    lanes = dot.vectors.lanes
+    padded = axis(weight.reshape(spec.out_channels, *spec.kernel), 0, spec.out_blocks(lanes) * lanes)
+    blocked = grouped(padded, 1, dot.group).reshape(-1, lanes, dot.steps(spec.kernel[0]) * spec.kernel[1], dot.group)
+    return np.ascontiguousarray(blocked.transpose(0, 2, 1, 3), dtype=dot.dtype).reshape(-1)
 
 
-def widest(isa: InstructionSet, spec: ConvSpec) -> int:
-    """Pixels of the largest tile; beside it live the weights of a kernel row or of all."""
+def widest(isa: InstructionSet, spec: ConvSpec, spare: int = 0) -> int:
+    """Pixels of the largest tile; beside it live the weights of a kernel row or of all, and `spare` products."""
     weights = spec.taps if spec.taps <= WRITTEN_OUT and isa.registers >= 32 else spec.kernel[1]
-    return max(4, min(14, isa.registers - weights - 2))
+    return max(4, min(14, isa.registers - weights - 2 - spare))
 
 
 class DepthwiseEmitter:
     """Emits one depthwise convolution into the IR builder that is open."""
 
     def __init__(self, emission: Emission, tile: ConvTile) -> None:
-        self.e, self.spec, self.lanes = emission, emission.spec, emission.lanes
+        self.e, self.dot, self.lanes = emission, emission.dot, emission.lanes
+        self.spec = rows_in_groups(emission.spec, self.dot.group) if self.copies else emission.spec
         columns = self.spec.out_size[1]
-        widths = split_evenly(columns, -(-columns // (tile.width or widest(emission.vectors.isa, self.spec))))
+        most = tile.width or widest(emission.vectors.isa, self.spec, self.dot.spare)
+        widths = split_evenly(columns, -(-columns // most))
         starts = itertools.accumulate(widths, initial=0)
         self.tiles: list[tuple[int, int, int]] = []  # (start, width, count) of equal neighbours
         for start, width in zip(starts, widths, strict=False):
@@ -66,6 +72,10 @@ class DepthwiseEmitter:
         ]  # fmt: skip
         self.low = max(low for low, _ in ranges)
         self.high = max(self.low, min(high for _, high in ranges))
+
+    @property
+    def copies(self) -> bool:
+        return isinstance(self.dot, IntegerDot)
 
     def columns(self, start: int, width: int, kw: int) -> tuple[int, int]:
         """The tile's pixels whose tap `kw` is inside."""
@@ -91,12 +101,32 @@ class DepthwiseEmitter:
                 rows = T.Bind(T.min(e.const(each), e.const(height) - first)) if height % each else each
             n = T.Bind(plane // e.const(blocks)) if spec.batch != 1 else e.const(0)
             block = T.Bind(plane % e.const(blocks)) if spec.batch != 1 else plane
-            image = T.Bind(plane * e.const(math.prod(spec.in_size) * self.lanes))
-            weights = T.Bind(block * e.const(spec.taps * self.lanes))
+            image = T.Bind(plane * e.const(math.prod(e.spec.in_size) * self.lanes))
+            weights = T.Bind(block * e.const(spec.taps * self.dot.width))
             held = self.weights(weights, spec.taps) if spec.taps <= WRITTEN_OUT else None
-            with e.serial(rows) as i:
-                row = T.Bind(first + i)
-                self.row(n, block, image, weights, held, row)
+            for source, start, count in self.sources(image, first, rows, each):
+                with e.serial(count) as i:
+                    self.row(n, block, source, weights, held, T.Bind(start + i))
+
+    def sources(
+        self, image: Expr, first: Expr, rows: int | Expr, most: int
+    ) -> Iterator[tuple[Source, Expr, int | Expr]]:
+        """(input, first row, rows) of each part of a task's rows, inside the loop over them."""
+        e, spec = self.e, self.spec
+        if not isinstance(self.dot, IntegerDot):
+            yield Source(e.x, image, e.const(0), math.prod(spec.in_size), spec.in_size[1], self.lanes, 1), first, rows
+            return
+        held = max(1, COPY // (4 * self.lanes * spec.in_size[1]))  # rows of the copy
+        part = min(most, max(1, (held - (spec.kernel[0] - 1) * spec.dilations[0] - 1) // spec.strides[0] + 1))
+        part = -(-most // -(-most // part))
+        parts = -(-most // part)
+        with e.serial(parts) as number:
+            start = T.Bind(first + number * e.const(part))
+            count: int | Expr = part
+            if not isinstance(rows, int) or most % part:
+                left = (e.const(rows) if isinstance(rows, int) else rows) - number * e.const(part)
+                count = T.Bind(T.max(e.const(0), T.min(e.const(part), left)))
+            yield copied_columns(e, self.dot, spec, image, start, count, part), start, count
 
     def row_blocks(self, planes: int) -> int:
         """Into how many parts the rows are cut so that threads have even shares."""
@@ -106,23 +136,23 @@ class DepthwiseEmitter:
         return min(self.spec.out_size[0], threads)
 
     def weights(self, at: Expr, count: int) -> list[Expr]:
-        return [T.Bind(self.e.w[self.e.vectors.at(at + k * self.lanes)]) for k in range(count)]
+        return [self.dot.weights(self.e.w, at + k * self.dot.width) for k in range(count)]
 
-    def row(self, n: Expr, block: Expr, image: Expr, weights: Expr, held: list[Expr] | None, row: Expr) -> None:
+    def row(self, n: Expr, block: Expr, source: Source, weights: Expr, held: list[Expr] | None, row: Expr) -> None:
         """One output row."""
         whole = self.low == 0 and self.high == self.spec.out_size[0]
         if held is None or self.low == self.high:
-            self.border_row(n, block, image, weights, row)
+            self.border_row(n, block, source, weights, row)
         elif whole:
-            self.inner_row(n, block, image, held, row)
+            self.inner_row(n, block, source, held, row)
         else:
             e = self.e
             inside = T.bitwise_and(row >= e.const(self.low), row < e.const(self.high))
             with T.If(inside):
                 with T.Then():
-                    self.inner_row(n, block, image, held, row)
+                    self.inner_row(n, block, source, held, row)
                 with T.Else():
-                    self.border_row(n, block, image, weights, row)
+                    self.border_row(n, block, source, weights, row)
 
     def row_tiles(self) -> Iterator[tuple[Expr, int, int]]:
         """(first column, its value in the first such tile, width) of each tile of a row, inside the loop over tiles."""
@@ -131,20 +161,20 @@ class DepthwiseEmitter:
             with e.serial(count) as t:
                 yield T.Bind(e.const(start) + t * e.const(width)), start, width
 
-    def inner_row(self, n: Expr, block: Expr, image: Expr, held: list[Expr], row: Expr) -> None:
+    def inner_row(self, n: Expr, block: Expr, source: Source, held: list[Expr], row: Expr) -> None:
         e, spec = self.e, self.spec
-        top = T.Bind(row * e.const(spec.strides[0]) - e.const(spec.pads[0]))
+        top = T.Bind((row - source.row) * e.const(spec.strides[0]) - e.const(spec.pads[0]))
         for column, start, width in self.row_tiles():
-            acc = self.tile(width)
-            at = self.pixel(image, top, column)
+            acc = self.tile(width, block)
+            at = self.pixel(source, top, column)
             for kh in range(spec.kernel[0]):
                 line = at + kh * spec.dilations[0] * spec.in_size[1] * self.lanes
-                self.kernel_row(acc, start, width, line, held[kh * spec.kernel[1] : (kh + 1) * spec.kernel[1]])
+                self.kernel_row(acc, start, width, source, line, held[kh * spec.kernel[1] : (kh + 1) * spec.kernel[1]])
             self.finish(acc, width, n, block, row, column)
 
-    def border_row(self, n: Expr, block: Expr, image: Expr, weights: Expr, row: Expr) -> None:
+    def border_row(self, n: Expr, block: Expr, source: Source, weights: Expr, row: Expr) -> None:
         e, spec = self.e, self.spec
-        top = T.Bind(row * e.const(spec.strides[0]) - e.const(spec.pads[0]))
+        top = T.Bind((row - source.row) * e.const(spec.strides[0]) - e.const(spec.pads[0]))
 
         def below(limit: int) -> Expr:
             """Kernel rows that read an input row below `limit`."""
@@ -155,27 +185,29 @@ class DepthwiseEmitter:
         low = below(0)
         count = T.Bind(below(spec.in_size[0]) - low)
         for column, start, width in self.row_tiles():
-            acc = self.tile(width)
+            acc = self.tile(width, block)
             with T.serial(count) as k:
                 kh = T.Bind(low + k)
-                at = self.pixel(image, T.Bind(top + kh * e.const(spec.dilations[0])), column)
-                here = self.weights(T.Bind(weights + kh * e.const(spec.kernel[1] * self.lanes)), spec.kernel[1])
-                self.kernel_row(acc, start, width, at, here)
+                at = self.pixel(source, T.Bind(top + kh * e.const(spec.dilations[0])), column)
+                here = self.weights(T.Bind(weights + kh * e.const(spec.kernel[1] * self.dot.width)), spec.kernel[1])
+                self.kernel_row(acc, start, width, source, at, here)
             self.finish(acc, width, n, block, row, column)
 
-    def pixel(self, image: Expr, h: Expr, column: Expr) -> Expr:
+    def pixel(self, source: Source, h: Expr, column: Expr) -> Expr:
         """Offset of the leftmost tap of the output pixel in `column`, in input row `h`."""
         e, spec = self.e, self.spec
         w = column * e.const(spec.strides[1]) - e.const(spec.pads[1])
-        return T.Bind(image + (h * e.const(spec.in_size[1]) + w) * e.const(self.lanes))
+        return T.Bind(source.first + (h * e.const(spec.in_size[1]) + w) * e.const(self.lanes))
 
-    def tile(self, width: int) -> Accumulators:
-        acc = Accumulators(self.e.vectors, 1, width)
+    def tile(self, width: int, block: Expr) -> Accumulators:
+        acc, first = Accumulators(self.dot, 1, width), self.e.first_sums(block)
         for j in range(width):
-            acc.set(0, j, self.e.vectors.splat(0.0))
+            acc.set(0, j, first)
         return acc
 
-    def kernel_row(self, acc: Accumulators, start: int, width: int, at: Expr, row: list[Expr]) -> None:
+    def kernel_row(
+        self, acc: Accumulators, start: int, width: int, source: Source, at: Expr, row: list[Expr]
+    ) -> None:
         """Add the products of one kernel row: each input pixel is read once."""
         spec = self.spec
         uses: dict[int, list[tuple[int, int]]] = {}  # input column -> (output pixel, kernel column)
@@ -183,9 +215,9 @@ class DepthwiseEmitter:
             for j in range(*self.columns(start, width, kw)):
                 uses.setdefault(j * spec.strides[1] + kw * spec.dilations[1], []).append((j, kw))
         for column in sorted(uses):
-            value = T.Bind(self.e.x[self.e.vectors.at(at + column * self.lanes)])
+            value = self.dot.each(source.buffer, at + column * self.lanes)
             for j, kw in uses[column]:
-                acc.add_product(0, j, value, row[kw])
+                acc.add(0, j, value, row[kw])
 
     def finish(self, acc: Accumulators, width: int, n: Expr, block: Expr, row: Expr, column: Expr) -> None:
         for j in range(width):

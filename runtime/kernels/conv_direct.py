@@ -28,7 +28,9 @@ from tvm.tirx.script import builder as T
 
 from ...passes.base import Caches
 from ..target import InstructionSet
-from .conv_spec import Accumulators, ConvSpec, ConvTile, Emission, axis, split_evenly, taps_inside
+from .conv_int8 import Source, copied
+from .conv_spec import ConvSpec, ConvTile, Emission, axis, split_evenly, taps_inside
+from .dots import Accumulators, Dot, IntegerDot, dot_of, grouped
 from .gemm import loads_cost
 from .vectors import Expr, Vectors
 
@@ -76,9 +78,9 @@ def flat(spec: ConvSpec) -> bool:
     return spec.kernel == spec.strides == (1, 1) and spec.pads == (0, 0) and spec.in_size == spec.out_size
 
 
-def widest(isa: InstructionSet, vectors: int) -> int:
-    """Pixels of the largest tile of so many vectors: beside it live the weights and a value of x."""
-    others = vectors + 1 if isa.fma else vectors + 2
+def widest(isa: InstructionSet, vectors: int, spare: int = 0) -> int:
+    """Pixels of the largest tile of so many vectors: beside it live the weights, a value of x and `spare` products."""
+    others = vectors + 1 + (spare if isa.fma else 1)
     return max(1, min(28, (isa.registers - others) // vectors))
 
 
@@ -91,24 +93,25 @@ def tiling(spec: ConvSpec, isa: InstructionSet, tile: ConvTile = BY_RULE) -> Til
 def tilings(spec: ConvSpec, isa: InstructionSet, tile: ConvTile = BY_RULE) -> list[Tiling]:
     """Tilings that a tile leaves open, that with the fewest cycles first, by a plain model of two multiply-adds and two
     loads a cycle."""
-    lanes = Vectors(isa).lanes
+    dot, recut, spec = dot_of(Vectors(isa), spec.data), flat(spec), spec.seen
+    lanes = dot.vectors.lanes
     blocks = spec.out_blocks(lanes) // spec.groups
-    steps = spec.taps * spec.in_channels // spec.groups
+    steps = spec.taps * dot.steps(spec.in_channels // spec.groups)
     pixels = math.prod(spec.out_size)
-    shapes = [(pixels // w, w) for w in range(1, pixels + 1) if pixels % w == 0] if flat(spec) else [spec.out_size]
+    shapes = [(pixels // w, w) for w in range(1, pixels + 1) if pixels % w == 0] if recut else [spec.out_size]
     found: list[tuple[float, Tiling]] = []
     for vectors, (rows, columns) in itertools.product(range(1, min(4, blocks) + 1), shapes):
         if tile.vectors not in (None, vectors) or tile.columns not in (None, columns):
             continue
-        most = tile.width or widest(isa, vectors)
-        if flat(spec) and columns > widest(isa, vectors) and columns != spec.out_size[1]:
+        most = tile.width or widest(isa, vectors, dot.spare)
+        if recut and columns > widest(isa, vectors, dot.spare) and columns != spec.out_size[1]:
             continue
         panels = -(-blocks // vectors)
         last = blocks - (panels - 1) * vectors
         widths = split_evenly(columns, -(-columns // most))
         cost = 0.0
         for v, count in ((vectors, panels - 1), (last, 1)):
-            each = sum(_cycles(width, v, lanes, steps, isa) for width in widths)
+            each = sum(_cycles(width, v, dot, steps) for width in widths)
             cost += count * each * rows
         # A shorter last panel and a second width are code of their own.
         cost *= 1 + 0.01 * (last != vectors) + 0.01 * (len(set(widths)) - 1)
@@ -122,10 +125,12 @@ def step_cycles(width: int, vectors: int) -> float:
     return max(width * vectors / 2, (width + vectors) / 2, 4.0)
 
 
-def _cycles(width: int, vectors: int, lanes: int, steps: int, isa: InstructionSet) -> float:
+def _cycles(width: int, vectors: int, dot: Dot, steps: int) -> float:
     """Of one tile. Weights that do not stay in the first cache come at 32 bytes a cycle."""
-    streamed = vectors * lanes * 4 / 32 if steps * vectors * lanes * 4 > 24 << 10 else 0.0
-    computed = step_cycles(width, vectors) * (loads_cost(width, vectors) if isa.registers >= 32 else 1.0)
+    weights = vectors * dot.width * dot.itemsize
+    streamed = weights / 32 if steps * weights > 24 << 10 else 0.0
+    wide = dot.vectors.isa.registers >= 32
+    computed = step_cycles(width, vectors) * (loads_cost(width, vectors) if wide else 1.0)
     return steps * max(computed, streamed) + 2 * width * vectors + 20
 
 
@@ -155,22 +160,23 @@ def _taps(spec: ConvSpec, start: int, width: int) -> tuple[Taps, ...]:
 
 def pack(weight: np.ndarray, spec: ConvSpec, isa: InstructionSet, tile: ConvTile) -> np.ndarray:
     """OIHW weights as the kernel reads them, one axis."""
-    lanes, plan = Vectors(isa).lanes, tiling(spec, isa, tile)
+    dot, plan = dot_of(Vectors(isa), spec.data), tiling(spec, isa, tile)
+    lanes = dot.vectors.lanes
     out_each, in_each = spec.out_channels // spec.groups, spec.in_channels // spec.groups
     in_padded = -(-in_each // lanes) * lanes if spec.blocked_input else in_each
     out_padded = -(-out_each // lanes) * lanes
-    grouped = weight.reshape(spec.groups, out_each, in_each, *spec.kernel)
-    grouped = axis(axis(grouped, 1, out_padded), 2, in_padded)
+    parts = weight.reshape(spec.groups, out_each, in_each, *spec.kernel)
+    parts = axis(axis(parts, 1, out_padded), 2, in_padded)
     pieces = []
-    for group in grouped:
+    for group in parts:
         for panel in range(plan.panels):
             vectors = plan.last if panel == plan.panels - 1 else plan.vectors
             first = panel * plan.vectors * lanes
             part = group[first : first + vectors * lanes]
             depth = lanes if spec.blocked_input else in_each
-            part = part.reshape(vectors * lanes, -1, depth, *spec.kernel).transpose(1, 3, 4, 2, 0)
-            pieces.append(part.reshape(-1))
-    return np.ascontiguousarray(np.concatenate(pieces), dtype=np.float32)
+            part = grouped(part.reshape(vectors * lanes, -1, depth, *spec.kernel), 2, dot.group)
+            pieces.append(part.transpose(1, 3, 4, 2, 0, 5).reshape(-1))
+    return np.ascontiguousarray(np.concatenate(pieces), dtype=dot.dtype)
 
 
 @dataclass(frozen=True)
@@ -186,14 +192,18 @@ class Split:
 
 
 def splits(
-    spec: ConvSpec, plan: Tiling, lanes: int, caches: Caches, threads: int, tile: ConvTile = BY_RULE
+    spec: ConvSpec, plan: Tiling, isa: InstructionSet, caches: Caches, threads: int, tile: ConvTile = BY_RULE
 ) -> list[Split]:
     """Those that a tile leaves open, of rows whose input stays in half of the second cache: first even shares for
     threads with the least traffic."""
+    spec, dot = spec.seen, dot_of(Vectors(isa), spec.data)
+    lanes = dot.vectors.lanes
     in_each = spec.in_channels // spec.groups
-    row_bytes = 4 * in_each * math.prod(spec.in_size) / plan.rows
-    most = max(1, min(plan.rows, int(caches.l2 / 2 / max(1.0, row_bytes)))) if plan.panels > 1 else plan.rows
-    weights = 4 * in_each * spec.taps * lanes * plan.vectors  # bytes of a panel
+    row_bytes = 4 * dot.steps(in_each) * math.prod(spec.in_size) / plan.rows
+    most = max(1, min(plan.rows, int(caches.l2 / 2 / max(1.0, row_bytes))))
+    if plan.panels == 1 and spec.data == "float32":
+        most = plan.rows
+    weights = dot.itemsize * in_each * spec.taps * lanes * plan.vectors  # bytes of a panel
     outer = (spec.batch or 1) * spec.groups
     ideal = outer * plan.rows * plan.panels / threads
     found: list[tuple[tuple[float, float], int, int]] = []
@@ -231,21 +241,18 @@ class DirectEmitter:
     """Emits one direct convolution into the IR builder that is open."""
 
     def __init__(self, emission: Emission, tile: ConvTile, caches: Caches) -> None:
-        self.e, self.spec, self.lanes = emission, emission.spec, emission.lanes
-        self.plan = tiling(self.spec, emission.vectors.isa, tile)
-        self.split = splits(self.spec, self.plan, self.lanes, caches, emission.threads, tile)[0]
+        self.e, self.spec, self.lanes, self.dot = emission, emission.spec.seen, emission.lanes, emission.dot
+        self.plan = tiling(emission.spec, emission.vectors.isa, tile)
+        self.split = splits(emission.spec, self.plan, emission.vectors.isa, caches, emission.threads, tile)[0]
         each = self.spec.in_channels // self.spec.groups
-        self.in_channels = each  # of a group
         blocked = self.spec.blocked_input
-        self.depth = self.lanes if blocked else each  # channels of an input block
-        self.in_blocks = -(-each // self.depth)
-        # Input channels of one turn of the innermost loop.
-        self.unroll = UNROLL if blocked else max(u for u in range(1, UNROLL + 1) if each % u == 0)
-        # Elements between neighbouring pixels, and channels, of an input block.
-        plane = math.prod(self.spec.in_size)
-        self.pixel, self.channel = (self.lanes, 1) if blocked else (1, plane)
+        depth = self.lanes if blocked else each  # channels of an input block
+        self.in_blocks = -(-each // depth)
+        # Steps over the channels of a group, and of an input block; those of one turn of the innermost loop.
+        self.all_steps, self.steps = self.dot.steps(each), self.dot.steps(depth)
+        self.unroll = max(u for u in range(1, UNROLL + 1) if self.steps % u == 0)
         # Weights that one output vector reads from one input block.
-        self.block_weights = self.spec.taps * self.depth * self.lanes
+        self.block_weights = self.spec.taps * self.steps * self.dot.width
 
     def emit(self) -> None:
         e, s, groups = self.e, self.split, self.spec.groups
@@ -254,19 +261,31 @@ class DirectEmitter:
             rest, panel_block = e.divide(task, s.panel_blocks)
             rest, row_block = e.divide(rest, s.row_blocks)
             n, group = e.divide(rest, groups)
-            image = T.Bind(n * e.const(self.spec.image(self.lanes)))
+            image = T.Bind(n * e.const(e.spec.image(self.lanes)))
             if groups > 1:
-                image = T.Bind(image + group * e.const(self.in_blocks * self.lanes * math.prod(self.spec.in_size)))
+                image = T.Bind(image + group * e.const(self.in_blocks * self.lanes * math.prod(e.spec.in_size)))
             first_row = T.Bind(row_block * e.const(s.rows))
             rows: int | Expr = s.rows
             if self.plan.rows % s.rows:
                 rows = T.Bind(T.min(e.const(s.rows), e.const(self.plan.rows) - first_row))
+            source = self.source(image, first_row, rows)
             out_blocks = (self.plan.panels - 1) * self.plan.vectors + self.plan.last
             first_out = T.Bind(group * e.const(out_blocks))
             for panel, vectors in self.panels(panel_block):
                 block = T.Bind(first_out + panel * e.const(self.plan.vectors))
                 weights = T.Bind(block * e.const(self.in_blocks * self.block_weights))
-                self.panel(n, image, weights, block, vectors, first_row, rows)
+                self.panel(n, source, weights, block, vectors, first_row, rows)
+
+    def source(self, image: Expr, first_row: Expr, rows: int | Expr) -> Source:
+        """Where a task finds its input: in the image, or copied as a step wants it."""
+        e, width = self.e, self.plan.columns if flat(self.spec) else self.spec.in_size[1]
+        if isinstance(self.dot, IntegerDot):
+            every = self.plan.columns if flat(e.spec) else None
+            return copied(e, self.dot, image, self.in_blocks, first_row, rows, self.split.rows, every)
+        plane = math.prod(self.spec.in_size)
+        if self.spec.blocked_input:
+            return Source(e.x, image, e.const(0), plane, width, self.lanes, 1)
+        return Source(e.x, image, e.const(0), plane, width, 1, plane)
 
     def panels(self, panel_block: Expr) -> Iterator[tuple[Expr, int]]:
         """(number, vectors) of each panel of a block, inside the loop over them."""
@@ -287,7 +306,7 @@ class DirectEmitter:
                     yield e.const(full), plan.last
 
     def panel(
-        self, n: Expr, image: Expr, weights: Expr, block: Expr, vectors: int, first_row: Expr, rows: int | Expr
+        self, n: Expr, source: Source, weights: Expr, block: Expr, vectors: int, first_row: Expr, rows: int | Expr
     ) -> None:
         """All rows of a task for one panel; in chunks of input blocks where its weights do not stay in a cache."""
         e, chunk, blocks = self.e, self.split.chunk, self.in_blocks
@@ -295,18 +314,20 @@ class DirectEmitter:
         def finish(row: Expr, column: Expr, vector: int, value: Expr) -> None:
             e.finish(value, (n, block + vector, *self.place(row, column)))
 
+        first_sums = [e.first_sums(block + v) for v in range(vectors)]
         if chunk >= blocks:
             with e.serial(rows) as i:
                 row = T.Bind(first_row + i)
                 for column, tile, turn in self.row_tiles(i):
-                    acc = Accumulators(e.vectors, tile.width, vectors)
+                    acc = Accumulators(e.dot, tile.width, vectors)
                     for j, v in itertools.product(range(tile.width), range(vectors)):
-                        acc.set(j, v, e.vectors.splat(0.0))
-                    self.reduce(acc, tile, vectors, image, weights, row, column, e.const(0), blocks, turn)
+                        acc.set(j, v, first_sums[v])
+                    self.reduce(acc, tile, vectors, source, weights, row, column, e.const(0), blocks, turn)
                     for j, v in itertools.product(range(tile.width), range(vectors)):
                         finish(row, column + j, v, acc.get(j, v))
             return
-        sums = T.alloc_buffer((self.split.rows * self.plan.columns * vectors * self.lanes,), "float32", scope="global")
+        size = self.split.rows * self.plan.columns * vectors * self.lanes
+        sums = T.alloc_buffer((size,), self.dot.sums, scope="global")
         each = vectors * self.lanes
 
         def at(i: Expr, column: Expr, vector: int) -> Expr:
@@ -314,7 +335,7 @@ class DirectEmitter:
 
         with e.serial(rows) as i, T.serial(e.const(self.plan.columns)) as column:
             for v in range(vectors):
-                e.vectors.store(sums, at(i, column, v), e.vectors.splat(0.0))
+                e.vectors.store(sums, at(i, column, v), first_sums[v])
         with T.serial(e.const(-(-blocks // chunk))) as c:
             first = T.Bind(c * e.const(chunk))
             count: int | Expr = chunk
@@ -323,11 +344,11 @@ class DirectEmitter:
             with e.serial(rows) as i:
                 row = T.Bind(first_row + i)
                 for column, tile, turn in self.row_tiles(i):
-                    acc = Accumulators(e.vectors, tile.width, vectors)
+                    acc = Accumulators(e.dot, tile.width, vectors)
                     start = T.Bind(at(i, column, 0))
                     for j, v in itertools.product(range(tile.width), range(vectors)):
                         acc.set(j, v, sums[e.vectors.at(start + j * each + v * self.lanes)])
-                    self.reduce(acc, tile, vectors, image, weights, row, column, first, count, turn)
+                    self.reduce(acc, tile, vectors, source, weights, row, column, first, count, turn)
                     for j, v in itertools.product(range(tile.width), range(vectors)):
                         e.vectors.store(sums, start + j * each + v * self.lanes, acc.get(j, v))
         with e.serial(rows) as i, T.serial(e.const(self.plan.columns)) as column:
@@ -380,63 +401,60 @@ class DirectEmitter:
             yield kh, T.Bind(top + kh * e.const(dilation))
 
     def reduce(
-        self, acc: Accumulators, tile: Tiles, vectors: int, image: Expr, weights: Expr, row: Expr, column: Expr,
+        self, acc: Accumulators, tile: Tiles, vectors: int, source: Source, weights: Expr, row: Expr, column: Expr,
         first: Expr, count: int | Expr, turn: Expr,
     ) -> None:  # fmt: skip
         """Add the taps of input blocks [first, first + count) to a tile, the one number `turn` that does."""
         e, spec = self.e, self.spec
-        width = self.plan.columns if flat(spec) else spec.in_size[1]
-        plane = math.prod(spec.in_size)
         if not tile.taps:
             return
         left = T.Bind(column * e.const(spec.strides[1]) - e.const(spec.pads[1]))
-        tap = self.depth * vectors * self.lanes  # weights of a tap
+        step = vectors * self.dot.width  # weights of a step
+        tap = self.steps * step
         begin = T.Bind(weights + first * e.const(self.block_weights * vectors))
         ahead = None
         if spec.blocked_input:
             total = min(self.split.chunk, self.in_blocks) * self.block_weights * vectors
             turns = self.split.rows * sum(tiles.count for tiles in self.plan.tiles)
-            group = self.unroll * vectors * self.lanes
-            ahead = e.vectors.ahead(e.w, begin, total, group, turn, turns, e.const)
+            ahead = e.vectors.ahead(e.w, begin, total, self.unroll * step, turn, turns, e.const, self.dot.line)
         with e.serial(count) as i:
             block = T.Bind(first + i)
-            x_block = T.Bind(image + block * e.const(plane * self.depth))
+            x_block = T.Bind(source.first + block * e.const(source.plane * source.pixel))
             w_block = T.Bind(weights + block * e.const(self.block_weights * vectors))
-            with self.kernel_rows(row) as (kh, h):
-                x_row = T.Bind(x_block + (h * e.const(width) + left) * e.const(self.pixel))
+            with self.kernel_rows(T.Bind(row - source.row)) as (kh, h):
+                x_row = T.Bind(x_block + (h * e.const(source.width) + left) * e.const(source.pixel))
                 w_row = T.Bind(w_block + kh * e.const(tap * spec.kernel[1]))
                 for taps in tile.taps:
                     with e.serial(taps.count) as k:
                         kw = T.Bind(e.const(taps.first) + k)
-                        x_tap = T.Bind(x_row + kw * e.const(spec.dilations[1] * self.pixel))
+                        x_tap = T.Bind(x_row + kw * e.const(spec.dilations[1] * source.pixel))
                         w_tap = T.Bind(w_row + kw * e.const(tap))
                         with self.channel_steps(block) as q:
-                            x_at = T.Bind(x_tap + q * e.const(self.unroll * self.channel))
-                            w_at = T.Bind(w_tap + q * e.const(self.unroll * vectors * self.lanes))
+                            x_at = T.Bind(x_tap + q * e.const(self.unroll * source.step))
+                            w_at = T.Bind(w_tap + q * e.const(self.unroll * step))
                             if ahead:
                                 ahead(w_at)
                             for u in range(self.unroll):
-                                at = w_at + u * vectors * self.lanes
-                                self.step(acc, taps, vectors, x_at + u * self.channel, at)
+                                self.step(acc, taps, vectors, source, x_at + u * source.step, w_at + u * step)
 
     def channel_steps(self, block: Expr) -> Expr:
-        """The loop over a block's channels, `unroll` at a time; the last block may have fewer."""
-        e, each = self.e, self.depth // self.unroll
-        steps = -(-self.in_channels // self.unroll)
-        if steps % each == 0:
+        """The loop over a block's channels, `unroll` steps at a time; the last block may have fewer."""
+        e, each = self.e, self.steps // self.unroll
+        turns = -(-self.all_steps // self.unroll)
+        if turns % each == 0:
             return e.serial(each)
-        if steps < each:
-            return e.serial(steps)
-        return T.serial(T.Bind(T.min(e.const(each), e.const(steps) - block * e.const(each))))
+        if turns < each:
+            return e.serial(turns)
+        return T.serial(T.Bind(T.min(e.const(each), e.const(turns) - block * e.const(each))))
 
-    def step(self, acc: Accumulators, taps: Taps, vectors: int, x_at: Expr, w_at: Expr) -> None:
-        """tile[pixel][vector] += x[pixel] · w[vector] for one input channel of one tap."""
-        e, each = self.e, self.spec.strides[1] * self.pixel
-        row = [T.Bind(e.w[e.vectors.at(w_at + v * self.lanes)]) for v in range(vectors)]
+    def step(self, acc: Accumulators, taps: Taps, vectors: int, source: Source, x_at: Expr, w_at: Expr) -> None:
+        """tile[pixel][vector] += x[pixel] · w[vector] for one step over the channels of one tap."""
+        e, each = self.e, self.spec.strides[1] * source.pixel
+        row = [self.dot.weights(e.w, w_at + v * self.dot.width) for v in range(vectors)]
         for j in range(taps.low, taps.high):
-            value = T.Bind(e.vectors.splat(e.x[x_at + j * each]))
+            value = self.dot.same(source.buffer, x_at + j * each)
             for v in range(vectors):
-                acc.add_product(j, v, value, row[v])
+                acc.add(j, v, value, row[v])
 
 
 def emit(emission: Emission, tile: ConvTile, caches: Caches) -> None:

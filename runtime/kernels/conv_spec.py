@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
+from .dots import Dot
 from .vectors import Buffer, Expr, Vectors
 
 # finish(vector of L outputs, (n, c_block, h, w)): the caller's epilogue and store.
@@ -26,11 +27,12 @@ PARALLEL_VECTORS = 1 << 15
 
 @dataclass(frozen=True)
 class ConvSpec:
-    """A convolution of float32 tensors. 1-D convolutions have H = 1.
+    """A convolution. 1-D convolutions have H = 1.
 
     batch: None where it is known at run time. in_size, out_size: (H, W). pads: rows above and columns to the left;
     those below and to the right follow from out_size, and a negative pad drops input. blocked_input: False where x is
-    plain (N, C, H, W), as for the first convolution of a model.
+    plain (N, C, H, W), as for the first convolution of a model. data: type of x; for uint8 and int8, of which `zero`
+    stands for 0, weights are int8 and results int32.
     """
 
     batch: int | None
@@ -44,10 +46,26 @@ class ConvSpec:
     pads: tuple[int, int] = (0, 0)
     groups: int = 1
     blocked_input: bool = True
+    data: str = "float32"
+    zero: int = 0
 
     @property
     def taps(self) -> int:
         return self.kernel[0] * self.kernel[1]
+
+    @property
+    def seen(self) -> ConvSpec:
+        """What the loops see. Of 8-bit numbers they read a copy, which has the padding in it and leaves out rows and
+        columns between the places of a kernel of one."""
+        if self.data == "float32":
+            return self
+        rows, columns = (self._seen(axis) for axis in (0, 1))
+        return replace(self, in_size=(rows[0], columns[0]), strides=(rows[1], columns[1]), pads=(0, 0))
+
+    def _seen(self, axis: int) -> tuple[int, int]:
+        """(size, stride) of an axis of the copy."""
+        stride = 1 if self.kernel[axis] == 1 else self.strides[axis]
+        return (self.out_size[axis] - 1) * stride + (self.kernel[axis] - 1) * self.dilations[axis] + 1, stride
 
     @property
     def depthwise(self) -> bool:
@@ -90,7 +108,7 @@ class ConvTile:
 
 @dataclass(frozen=True)
 class Emission:
-    """What every part of an emitted convolution needs."""
+    """What every part of an emitted convolution needs. first: what sums start at, for each output channel; None: 0."""
 
     vectors: Vectors
     spec: ConvSpec
@@ -99,6 +117,8 @@ class Emission:
     finish: Finish
     threads: int
     index: str
+    dot: Dot
+    first: Buffer | None = None
 
     @property
     def lanes(self) -> int:
@@ -112,6 +132,12 @@ class Emission:
             return self.spec.batch
         flat = self.x.shape[0]
         return T.Bind(T.Cast(self.index, flat) // self.const(self.spec.image(self.lanes)))
+
+    def first_sums(self, block: Expr) -> Expr:
+        """What the sums of a block of output channels start at."""
+        if self.first is None:
+            return self.dot.zeros()
+        return T.Bind(self.first[self.vectors.at(block * self.lanes)])
 
     def serial(self, extent: int | Expr) -> AbstractContextManager[Expr]:
         """A loop; none where there is one turn."""
@@ -132,32 +158,6 @@ class Emission:
         if self.threads > 1 and worth and not (isinstance(batch, int) and batch * each == 1):
             return T.parallel(batch * self.const(each))
         return self.serial(batch * each)
-
-
-class Accumulators:
-    """rows x columns vectors in registers: buffers under 1024 bytes, which TVM leaves on the stack for LLVM."""
-
-    def __init__(self, vectors: Vectors, rows: int, columns: int) -> None:
-        self.vectors, self.columns = vectors, columns
-        self.each = min(rows * columns, 1023 // (4 * vectors.lanes))
-        count = rows * columns
-        sizes = [min(self.each, count - first) for first in range(0, count, self.each)]
-        self.buffers = [T.alloc_buffer((size * vectors.lanes,), "float32", scope="global") for size in sizes]
-
-    def _place(self, row: int, column: int) -> tuple[Buffer, Expr]:
-        buffer, slot = divmod(row * self.columns + column, self.each)
-        return self.buffers[buffer], self.vectors.at(slot * self.vectors.lanes)
-
-    def get(self, row: int, column: int) -> Expr:
-        buffer, at = self._place(row, column)
-        return buffer[at]
-
-    def set(self, row: int, column: int, value: Expr) -> None:
-        buffer, at = self._place(row, column)
-        T.buffer_store(buffer, value, [at])
-
-    def add_product(self, row: int, column: int, a: Expr, b: Expr) -> None:
-        self.set(row, column, self.vectors.fma(a, b, self.get(row, column)))
 
 
 def taps_inside(first: int, count: int, stride: int, offset: int, size: int) -> tuple[int, int]:

@@ -24,7 +24,8 @@ from ...passes.base import Caches
 from ..target import InstructionSet
 from . import conv
 from .conv_direct import UNROLL, widest
-from .conv_spec import Accumulators, ConvSpec, ConvTile, Emission, Finish, axis, split_evenly
+from .conv_spec import ConvSpec, ConvTile, Emission, Finish, axis, split_evenly
+from .dots import Accumulators, Dot
 from .vectors import Buffer, Expr, Vectors
 
 # store(vector of outputs along a row, (n, c, h, w) of the first, how many exist or None for all)
@@ -269,7 +270,7 @@ class NarrowEmitter:
         (part,) = parts(spec, vectors.isa)
         assert part.spec is not None
         self.v, self.spec, self.lanes, self.w, self.store = vectors, spec, vectors.lanes, w, store
-        self.e = Emission(vectors, part.spec, x, w, lambda value, place: None, threads, index)
+        self.e = Emission(vectors, part.spec, x, w, lambda value, place: None, threads, index, Dot(vectors))
         self.width = _whole(spec.out_size[1], self.lanes)  # elements of a row in the buffer
 
     def emit(self) -> None:
@@ -306,7 +307,7 @@ class NarrowEmitter:
             count = len(list(group))
             with e.serial(count) as t:
                 pixel = T.Bind(const(column) + t * const(width))
-                acc = Accumulators(self.v, width, vectors)
+                acc = Accumulators(e.dot, width, vectors)
                 for j, k in itertools.product(range(width), range(vectors)):
                     acc.set(j, k, self.v.splat(0.0))
                 with T.serial(const(-(-self.spec.in_channels // UNROLL))) as q:
@@ -318,7 +319,7 @@ class NarrowEmitter:
                         for j in range(width):
                             value = T.Bind(self.v.splat(e.x[x_at + const(j * lanes + u)]))
                             for k in range(vectors):
-                                acc.add_product(j, k, value, row[k])
+                                acc.add(j, k, value, row[k])
                 for j, k in itertools.product(range(width), range(vectors)):
                     self.spread(acc.get(j, k), (first + k) * lanes, pixel + const(j), rows)
             column += count * width

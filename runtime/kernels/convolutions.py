@@ -24,9 +24,10 @@ from .vectors import Expr, Vectors
 
 @template("conv", per_item=True)
 def conv(parameters: dict[str, Any], body: Body) -> None:
-    """parameters: the fields of ConvSpec and of ConvTile, and whether rows are the spec's columns."""
+    """parameters: the fields of ConvSpec and of ConvTile, and whether rows are the spec's columns. Of 8-bit numbers the
+    third input is what sums start at."""
     spec, tile = ConvSpec(**tuples(parameters["spec"])), ConvTile(**parameters["tile"])
-    x, w = body.inputs
+    x, w, *first = body.inputs
     lanes = body.vectors.lanes
     drop = 3 - (len(body.out_shape) - 2)  # 1 where the convolution has one spatial axis
 
@@ -37,7 +38,7 @@ def conv(parameters: dict[str, Any], body: Body) -> None:
 
     assert lanes == body.out_shape[-1]
     kernels.emit(
-        body.vectors, spec, tile, x, w, finish, body.target.cores, body.index, body.target.caches
+        body.vectors, spec, tile, x, w, finish, body.target.cores, body.index, body.target.caches, *first
     )  # fmt: skip
 
 
@@ -128,12 +129,14 @@ def chosen_tile(spec: ConvSpec, target: Target) -> ConvTile:
     return ConvTile(**tuned) if tuned else kernels.choose_tile(spec, target.isa, target.caches)
 
 
-def _one_column(fields: Mapping[str, Any]) -> bool:
+def one_column(fields: Mapping[str, Any]) -> bool:
+    """Whether all places lie in one column."""
     sizes = (fields["in_size"], fields["out_size"], fields["kernel"], fields["strides"])
     return all(size[1] == 1 for size in sizes) and fields["pads"][1] == 0
 
 
-def _turned(fields: Mapping[str, Any]) -> dict[str, Any]:
+def turned(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """A spec's fields with rows and columns exchanged."""
     return {name: value[::-1] if isinstance(value, tuple) else value for name, value in fields.items()}
 
 
@@ -148,10 +151,10 @@ def convolution(
     sizes = _sizes(call, blocked)
     if sizes is None:
         return None
-    swapped = len(sizes.out) == 4 and _one_column(sizes.fields)
+    swapped = len(sizes.out) == 4 and one_column(sizes.fields)
     if swapped:
         # Kernels work along rows. Columns of one place lie in memory as a row does.
-        sizes = dataclasses.replace(sizes, weight=sizes.weight.swapaxes(2, 3), fields=_turned(sizes.fields))
+        sizes = dataclasses.replace(sizes, weight=sizes.weight.swapaxes(2, 3), fields=turned(sizes.fields))
     spec = ConvSpec(**sizes.fields)
     if kernels.supported(spec, target.isa) is not None:
         return None

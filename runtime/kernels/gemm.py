@@ -11,6 +11,7 @@ Names: m, n, k rows, columns, depth; a, b, y flat buffers; tile: rows x vectors 
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -21,10 +22,9 @@ from tvm.tirx.script import builder as T
 
 from ...passes.base import Caches
 from ..target import InstructionSet
-from .vectors import LINE, Buffer, Expr, Vectors
+from .dots import Accumulators, Dot, dot_of, grouped
+from .vectors import Buffer, Expr, Vectors
 
-# Bytes below which a buffer of scope "global" stays on the stack, where LLVM turns it into registers.
-REGISTER_BUFFER = 1024
 # Multiply-adds below which a second thread costs more than it gives.
 PARALLEL = 1 << 17
 UNROLL = 4  # steps of k that are written out
@@ -34,7 +34,7 @@ NEAR = 2  # tiles of a panel up to which none asks for the next one: it would be
 STREAMS = (6, 5, 7), (3, 5)  # places of the depth that are read in turn instead, for up to two rows and for more
 FEW_ROWS = 2  # rows up to which a tile reads several panels of B
 BESIDE = 4  # panels side by side from which on each is a stream
-PAGE = 1024  # elements apart, or a multiple of it, elements fall in the same lines of a first-level cache
+PAGE = 1024  # float32 apart, or a multiple of it, elements fall in the same lines of a first-level cache
 SUMS = 1 << 18  # elements of the sums that wait between two parts of the depth
 
 # Called with a vector of results, its row and first column, and how many of its lanes exist (None: all).
@@ -46,7 +46,7 @@ class GemmSpec:
     """Sizes of a product. rows: None when known at run time. packed: B is a constant in panels.
 
     batch: how many products of these sizes lie behind each other, 1 for a packed B. shared_a, shared_b: all of them
-    read the same A or B.
+    read the same A or B. data: type of A; for uint8 and int8, of which `zero` stands for 0, B is int8 and Y int32.
     """
 
     rows: int | None
@@ -56,6 +56,8 @@ class GemmSpec:
     batch: int | None = 1
     shared_a: bool = False
     shared_b: bool = False
+    data: str = "float32"
+    zero: int = 0
 
     @property
     def flops(self) -> int:
@@ -92,31 +94,34 @@ def loads_cost(rows: int, vectors: int) -> float:
     return 1 + 0.2 * (rows + vectors) / (rows * vectors)
 
 
-def choose_tile(rows: int | None, columns: int, isa: InstructionSet, lanes: int) -> GemmTile:
-    """The tile that keeps the most accumulators and wastes the fewest, for a machine of `isa.registers` registers."""
-    return tiles(rows, columns, isa, lanes)[0]
+def choose_tile(rows: int | None, columns: int, isa: InstructionSet, lanes: int, spare: int = 0) -> GemmTile:
+    """The tile that keeps the most accumulators and wastes the fewest, for a machine of `isa.registers` registers, of
+    which `spare` are for products."""
+    return tiles(rows, columns, isa, lanes, spare=spare)[0]
 
 
-def packed_tile(rows: int | None, columns: int, isa: InstructionSet, lanes: int) -> GemmTile:
+def packed_tile(rows: int | None, columns: int, isa: InstructionSet, lanes: int, spare: int = 0) -> GemmTile:
     """The tile for a packed B. Few rows read panels of the width that many rows take, several at once: two models that
     read the same weights so, such as a decoder's for its prompt and for one token, can share them."""
     if rows is None or rows > FEW_ROWS:
-        return choose_tile(rows, columns, isa, lanes)
-    panel = choose_tile(None, columns, isa, lanes).vectors
-    return replace(next(t for t in tiles(rows, columns, isa, lanes) if t.vectors % panel == 0), panel=panel)
+        return choose_tile(rows, columns, isa, lanes, spare)
+    panel = choose_tile(None, columns, isa, lanes, spare).vectors
+    wide = next(t for t in tiles(rows, columns, isa, lanes, spare=spare) if t.vectors % panel == 0)
+    return replace(wide, panel=panel)
 
 
 def tiles(
-    rows: int | None, columns: int, isa: InstructionSet, lanes: int, shorter: Sequence[int] = (0,)
+    rows: int | None, columns: int, isa: InstructionSet, lanes: int, shorter: Sequence[int] = (0,), spare: int = 0
 ) -> list[GemmTile]:
     """Tiles, the one that should take the fewest cycles first. shorter: by how many rows than fit.
 
-    The accumulators, the vectors of B of one step and the element of A that meets them fit into registers.
+    The accumulators, the vectors of B of one step, the element of A that meets them and `spare` products fit into
+    registers.
     """
     total = -(-columns // lanes)
     costs: dict[GemmTile, float] = {}
     for vectors, less in itertools.product((1, 2, 3, 4, 6, 8), shorter):
-        most = (isa.registers - 1 - vectors) // vectors - less
+        most = (isa.registers - 1 - spare - vectors) // vectors - less
         if vectors > max(1, total) or most < 1:
             continue
         height = most if rows is None else -(-rows // -(-rows // most)) if rows else 1
@@ -140,17 +145,17 @@ def part_of_depth(rows: int, inner: int, tile: GemmTile, caches: Caches) -> int 
     return -(-inner // (parts * UNROLL)) * UNROLL
 
 
-def streams_of_depth(rows: int, inner: int, unroll: int, beside: int = 1) -> tuple[int, int]:
+def streams_of_depth(rows: int, inner: int, unroll: int, beside: int = 1, page: int = PAGE) -> tuple[int, int]:
     """(streams, steps of k of each, a multiple of `unroll`). Neither the streams of B nor the rows of A at their places
     meet in the same lines of the first-level cache, if any number of streams does so. beside: panels that are read side
-    by side."""
+    by side. page: elements of one."""
 
     def parted(streams: int) -> tuple[int, int]:
         count = inner // streams // unroll
         return streams, (count - 1 + count % 2) * unroll  # an odd number of lines
 
     choices = [parted(max(2, streams // beside)) for streams in STREAMS[rows > 2]]
-    return max(choices, key=lambda choice: min(PAGE // 8, choice[1] % PAGE, -choice[1] % PAGE))
+    return max(choices, key=lambda choice: min(page // 8, choice[1] % page, -choice[1] % page))
 
 
 def panels(columns: int, tile: GemmTile, lanes: int) -> list[tuple[int, int]]:
@@ -159,13 +164,16 @@ def panels(columns: int, tile: GemmTile, lanes: int) -> list[tuple[int, int]]:
     return [(first, min(tile.vectors, total - first)) for first in range(0, total, tile.vectors)]
 
 
-def pack(b: np.ndarray, tile: GemmTile, lanes: int) -> np.ndarray:
-    """B of shape (K, N) as panels behind each other, zeros in the lanes beyond N. Flat float32."""
+def pack(b: np.ndarray, tile: GemmTile, lanes: int, group: int = 1) -> np.ndarray:
+    """B of shape (K, N) as panels behind each other, zeros in the lanes beyond N. Flat; int8 where B is, else float32.
+
+    group: elements of the depth of a step, which lie behind each other.
+    """
     inner, columns = b.shape
     width = -(-columns // lanes) * lanes
-    padded = np.zeros((inner, width), np.float32)
+    padded = np.zeros((inner, width), np.int8 if b.dtype == np.int8 else np.float32)
     padded[:, :columns] = b
-    step = tile.packed * lanes
+    padded, step = grouped(padded, 0, group), tile.packed * lanes
     parts = [padded[:, first : first + step].reshape(-1) for first in range(0, width, step)]
     return np.concatenate(parts) if parts else padded.reshape(-1)
 
@@ -174,8 +182,10 @@ def pack(b: np.ndarray, tile: GemmTile, lanes: int) -> np.ndarray:
 class GemmEmitter:
     """Emits a product into the IR builder that is open.
 
-    rows, inner, batch: the sizes, as numbers where the spec knows them. a, b: flat float32 buffers. index: type of
-    offsets.
+    rows, inner, batch: the sizes, as numbers where the spec knows them. a, b: flat buffers. index: type of offsets.
+    first: what the sums of a column start at, in whole vectors; None: 0.
+
+    The depth is counted in steps (`dots`): of 8-bit numbers, a holds whole steps, which inner and spec.inner count.
     """
 
     vectors: Vectors
@@ -190,6 +200,11 @@ class GemmEmitter:
     threads: int
     caches: Caches
     index: str = "int64"
+    first: Buffer | None = None
+
+    @functools.cached_property
+    def dot(self) -> Dot:
+        return dot_of(self.vectors, self.spec.data)
 
     def const(self, value: int | Expr) -> Expr:
         return tirx.const(value, self.index) if isinstance(value, int) else value
@@ -262,7 +277,7 @@ class GemmEmitter:
         chunks, groups = -(-tiles // per_chunk), -(-len(cuts) // per_group)
         with (T.parallel if self._parallel() and chunks * groups > 1 else T.serial)(const(chunks * groups)) as task:
             chunk, group = T.Bind(task // const(groups)), T.Bind(task % const(groups))
-            sums = T.alloc_buffer((per_group * per_chunk * each,), "float32", scope="global")
+            sums = T.alloc_buffer((per_group * per_chunk * each,), self.dot.sums, scope="global")
             first = T.Bind(group * const(per_group))
             panels = T.Bind(T.min(const(per_group), const(len(cuts)) - first))
             parts = -(-inner // depth)
@@ -350,14 +365,17 @@ class GemmEmitter:
         streams themselves."""
         if self.tile.beside >= BESIDE:
             return False
-        size = 4 * (self.spec.inner or 0) * self.spec.columns
-        return turn is not None and turn[1] <= NEAR and size > self.caches.l2 and (self.spec.inner or 0) >= PAGE // 16
+        steps, dot = self.spec.inner or 0, self.dot
+        size = dot.itemsize * dot.group * steps * self.spec.columns
+        return turn is not None and turn[1] <= NEAR and size > self.caches.l2 and steps >= PAGE // 16
 
     def _streams(self, inner: int, width: int, step: Callable[[Expr], None]) -> None:
         """All steps of k, from several places of the depth in turn: a processor fetches several streams ahead of their
         reader at once, and each only to the end of its page, so that one alone does not fill the way to memory."""
-        unroll = max(1, LINE // width)
-        streams, length = streams_of_depth(self.tile.rows, inner, unroll, self.tile.beside)
+        unroll = max(1, self.dot.line // width)
+        streams, length = streams_of_depth(
+            self.tile.rows, inner, unroll, self.tile.beside, 4 * PAGE // self.dot.itemsize // self.dot.group
+        )
         with T.serial(self.const(length // unroll)) as k:
             for stream, u in itertools.product(range(streams), range(unroll)):
                 step(k * self.const(unroll) + self.const(stream * length + u))
@@ -371,15 +389,15 @@ class GemmEmitter:
 
         turn: of the tile among those that go through a packed panel behind each other, and how many these are.
         """
-        v, spec, lanes, const = self.vectors, self.spec, self.vectors.lanes, self.const
+        v, spec, lanes, const, dot = self.vectors, self.spec, self.vectors.lanes, self.const, self.dot
         count = panel.vectors
-        accumulators = Accumulators(v, height * count)
+        accumulators = Accumulators(dot, height, count)
         column = T.Bind(panel.number * const(self.tile.vectors * lanes))
         row_of_a = row if spec.shared_a else item * const(self.rows) + row
         a_start = T.Bind(row_of_a * const(self.inner))
         width = min(count, self.tile.packed) if spec.packed else count  # vectors that lie behind each other
         if spec.packed:
-            b_start, b_step = T.Bind(column * const(self.inner)), width * lanes
+            b_start, b_step = T.Bind(column * const(dot.group) * const(self.inner)), width * dot.width
         else:
             before = const(0) if spec.shared_b else item * const(self.inner) * const(spec.columns)
             b_start, b_step = T.Bind(before + column), spec.columns
@@ -388,30 +406,38 @@ class GemmEmitter:
             bs = []
             for j in range(count):
                 first = j - j % width
-                step = b_step if first + width <= count else (count - first) * lanes  # the last panel may be narrower
-                before = const(self.inner) * const(first * lanes) if first else const(0)
-                at = b_start + before + k * const(step) + const((j - first) * lanes)
+                # The last panel may be narrower.
+                step = b_step if first + width <= count else (count - first) * dot.width
+                before = const(self.inner) * const(first * dot.width) if first else const(0)
+                at = b_start + before + k * const(step) + const((j - first) * dot.width)
                 partial = not spec.packed and panel.lanes is not None and j == count - 1
-                bs.append(v.load(self.b, at, const(panel.lanes) if partial and panel.lanes else None))
+                bs.append(v.load(self.b, at, const(panel.lanes or 0)) if partial else dot.weights(self.b, at))
             for i in range(height):
-                a = T.Bind(v.splat(self.a[a_start + const(i) * const(self.inner) + k]))
+                a = dot.same(self.a, a_start + const(i) * const(self.inner) + k)
                 for j in range(count):
-                    accumulators.add(i * count + j, a, bs[j])
+                    accumulators.add(i, j, a, bs[j])
 
         def finish() -> None:
             for i in range(height):
                 for j in range(count):
                     there = panel.lanes if j == count - 1 else None
                     at_row = item * const(self.rows) + row + const(i)
-                    self.finish(accumulators.value(i * count + j), at_row, column + const(j * lanes), there)
+                    self.finish(accumulators.get(i, j), at_row, column + const(j * lanes), there)
+
+        def begin_sums() -> None:
+            for j in range(count):
+                value = dot.zeros() if self.first is None else v.load(self.first, column + const(j * lanes))
+                for i in range(height):
+                    accumulators.set(i, j, value)
 
         ahead = None
         if turn is not None and isinstance(self.inner, int):
             begin = T.Bind(b_start + part.start * const(b_step)) if part else b_start
             total = (part.depth if part else self.inner) // UNROLL * UNROLL * b_step
             if turn[1] > NEAR:
-                ask = v.ahead(self.b, begin, total, UNROLL * b_step, *turn, const)
+                ask = v.ahead(self.b, begin, total, UNROLL * b_step, *turn, const, dot.line)
                 ahead = ask and (lambda k: ask(begin + k * const(b_step)))
+        begin_sums()
         if part is None:
             if isinstance(self.inner, int) and self._far(turn):
                 self._streams(self.inner, b_step, step)
@@ -420,13 +446,13 @@ class GemmEmitter:
             finish()
             return
         with T.If(part.begun), T.Then():
-            for n in range(height * count):
-                accumulators.set(n, v.load(part.sums, part.at + const(n * lanes)))
+            for i, j in itertools.product(range(height), range(count)):
+                accumulators.set(i, j, v.load(part.sums, part.at + const((i * count + j) * lanes)))
         repeat(part.steps, UNROLL, lambda k: step(part.start + k), self.index, ahead)
         with T.If(part.goes_on):
             with T.Then():
-                for n in range(height * count):
-                    v.store(part.sums, part.at + const(n * lanes), accumulators.value(n))
+                for i, j in itertools.product(range(height), range(count)):
+                    v.store(part.sums, part.at + const((i * count + j) * lanes), accumulators.get(i, j))
             with T.Else():
                 finish()
 
@@ -493,28 +519,3 @@ def repeat(
     with T.serial(count - done) as k:
         body(done + k)
 
-
-class Accumulators:
-    """Vectors that live in registers, in buffers small enough for the stack."""
-
-    def __init__(self, vectors: Vectors, count: int) -> None:
-        self.vectors = vectors
-        self.each = (REGISTER_BUFFER - 1) // (4 * vectors.lanes)
-        sizes = [min(self.each, count - first) for first in range(0, count, self.each)]
-        self.buffers = [vectors.registers(size, 0.0) for size in sizes]
-
-    def _place(self, number: int) -> tuple[Buffer, Expr]:
-        return self.buffers[number // self.each], self.vectors.at(number % self.each * self.vectors.lanes)
-
-    def value(self, number: int) -> Expr:
-        buffer, at = self._place(number)
-        return buffer[at]
-
-    def set(self, number: int, value: Expr) -> None:
-        buffer, at = self._place(number)
-        T.buffer_store(buffer, value, [at])
-
-    def add(self, number: int, a: Expr, b: Expr) -> None:
-        """accumulator += a·b."""
-        buffer, at = self._place(number)
-        T.buffer_store(buffer, self.vectors.fma(a, b, buffer[at]), [at])

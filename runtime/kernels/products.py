@@ -12,16 +12,19 @@ from tvm.tirx.script import builder as T
 from ..elements import Size, expression, product, size_of
 from ..target import Target
 from ..templates import Body, anchor, template
+from . import gemm_int8
+from .dots import dot_of
 from .gemm import GemmEmitter, GemmSpec, GemmTile, choose_tile, pack, packed_tile
 from .vectors import Expr, Vectors
 
 
 @template("gemm")
 def gemm(parameters: dict[str, Any], body: Body) -> None:
-    """A (..., M, K) · B (K, N) packed or (..., K, N) in place. parameters: the fields of GemmSpec and of GemmTile."""
+    """A (..., M, K) · B (K, N) packed or (..., K, N) in place. parameters: the fields of GemmSpec and of GemmTile. Of
+    8-bit numbers the third input is what sums start at."""
     spec, tile = GemmSpec(**parameters["spec"]), GemmTile(**parameters["tile"])
     v = body.vectors
-    a, b = body.inputs
+    a, b, *first = body.inputs
     leading = body.out_shape[:-1]
     analyzer = tvm.sym.Analyzer()
     nested = len(leading) > 2 and not all(isinstance(size, int) for size in leading[2:])
@@ -46,7 +49,11 @@ def gemm(parameters: dict[str, Any], body: Body) -> None:
     rows = product(leading) if batch == 1 else leading[-1]
     height, inner, count = (_number(size) for size in (rows, body.shapes[0][-1], batch))
     target = body.target
-    GemmEmitter(v, spec, tile, height, inner, count, a, b, finish, target.cores, target.caches, body.index).emit()
+    common = (finish, target.cores, target.caches, body.index)
+    if first:
+        gemm_int8.emit(v, spec, tile, height, a, b, first[0], *common)
+    else:
+        GemmEmitter(v, spec, tile, height, inner, count, a, b, *common).emit()
 
 
 def chosen_tile(spec: GemmSpec, target: Target) -> GemmTile:
@@ -55,7 +62,8 @@ def chosen_tile(spec: GemmSpec, target: Target) -> GemmTile:
     if tuned:
         return GemmTile(**tuned)
     rule = packed_tile if spec.packed else choose_tile
-    return rule(spec.rows, spec.columns, target.isa, Vectors(target.isa).lanes)
+    vectors = Vectors(target.isa)
+    return rule(spec.rows, spec.columns, target.isa, vectors.lanes, dot_of(vectors, spec.data).spare)
 
 
 def _number(size: Size) -> Expr | int:

@@ -147,6 +147,10 @@ class Vectors:
         magic = T.Bind(self.splat(ROUND) + (self.splat(BIAS) - n) * self.splat(float(self.parts)))
         return Exponential(self, floor, magic, factor, low=False)
 
+    def add_pairs(self, sums: Expr, x: Expr, w: Expr) -> Expr:
+        """int32 sums + the products of neighbouring int16 of x and w, pair by pair."""
+        return T.call_extern(f"int32x{self.lanes}", self._name("pairs"), sums, x, w)
+
     def choose(self, comparison: str, a: Expr, b: Expr, then: Expr, otherwise: Expr) -> Expr:
         """Lane by lane `then` where a compares so with b, else `otherwise`.
 
@@ -232,26 +236,28 @@ class Vectors:
         T.evaluate(T.call_extern("int32", "gw_prefetch", T.address_of(buffer[offset])))
 
     def ahead(
-        self, buffer: Buffer, begin: Expr, total: int, group: int, turn: Expr, turns: int, const: Callable[[int], Expr]
-    ) -> Callable[[Expr], None] | None:
+        self, buffer: Buffer, begin: Expr, total: int, group: int, turn: Expr, turns: int,
+        const: Callable[[int], Expr], line: int = LINE,
+    ) -> Callable[[Expr], None] | None:  # fmt: skip
         """What asks for the `total` elements behind those from `begin` on, while `turns` tiles read these in groups.
 
         Every tile reads all of them, `group` elements at a time, and calls the result with the offset of each group.
         The first tiles ask for a share each, a few lines a group, so that all has come when the next elements are
-        read, and no tile waits for many lines at once. turn: number of the tile. None where groups are too small.
+        read, and no tile waits for many lines at once. turn: number of the tile. line: elements of a cache line. None
+        where groups are too small.
         """
-        lines = group // LINE
+        lines = group // line
         if not lines or not turns:
             return None
         each = -(-lines // turns)  # lines that are asked for in a group
         shares = -(-lines // each)
-        of_share = total // group * each * LINE
+        of_share = total // group * each * line
         start = T.Bind(begin + const(total) + T.min(turn, const(shares - 1)) * const(of_share))
 
         def ask(at: Expr) -> None:
-            line = T.Bind(start + (at - begin) // const(group) * const(each * LINE))
+            first = T.Bind(start + (at - begin) // const(group) * const(each * line))
             for number in range(each):
-                self.prefetch(buffer, line + const(number * LINE))
+                self.prefetch(buffer, first + const(number * line))
 
         return ask
 
@@ -306,6 +312,8 @@ class Vectors:
         for name, word in (("above", "ogt"), ("above_or_nan", "ugt")):
             text += _ABOVE.format(name=name, word=word, lanes=lanes, vector=vector, mask=mask)
         text += _LOWEST_BIT
+        if self.isa.dot_int8 == "pairs":
+            text += _PAIRS_SSE2 if lanes == 4 else _PAIRS.format(lanes=lanes, twice=2 * lanes)
         if self.isa.lookup:
             text += _LOOKUP.format(entries=", ".join(f"i32 {_root_of_two(j)}" for j in range(PARTS)))
         if self.isa.scalef:
@@ -455,6 +463,25 @@ define i32 @gw_{name}_{lanes}({vector} %a, {vector} %b) alwaysinline {{
   %r = zext i{lanes} %m to i32
   ret i32 %r
 }}
+"""
+
+# As one piece with one register beside its operands: of intrinsics LLVM makes trees of sums, or holds more products
+# than there are registers.
+_PAIRS = """
+define <{lanes} x i32> @gw_pairs_{lanes}(<{lanes} x i32> %s, <{twice} x i16> %x, <{twice} x i16> %w) alwaysinline {{
+  %r = call {{ <{lanes} x i32>, <{lanes} x i32> }} asm "vpmaddwd $3, $2, $1\\0A\\09vpaddd $1, $0, $0",
+      "=v,=&v,v,v,0"(<{twice} x i16> %x, <{twice} x i16> %w, <{lanes} x i32> %s)
+  %v = extractvalue {{ <{lanes} x i32>, <{lanes} x i32> }} %r, 0
+  ret <{lanes} x i32> %v
+}}
+"""
+_PAIRS_SSE2 = """
+define <4 x i32> @gw_pairs_4(<4 x i32> %s, <8 x i16> %x, <8 x i16> %w) alwaysinline {
+  %p = call <4 x i32> @llvm.x86.sse2.pmadd.wd(<8 x i16> %x, <8 x i16> %w)
+  %r = add <4 x i32> %s, %p
+  ret <4 x i32> %r
+}
+declare <4 x i32> @llvm.x86.sse2.pmadd.wd(<8 x i16>, <8 x i16>)
 """
 
 _LOWEST_BIT = """

@@ -25,7 +25,8 @@ from tvm.tirx.script import builder as T
 from ...passes.base import Caches
 from ..target import InstructionSet
 from .conv_direct import UNROLL, step_cycles, widest
-from .conv_spec import Accumulators, ConvSpec, ConvTile, Emission, axis, split_evenly
+from .conv_spec import ConvSpec, ConvTile, Emission, axis, split_evenly
+from .dots import Accumulators
 from .vectors import Buffer, Expr, Vectors
 
 BY_RULE = ConvTile("winograd")
@@ -202,7 +203,7 @@ class WinogradEmitter:
                     if not guarded:
                         d.append([T.Bind(e.x[here[j]]) if j in inside else zero for j in range(4)])
                         continue
-                    held = Accumulators(e.vectors, 1, 4)
+                    held = Accumulators(e.dot, 1, 4)
                     for j in range(4):
                         held.set(0, j, zero)
                     h = top + i
@@ -232,7 +233,7 @@ class WinogradEmitter:
                 ahead = e.vectors.ahead(
                     e.w, weights, depth * step, UNROLL * step, turn, len(self.plan.widths), e.const
                 )
-                acc = Accumulators(e.vectors, width, vectors)
+                acc = Accumulators(e.dot, width, vectors)
                 for j, v in itertools.product(range(width), range(vectors)):
                     acc.set(j, v, e.vectors.splat(0.0))
                 with e.serial(-(-self.spec.in_channels // UNROLL)) as q:
@@ -246,7 +247,7 @@ class WinogradEmitter:
                         for j in range(width):
                             value = T.Bind(e.vectors.splat(pieces[x_at + j * lanes + u]))
                             for v in range(vectors):
-                                acc.add_product(j, v, value, row[v])
+                                acc.add(j, v, value, row[v])
                 into = T.Bind(product + first * step)
                 for j, v in itertools.product(range(width), range(vectors)):
                     e.vectors.store(products, into + j * step + v * lanes, acc.get(j, v))

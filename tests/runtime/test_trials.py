@@ -165,7 +165,7 @@ def test_every_candidate_covers_any_convolution(channels, size, kernel, stride, 
         assert sum(t.width * t.count for t in plan.tiles) == plan.columns
         assert plan.rows * plan.columns == out[0] * out[1]
         assert (plan.panels - 1) * plan.vectors + plan.last == spec.out_blocks(trial.lanes) and plan.last > 0
-        split = conv_direct.splits(spec, plan, trial.lanes, target.caches, cores, tile)[0]
+        split = conv_direct.splits(spec, plan, target.isa, target.caches, cores, tile)[0]
         assert split.rows * split.row_blocks >= plan.rows and split.panels * split.panel_blocks >= plan.panels
         assert tile.rows in (None, split.rows) and tile.panels in (None, split.panels)
 
