@@ -197,7 +197,7 @@ def test_a_step_is_allowed_of_a_model_that_quantizes(body: str, more: bool) -> N
     from graphwright.runtime.verify import trial
 
     text = f'<ir_version: 10, opset_import: ["" : 21]> g (float[8] x) => (uint8[8] y) <float s = {{0.01}}> {{ {body} }}'
-    model = ir.from_proto(onnx.parser.parse_model(text))
+    model = ir.from_proto(parser.parse_model(text))
     tried = trial(model, PassContext(calibration={"x": [np.linspace(0, 2.55, 8, dtype=np.float32)]}))
     expected = tried.expected[0]["y"]
     assert tried.judge(lambda one: {"y": expected - (expected == expected.max())}).ok == more
