@@ -16,18 +16,10 @@ from ..passes.errors import BudgetError, InputError, ModelError, VerificationErr
 from ..passes.graph import all_nodes
 from ..passes.pipeline import Pipeline
 from ..passes.quality import cosine_drop, held_out, rows_that_count
-from .compare import (
-    QUANTIZED_LIMIT,
-    Runner,
-    Verdict,
-    approximate_outputs,
-    compare,
-    judge,
-    quantizes,
-    ranked_outputs,
-)
+from .compare import Runner, Verdict, approximate_outputs, compare, judge, ranked_outputs
 from .feeds import Feeds, check_names, made_up
 from .reference import Reference
+from .wavering import LEAST, Wavering, quantizes
 
 UNUSABLE = (ModelError, InputError)  # what onnxruntime's refusal of a model or of inputs becomes
 
@@ -53,13 +45,20 @@ class Trial:
     source: str
     approximate: frozenset[str] = frozenset()
     ranked: Mapping[str, str] = field(default_factory=dict)
-    quantized: bool = False
+    wavering: Wavering | None = None  # of a model that quantizes
 
     def judge(self, candidate: Runner, limit: float | None = None) -> Verdict:
-        """limit: relative error allowed; None: by the output's type. More is allowed of a quantized model."""
-        if self.quantized:
-            limit = max(limit or 0.0, QUANTIZED_LIMIT)
-        return judge(self.feeds, self.expected, candidate, limit, self.source, self.approximate, self.ranked)
+        """limit: relative error allowed; None: by the output's type. More is allowed of a model that quantizes."""
+
+        def verdict(limit: float | None) -> Verdict:
+            return judge(self.feeds, self.expected, candidate, limit, self.source, self.approximate, self.ranked)
+
+        if self.wavering is None:
+            return verdict(limit)
+        limit = max(limit or 0.0, LEAST)
+        found = verdict(limit)
+        wide = limit if found.ok else self.wavering.limit(self.feeds, self.expected)
+        return verdict(wide) if wide > limit else found
 
 
 def trial(model: ir.Model, ctx: PassContext, threads: int = 0) -> Trial:
@@ -71,16 +70,17 @@ def trial(model: ir.Model, ctx: PassContext, threads: int = 0) -> Trial:
         for one in feeds:
             check_names(one, model, "calibration")
         expected = [reference.run(one) for one in feeds]
-        return Trial(feeds, expected, "calibration", *_traits(model))
+        return Trial(feeds, expected, "calibration", *_traits(model, threads))
     found = made_up(model, reference.run, pins=ctx.pins, seed=ctx.seed)
     source = f"random, seed {ctx.seed}"
     feeds, expected = [one for one, _ in found], [outputs for _, outputs in found]
-    return Trial(feeds, expected, source, *_traits(model))
+    return Trial(feeds, expected, source, *_traits(model, threads))
 
 
-def _traits(model: ir.Model) -> tuple[frozenset[str], dict[str, str], bool]:
+def _traits(model: ir.Model, threads: int) -> tuple[frozenset[str], dict[str, str], Wavering | None]:
     """What a comparison with the model's outputs has to know."""
-    return approximate_outputs(model), ranked_outputs(model), quantizes(model)
+    wavering = Wavering(model, threads) if quantizes(model) else None
+    return approximate_outputs(model), ranked_outputs(model), wavering
 
 
 def limit_of(pipeline: Pipeline, reports: Sequence[PassReport], max_drop: float | None) -> float | None:
@@ -122,7 +122,7 @@ class Verifier:
         if limit is None or (report.changes and step.contract is Contract.LEARNED):
             return
         if quantizes(self._before):
-            limit = max(limit, QUANTIZED_LIMIT)
+            limit = max(limit, LEAST)
         old = Reference(self._before, threads=self.threads)
         try:
             new = Reference(model, threads=self.threads)
@@ -161,10 +161,10 @@ def verify(
 def retold(tried: Trial, model: ir.Model, threads: int = 0) -> Trial:
     """The same inputs, with what `model` makes of them: what is compiled from it is judged against that."""
     reference = Reference(model, threads=threads)
-    approximate, ranked, quantized = _traits(model)
+    approximate, ranked, wavering = _traits(model, threads)
     return replace(
         tried, expected=[reference.run(one) for one in tried.feeds], approximate=approximate, ranked=ranked,
-        quantized=quantized, source=f"{tried.source}; against the rewritten model",
+        wavering=wavering, source=f"{tried.source}; against the rewritten model",
     )  # fmt: skip
 
 

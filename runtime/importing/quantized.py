@@ -63,6 +63,35 @@ class IntegerOperand:
         return dtype_of(self.value)
 
 
+@dataclass(frozen=True)
+class Dequantization:
+    """A DequantizeLinear whose scales, float32, and zero points, int32, are constants in the shapes of its inputs.
+    block: elements along `axis` that share a scale; 0 for one scale for each index of it, or one of the tensor."""
+
+    value: tvm.ir.Expr
+    scale: np.ndarray
+    zero_point: np.ndarray
+    axis: int | None
+    block: int
+
+
+def dequantization(bb: relax.BlockBuilder, made: Any) -> Dequantization | None:
+    """What a call computes, where it is one."""
+    if made.op.name != "relax.call_tir":
+        return None
+    text = (bb.get()[made.args[0]].attrs or {}).get(DEQUANTIZE)
+    if text is None:
+        return None
+    known = json.loads(str(text))
+    value, *given = made.args[1].fields
+    arrays = [constant_of(g) for g in given]
+    if any(a is None for a in arrays):
+        return None
+    scale = np.asarray(arrays.pop(0) if known["scale"] is None else known["scale"], np.float32)
+    zero = np.asarray(arrays.pop(0) if arrays else known["zero_point"] or 0, np.int32)
+    return Dequantization(value, scale, zero, known["axis"], known["block"])
+
+
 def integer_operand(bb: relax.BlockBuilder, expr: tvm.ir.Expr) -> IntegerOperand | None:
     """What `expr` was dequantized from, with scales and zero points that are constants.
 
@@ -74,23 +103,12 @@ def integer_operand(bb: relax.BlockBuilder, expr: tvm.ir.Expr) -> IntegerOperand
     while made is not None and made.op.name in MOVES:
         moves.append((made, shape_of(bb.normalize(made))))
         made = made_by(bb, made.args[0], "relax.call_tir", *MOVES)
-    if made is None or dtype_of(expr) != "float32":
+    found = None if made is None or dtype_of(expr) != "float32" else dequantization(bb, made)
+    if found is None or found.block:
         return None
-    function = bb.get()[made.args[0]]
-    text = (function.attrs or {}).get(DEQUANTIZE)
-    if text is None:
-        return None
-    known = json.loads(str(text))
-    x, *given = made.args[1].fields
-    arrays = [constant_of(g) for g in given]
-    if known["block"] or any(a is None for a in arrays):
-        return None
-    axis = known["axis"]
-    scale = np.asarray(arrays.pop(0) if known["scale"] is None else known["scale"], np.float32)
-    zero = np.asarray(arrays.pop(0) if arrays else known["zero_point"] or 0, np.int32)
-    shape = () if axis is None else (scale.size,)
-    zero = np.broadcast_to(zero.reshape(-1), (scale.size,)).reshape(shape)
-    operand: IntegerOperand | None = IntegerOperand(x, scale.reshape(shape), zero, axis)
+    shape = () if found.axis is None else (found.scale.size,)
+    zero = np.broadcast_to(found.zero_point.reshape(-1), (found.scale.size,)).reshape(shape)
+    operand: IntegerOperand | None = IntegerOperand(found.value, found.scale.reshape(shape), zero, found.axis)
     for call, dims in reversed(moves):
         operand = None if operand is None else _moved(bb, operand, call, dims)
     return operand

@@ -10,6 +10,7 @@ import tvm
 from tvm import relax, te, tirx
 
 from ..kernels.reductions import gather_rows
+from .block_weights import gathered
 from .kernels import call, for_kernels, named
 from .shapes import broadcast, content_value, filled, reshaped
 from .site import (
@@ -364,6 +365,8 @@ def gather(site: Site) -> Result:
             raise Refuse("an index is out of range")
         fixed = const(np.where(known < 0, known + size, known), site.dtype(1))
         return relax.op.take(site.x(), fixed, axis)
+    if axis == 0 and (rows := gathered(site, index)) is not None:
+        return rows
     stored = stored_weight(site, 0)
     if stored is not None:
         bits, widen = stored_bits(stored)

@@ -1,0 +1,48 @@
+"""What is allowed of models that quantize: one step where a number lies between two, and what follows from it."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from graphwright.passes.base import PassContext
+from graphwright.runtime.verify import Trial, trial
+from onnx import parser
+
+HALVES = np.arange(8, dtype=np.float32) * 32 + 0.5  # between two steps of 1
+
+
+def tried(body: str, x: np.ndarray, out: str = "uint8") -> Trial:
+    text = f'<ir_version: 10, opset_import: ["" : 21]> g (float[8] x) => ({out}[8] y) <float s = {{1.0}}> {{ {body} }}'
+    return trial(ir.from_proto(parser.parse_model(text)), PassContext(calibration={"x": [x]}))
+
+
+@pytest.mark.parametrize("body, more", [("y = QuantizeLinear (x, s)", True), ("y = Cast <to = 2> (x)", False)])
+def test_a_step_is_allowed_of_a_model_that_quantizes(body: str, more: bool) -> None:
+    """Where a number lies between two steps, another order of a sum decides for the other one."""
+    t = tried(body, HALVES)
+    expected = t.expected[0]["y"]
+    assert t.judge(lambda one: {"y": expected - (expected == expected.max())}).ok == more
+    assert not t.judge(lambda one: {"y": expected - 100 * (expected == expected.max())}).ok
+
+
+AMPLIFIED = """
+    q = QuantizeLinear (x, s)
+    d = DequantizeLinear (q, s)
+    r = Sub (x, d)
+    y = Mul (r, s)
+"""
+
+
+def test_a_model_may_differ_as_far_as_rounding_takes_it() -> None:
+    """The remainder of a number between two steps is as far below as above."""
+    t = tried(AMPLIFIED, HALVES, "float")
+    expected = t.expected[0]["y"]
+    assert t.judge(lambda one: {"y": -expected}).ok
+    assert not t.judge(lambda one: {"y": -8 * expected}).ok
+
+
+def test_one_that_rounding_moves_nowhere_may_not() -> None:
+    t = tried(AMPLIFIED, HALVES + np.float32(0.25), "float")
+    expected = t.expected[0]["y"]
+    assert not t.judge(lambda one: {"y": -expected}).ok
