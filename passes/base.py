@@ -140,7 +140,7 @@ class Pass(ABC):
     contract: ClassVar[Contract]
 
     def needs(self) -> frozenset[str]:
-        """What must be in the context: a subset of {"calibration", "target", "recovery"}."""
+        """What must be in the context: a subset of {"calibration", "target", "ranges", "recovery"}."""
         return frozenset()
 
     @abstractmethod

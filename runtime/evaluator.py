@@ -35,7 +35,7 @@ def evaluate(
             yield number, name, np.asarray(one[name])
     wanted = [name for name in dict.fromkeys(names) if name not in inputs]
     for group in _groups(model, wanted, feeds[0]):
-        reference = Reference(_with_outputs(model, group), threads=threads)
+        reference = Reference(_with_outputs(model, group), threads=threads, optimized=True)
         for number, one in enumerate(feeds):
             found = reference.run(one)
             for name in group:
@@ -62,8 +62,9 @@ def _groups(model: ir.Model, names: Sequence[str], feeds: Mapping[str, np.ndarra
     """The names in groups whose values take up to GROUP_BYTES together on these inputs, or one name each."""
     sizes: dict[str, int] = {}
     for value in model.graph.inputs:
-        if value.shape is not None and value.name in feeds:
-            pairs = zip(value.shape, np.shape(feeds[value.name]), strict=False)
+        given = feeds.get(value.name or "")
+        if value.shape is not None and given is not None:
+            pairs = zip(value.shape, np.asarray(given).shape, strict=False)
             sizes.update({dim.value: size for dim, size in pairs if isinstance(dim, ir.SymbolicDim) and dim.value})
     shapes = {value.name: value.shape for node in model.graph for value in node.outputs}
     group: list[str] = []
