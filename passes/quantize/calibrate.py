@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -61,10 +61,11 @@ class Seen:
 
 
 def observe(
-    model: ir.Model, axes: Mapping[str, int | None], feeds: Sequence[Feeds], evaluator: Evaluator
-) -> dict[str, Seen]:
+    model: ir.Model, axes: Mapping[str, int | None], feeds: Sequence[Feeds], evaluator: Evaluator,
+    also: Callable[[str, np.ndarray], None],
+) -> dict[str, Seen]:  # fmt: skip
     """Run the samples and look at these values. axes: the axis of each value's channels; None: they do not matter; -1:
-    the last, and rows are kept. Raises PassError where a value is NaN or infinite."""
+    the last, and rows are kept. also: is shown every array. Raises PassError where a value is NaN or infinite."""
     found = {name: Seen() for name in axes}
     share = -(-ROWS // len(feeds))
     for number, name, array in evaluator(model, list(axes), feeds):
@@ -75,6 +76,7 @@ def observe(
             raise PassError(
                 f"{name!r} {error} on calibration sample {number}; expected inputs on which the model is finite"
             ) from error
+        also(name, array)
         if axis is None:
             continue
         one.channels = one.channels or Channels.of(array.shape[axis])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -18,6 +18,7 @@ from .layers import Layer, find_layers
 from .placement import Placement, place
 from .plan import Edit, LayerPlan, Plan, Point
 from .ranges import Histogram, Method
+from .rounding import can_be_rounded, products, round_together
 from .scales import affine, data_grid, decibels, fit_weights, signal_to_noise, weight_grid
 from .sensitivity import Judge, allot, fewest
 from .smooth import smooth, smoothing
@@ -42,6 +43,7 @@ class Options:
     smoothing: bool
     equalise: bool
     correct: bool
+    together: bool
     mixed: float | None
     outputs: tuple[str, ...]
 
@@ -76,6 +78,7 @@ class _Decision:
         self.base = model.clone()  # with the edits
         self.layers = self._layers()
         self.seen: dict[str, Seen] = {}
+        self.grams: dict[str, np.ndarray] = {}
 
     def _layers(self) -> list[Layer]:
         return [layer for layer in find_layers(self.base)[0] if layer.site in self.sites]
@@ -145,14 +148,26 @@ class _Decision:
 
     # --- ranges
 
-    def _evaluated(self, axes: Mapping[str, int | None]) -> dict[str, Seen]:
+    def _evaluated(
+        self, axes: Mapping[str, int | None], also: Callable[[str, np.ndarray], None] = lambda name, array: None
+    ) -> dict[str, Seen]:
         assert self.ctx.evaluator is not None
-        return observe(self.base, axes, self.feeds, self.ctx.evaluator)
+        return observe(self.base, axes, self.feeds, self.ctx.evaluator, also)
 
     def _observe(self, values: Mapping[ir.Value, ir.Value]) -> dict[str, Seen]:
         axes: dict[str, int | None] = {value.name or "": None for value in values}
         axes.update({layer.data.name or "": layer.data_axis for layer in self.layers})
-        return self._evaluated(axes)
+        readers: dict[str, dict[str, Layer]] = {}
+        for layer in self.layers:
+            if self.options.together and can_be_rounded(layer):
+                readers.setdefault(layer.data.name or "", {}).setdefault(_gram_of(layer), layer)
+
+        def take(name: str, array: np.ndarray) -> None:
+            for key, layer in readers.get(name, {}).items():
+                found = products(layer, array)
+                self.grams[key] = self.grams[key] + found if key in self.grams else found
+
+        return self._evaluated(axes, take)
 
     def _points(self, placement: Placement) -> dict[str, Point]:
         bits = self.options.activations
@@ -194,9 +209,11 @@ class _Decision:
             least = np.broadcast_to(steps, (layer.channels,))
         search = self.options.method is not Method.MINMAX
         importance = layer.per_input(channels.mean_square) if channels is not None and search else None
-        codes = fit_weights(
-            matrix, weight_grid(bits, self.options.symmetric), self._block(layer, bits), importance, search, least
-        )
+        grid = weight_grid(bits, self.options.symmetric)
+        codes = fit_weights(matrix, grid, self._block(layer, bits), importance, search, least)
+        gram = self.grams.get(_gram_of(layer))
+        if gram is not None:
+            codes = round_together(matrix, codes, grid, gram)
         corrected = None
         if self.options.correct and channels is not None:
             corrected = _corrected_bias(layer, matrix - codes.values, channels)
@@ -290,6 +307,11 @@ class _Decision:
             signal[name] += float((wide**2).sum())
             noise[name] += float(((wide - array) ** 2).sum())
         return {name: f"result {_decibels(decibels(signal[name], noise[name]))}" for name in names}
+
+
+def _gram_of(layer: Layer) -> str:
+    """The name of X'X of a layer: products that read the same value share it."""
+    return f"{layer.data.name}|data" if layer.is_product else layer.site
 
 
 def _decibels(number: float) -> str:

@@ -48,11 +48,12 @@ class DynaQuant(Pass):
 
     Options: weights: 8, 6 or 4 bits. activations: 8, 16 or none. method: minmax, percentile, entropy or mse. group:
     inputs that share a scale, 0 for all of a channel; by default 32 for 4-bit products. symmetric=false: weights have
-    zero points. smooth: auto, none, or a strength between 0 and 1. equalise, correct: cross-layer equalisation and
-    bias correction. mixed: the mean width of weights that layers are given 4, 6 or 8 bits for, by what each costs.
-    layers: all, or their numbers from 0. keep: first, last, or outputs of layers that stay in float, joined by +.
-    least: weights with which an operator is worth it. samples: most calibration samples that are used. outputs: those
-    that quality is measured on.
+    zero points. smooth: auto, none, or a strength between 0 and 1. equalise: channels between two layers are scaled
+    alike. correct: biases make up for the means that rounding shifts. together: weights are rounded so that the
+    errors of a row cancel, else each to its nearest code. mixed: the mean width of weights; layers are given 4, 6 or 8
+    bits by what each costs. layers: all, or their numbers from 0. keep: first, last, or outputs of layers that stay in
+    float, joined by +. least: weights with which an operator is worth it. samples: most calibration samples that are
+    used. outputs: those that quality is measured on.
     """
 
     name: ClassVar[str] = "dynaquant"
@@ -67,6 +68,7 @@ class DynaQuant(Pass):
     smooth: str = "auto"  # auto, none, or the strength of SmoothQuant
     equalise: bool = False  # cross-layer equalisation
     correct: bool = True  # bias correction
+    together: bool = True  # the weights of a row are rounded together; else each to its nearest code
     mixed: float | None = None  # mean bits of weights; each layer gets 4, 6 or 8
     layers: str = "all"  # all, or numbers joined by +
     keep: tuple[str, ...] = ()  # first, last, or outputs of layers that stay in float, joined by +
@@ -152,7 +154,8 @@ class DynaQuant(Pass):
     def _options(self) -> Options:
         return Options(
             self.weights, self.activations, self.method, self.group, self.symmetric, self._strength,
-            self.smooth != "none", self.equalise, self.correct, self.mixed, self.outputs,
+            self.smooth != "none", self.equalise, self.correct, self.together,
+            self.mixed, self.outputs,
         )  # fmt: skip
 
     def _convert(self, model: ir.Model, plan: Plan, report: PassReport) -> PassReport:
