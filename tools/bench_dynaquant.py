@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
     Calibration = dict[str, list[np.ndarray]]
 
-CROPS, PAIRS, TOKENS, WINDOW = 600, 2000, 2048, 512
-PHOTO_CALIBRATION, TEXT_CALIBRATION, DIGIT_CALIBRATION, LINE_CALIBRATION = 128, 16, 256, 256
+CROPS, PAIRS, TOKENS, WINDOW = 500, 2000, 2048, 512
+PHOTO_CALIBRATION, TEXT_CALIBRATION, DIGIT_CALIBRATION, LINE_CALIBRATION = 64, 8, 128, 64
 SKIPPED, LATER = 30_000, 600_000  # characters of Moby-Dick in front of what is judged, and of what is calibrated on
 HEADER = ["model", "pass", "judged by", "float", "quantized", "asked for", "", "weights MB", "seconds"]
 
