@@ -5,10 +5,10 @@ from __future__ import annotations
 import enum
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from . import spec
 from .errors import PassError
@@ -94,6 +94,15 @@ class Caches:
         return max(self.l1, self.l2, self.l3)
 
 
+class Evaluator(Protocol):
+    """Runs any model and hands out values inside it, one sample and value at a time, in bounded memory."""
+
+    def __call__(
+        self, model: ir.Model, names: Sequence[str], feeds: Sequence[dict[str, np.ndarray]]
+    ) -> Iterator[tuple[int, str, np.ndarray]]:
+        """(number of the sample, name, array) for every name and every sample; the model stays as it is."""
+
+
 @dataclass(frozen=True)
 class PassContext:
     """Everything a pass may read besides the model.
@@ -101,7 +110,8 @@ class PassContext:
     pins: input name -> shape (ints), from --pin. calibration: input name -> list of arrays, one per sample.
     target: the target's name, or None when only the ONNX file is rewritten. seed: of every random choice.
     dry_run: report as usual, learn nothing; the caller throws the model away. trainer: fits what a learned pass asks
-    for (`graphwright.models.fit.train`); None where nothing can be trained. output: what the result is called;
+    for (`graphwright.models.fit.train`); None where nothing can be trained. evaluator: values inside a model
+    (`graphwright.runtime.evaluator.evaluate`); None where nothing can be run. output: what the result is called;
     learned weights are written beside it. overwrite: whether they may replace a file.
     """
 
@@ -114,6 +124,7 @@ class PassContext:
     progress: Callable[[str], None] = field(default=lambda message: None, repr=False)
     dry_run: bool = False
     trainer: Callable[[TrainingJob, PassContext], Weights] | None = field(default=None, repr=False)
+    evaluator: Evaluator | None = field(default=None, repr=False)
     output: Path = Path("model")
     overwrite: bool = False
 
@@ -129,7 +140,7 @@ class Pass(ABC):
     contract: ClassVar[Contract]
 
     def needs(self) -> frozenset[str]:
-        """What must be in the context: a subset of {"calibration", "target", "recovery"}."""
+        """What must be in the context: a subset of {"calibration", "target", "ranges", "recovery"}."""
         return frozenset()
 
     @abstractmethod

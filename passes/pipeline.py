@@ -22,6 +22,8 @@ log = logging.getLogger("graphwright")
 NEEDS = {
     "calibration": "real inputs: give --calibration FILE.npz",
     "target": "a target: give --target NAME",
+    "ranges": "real inputs to see how large numbers become: give --calibration, plan=FILE.npz of an earlier run, or "
+    "activations=none for the weights alone",
     "recovery": "inputs to learn from, because it puts another function in place of the model's: give --calibration, "
     "weights=FILE.npz of an earlier run, or recover=none for the change alone",
 }
@@ -66,6 +68,7 @@ class Pipeline:
         given = {
             "calibration": ctx.calibration is not None,
             "target": ctx.target is not None,
+            "ranges": ctx.calibration is not None or ctx.dry_run,
             "recovery": ctx.calibration is not None or ctx.dry_run,
         }
         for step in self.passes:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+MOST_JUDGED = 256  # samples that quality is measured on
 EVERY = 10  # of so many samples one is held out
 WORD_MASK = "attention_mask"  # the input by which language models leave out padding, as tokenizers call it
 
@@ -14,6 +15,17 @@ WORD_MASK = "attention_mask"  # the input by which language models leave out pad
 def held_out(count: int) -> list[int]:
     """Indices of the samples that nothing is learned from; of fewer than ten, none."""
     return list(range(EVERY - 1, count, EVERY))
+
+
+def judged(count: int) -> list[int]:
+    """Indices of the samples that quality is measured on: those held out, or all when none are."""
+    return (held_out(count) or list(range(count)))[:MOST_JUDGED]
+
+
+def counts(value: Any) -> bool:
+    """Whether an output is judged: an array of floats with rows."""
+    floats = isinstance(value, np.ndarray) and (value.dtype.kind == "f" or value.dtype.name == "bfloat16")
+    return floats and value.ndim > 0
 
 
 def rows_that_count(feeds: Mapping[str, Any], shape: tuple[int, ...]) -> np.ndarray | None:
@@ -35,3 +47,18 @@ def cosine_drop(expected: np.ndarray, found: np.ndarray, rows: np.ndarray | None
     equal = (a == b).all(-1)
     cosine = np.where(equal, 1.0, (a * b).sum(-1) / np.where(norms > 0, norms, 1.0))
     return float(1 - cosine.mean())
+
+
+class Drops:
+    """The mean drop of each output over samples."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, list[float]] = {}
+
+    def add(self, name: str, expected: np.ndarray, found: np.ndarray, feeds: Mapping[str, Any]) -> None:
+        """Take in one output of one sample, whose feeds say which rows count."""
+        drop = cosine_drop(expected, found, rows_that_count(feeds, expected.shape))
+        self._found.setdefault(name, []).append(drop)
+
+    def means(self) -> dict[str, float]:
+        return {name: float(np.mean(drops)) for name, drops in self._found.items()}

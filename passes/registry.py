@@ -42,6 +42,7 @@ PASSES: dict[str, str] = {
     "softplus-attention": "graphwright.passes.attention.softplus_attention:SoftplusAttention",
     "linear-attention": "graphwright.passes.attention.linear_attention:LinearAttention",
     "stablemax": "graphwright.passes.attention.stablemax:Stablemax",
+    "dynaquant": "graphwright.passes.quantize.dynaquant:DynaQuant",
 }
 
 # Formulas in small operators become the standard's large ones: larger patterns may hold what smaller ones find.

@@ -24,6 +24,7 @@ from ..passes.graph import site
 from ..passes.pipeline import Observer, Pipeline
 from . import verify as checks
 from .compare import Verdict
+from .evaluator import evaluate
 from .feeds import Unfed
 from .reference import NoKernel
 from .target import Target
@@ -152,8 +153,8 @@ def optimize(
     name = where.name if where else original.graph.name or "model"
     ctx = PassContext(
         pins=pins or {}, calibration=calibration, target=goal.name if goal else None, seed=seed, max_drop=max_drop,
-        progress=progress, dry_run=dry_run, trainer=trainer, output=path,
-        overwrite=overwrite, **({"caches": goal.caches} if goal else {}),
+        progress=progress, dry_run=dry_run, trainer=trainer, output=path, overwrite=overwrite,
+        evaluator=functools.partial(evaluate, threads=threads or 0), **({"caches": goal.caches} if goal else {}),
     )  # fmt: skip
     pipeline.check_needs(ctx)
     unverified = "" if verify and not dry_run else "--no-verify"

@@ -57,6 +57,8 @@ def ort_session(
     options.add_session_config_entry(EXACT_BYTES, "1")
     levels = ort.GraphOptimizationLevel
     options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimized else levels.ORT_DISABLE_ALL
+    if optimized and any(node.op_type == "QuantizeLinear" for node in model.graph):
+        options.add_session_config_entry(WITHOUT_QDQ, "1")  # its products of bytes are inexact on some machines
     if not optimized and any(node.op_type in BYTE_PRODUCTS for node in model.graph.all_nodes()):
         options.graph_optimization_level = levels.ORT_ENABLE_EXTENDED  # the first at which it can be exact
         options.add_session_config_entry(WITHOUT_QDQ, "1")  # floats between QDQ nodes stay floats
@@ -128,14 +130,16 @@ def mapped(tensor: ir.TensorProtocol) -> np.ndarray:
 
 
 class Reference:
-    """`run(feeds) -> {output name: array}` of a model on onnxruntime, its own graph optimizations off."""
+    """`run(feeds) -> {output name: array}` of a model on onnxruntime, its own graph optimizations off unless asked for:
+    they may change numbers, and a session with them takes longer to make."""
 
-    def __init__(self, model: ir.Model, *, threads: int = 0) -> None:
+    def __init__(self, model: ir.Model, *, threads: int = 0, optimized: bool = False) -> None:
         self.model = model
         self.threads = threads
+        self.optimized = optimized
         self.output_names = [value.name or "" for value in model.graph.outputs]
         whole = io.weights_nbytes(model) <= WHOLE_LIMIT
-        self._session = ort_session(model, threads=threads) if whole else None
+        self._session = ort_session(model, threads=threads, optimized=optimized) if whole else None
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, Any]:
         """Raises InputError when onnxruntime refuses the feeds or fails on them."""
@@ -165,7 +169,7 @@ class Reference:
             names = [value.name or "" for value in part.graph.outputs]
             if not names:  # nobody reads what it makes
                 continue
-            session = ort_session(part, threads=self.threads)
+            session = ort_session(part, threads=self.threads, optimized=self.optimized)
             inputs = {i.name: values[i.name] for i in session.get_inputs()}
             values.update(zip(names, run_session(session, names, inputs), strict=True))
             values = {name: value for name, value in values.items() if last.get(name, -1) > index}

@@ -8,22 +8,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 
 from ..passes.base import Contract, LearnedPass, Pass, PassContext, PassReport
 from ..passes.errors import BudgetError, InputError, ModelError, VerificationError
 from ..passes.graph import all_nodes
 from ..passes.pipeline import Pipeline
-from ..passes.quality import cosine_drop, held_out, rows_that_count
+from ..passes.quality import Drops, counts, held_out, judged
+from ..passes.quantize.dynaquant import DynaQuant
 from .compare import Runner, Verdict, approximate_outputs, compare, judge, ranked_outputs
 from .feeds import Feeds, check_names, made_up
 from .reference import Reference
 from .wavering import LEAST, Wavering, quantizes
 
 UNUSABLE = (ModelError, InputError)  # what onnxruntime's refusal of a model or of inputs becomes
-
-MOST_JUDGED = 256  # samples that the quality of a learned model is measured on
 
 log = logging.getLogger("graphwright")
 
@@ -212,18 +210,14 @@ def measure_quality(
     if not ctx.calibration:
         return None
     count = min(len(values) for values in ctx.calibration.values())
-    apart = held_out(count)
-    indices = (apart or list(range(count)))[:MOST_JUDGED]
-    named = {name for step in pipeline if isinstance(step, LearnedPass) for name in step.outputs}
+    indices = judged(count)
+    named = {name for step in pipeline if isinstance(step, LearnedPass | DynaQuant) for name in step.outputs}
     old, new = Reference(original, threads=threads), Reference(model, threads=threads)
-    sums: dict[str, float] = {}
+    drops = Drops()
     for i in indices:
         feeds = {name: values[i] for name, values in ctx.calibration.items()}
         expected, found = old.run(feeds), new.run(feeds)
         for name, value in expected.items():
-            wide = isinstance(value, np.ndarray) and (value.dtype.kind == "f" or value.dtype.name == "bfloat16")
-            if wide and value.ndim and (not named or name in named):
-                drop = cosine_drop(value, found[name], rows_that_count(feeds, value.shape))
-                sums[name] = sums.get(name, 0.0) + drop
-    drops = {name: total / len(indices) for name, total in sums.items()}
-    return Quality(drops, len(indices), bool(apart), ctx.max_drop)
+            if counts(value) and (not named or name in named):
+                drops.add(name, value, found[name], feeds)
+    return Quality(drops.means(), len(indices), bool(held_out(count)), ctx.max_drop)

@@ -55,11 +55,16 @@ def spearman(a: np.ndarray, b: np.ndarray) -> float:
 
 def cosines(model: Path, lines: list[str]) -> np.ndarray:
     """The cosine of each pair of neighbours in `lines`, by onnxruntime."""
-    import numpy as np
     import onnxruntime
+
+    return pair_cosines(onnxruntime.InferenceSession(str(model), providers=["CPUExecutionProvider"]), lines)
+
+
+def pair_cosines(session: Any, lines: list[str]) -> np.ndarray:
+    """The same by a session."""
+    import numpy as np
     from graphwright.models import tokens
 
-    session = onnxruntime.InferenceSession(str(model), providers=["CPUExecutionProvider"])
     vectors = []
     for at in range(0, len(lines), BATCH):
         rows = [encoding.ids for encoding in tokens.minilm().encode_batch(lines[at : at + BATCH])]

@@ -1,0 +1,346 @@
+"""From a float model and real inputs to a plan: edits, ranges, codes, widths, and what stays in float."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import onnx_ir as ir
+
+from .. import graph
+from ..base import PassContext
+from ..errors import PassError
+from ..quality import held_out, judged
+from .calibrate import Channels, Feeds, Seen, observe
+from .equalise import equalise, equalising, pairs
+from .layers import Layer, find_layers
+from .placement import Placement, place
+from .plan import Edit, LayerPlan, Plan, Point
+from .ranges import Histogram, Method
+from .rounding import can_be_rounded, products, round_together
+from .scales import affine, data_grid, decibels, fit_weights, signal_to_noise, weight_grid
+from .sensitivity import Judge, allot, fewest
+from .smooth import smooth, smoothing
+from .write import bias_place, write
+
+MOST_BIAS = 2.0**30  # of a bias in steps of its scale
+DAMAGE_SAMPLES, ERROR_SAMPLES = 8, 4
+WIDTHS = (4, 6, 8)
+BLOCK = 32  # of 4-bit weights of products
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the pass's options ask of the plan; see DynaQuant."""
+
+    weights: int
+    activations: int | None
+    method: Method
+    group: int | None
+    symmetric: bool
+    smooth: float | None
+    smoothing: bool
+    equalise: bool
+    correct: bool
+    together: bool
+    mixed: float | None
+    outputs: tuple[str, ...]
+
+
+def decide(
+    model: ir.Model, sites: Collection[str], kept: Mapping[str, str], feeds: Sequence[Feeds], options: Options,
+    ctx: PassContext,
+) -> Plan:  # fmt: skip
+    """The plan for the layers at `sites`. feeds: calibration samples; none for weights alone."""
+    return _Decision(model, sites, feeds, options, ctx).plan(kept)
+
+
+def edited(model: ir.Model, edits: Sequence[Edit]) -> None:
+    """Make a plan's edits. Raises PassError when they are for another model."""
+    for edit in edits:
+        layers = {layer.site: layer for layer in find_layers(model)[0]}
+        try:
+            if edit.kind == "smooth":
+                value = layers[edit.sites[1]].data
+                smooth(model, edit, value, [layers[site] for site in edit.sites[1:]])
+            else:
+                equalise(model, edit, *(layers[site] for site in edit.sites))
+        except (KeyError, ValueError) as error:
+            raise PassError(f"the plan is for another model or preset: {edit.sites} are not in this one") from error
+
+
+class _Decision:
+    def __init__(
+        self, model: ir.Model, sites: Collection[str], feeds: Sequence[Feeds], options: Options, ctx: PassContext
+    ) -> None:
+        self.original, self.sites, self.feeds, self.options, self.ctx = model, set(sites), feeds, options, ctx
+        self.base = model.clone()  # with the edits
+        self.layers = self._layers()
+        self.seen: dict[str, Seen] = {}
+        self.grams: dict[str, np.ndarray] = {}
+
+    def _layers(self) -> list[Layer]:
+        return [layer for layer in find_layers(self.base)[0] if layer.site in self.sites]
+
+    def plan(self, kept: Mapping[str, str]) -> Plan:
+        edits = self._edits() if self.feeds and self.options.activations else ()
+        placement = Placement()
+        if self.options.activations:
+            placement = place(self.base, self.layers)
+        if self.feeds:
+            self.ctx.progress("dynaquant: ranges")
+            self.seen = self._observe(placement.values)
+        points = self._points(placement)
+        plan = Plan(edits, {}, points, kept)
+        self.ctx.progress("dynaquant: weights")
+        widths = {layer.site: self.options.weights for layer in self.layers}
+        plan = replace(plan, layers={layer.site: self._fit(layer, widths[layer.site], points) for layer in self.layers})
+        if self.options.mixed is not None:
+            plan = self._mixed(plan, points, self.options.mixed)
+        if self.ctx.max_drop is not None:
+            plan = self._within_budget(plan, self.ctx.max_drop)
+        return self._described(plan)
+
+    # --- edits
+
+    def _edits(self) -> tuple[Edit, ...]:
+        found: list[Edit] = []
+        if self.options.equalise:
+            found += self._equalised()
+        if self.options.smoothing:
+            found += self._smoothed()
+        return tuple(found)
+
+    def _equalised(self) -> list[Edit]:
+        found = []
+        candidates = pairs(self.layers)
+        seen = self._evaluated({pair.between.name or "": pair.first.data_axis for pair in candidates})
+        for pair in candidates:
+            edit = equalising(pair, seen[pair.between.name or ""])
+            if edit is not None:
+                found.append(edit)
+        edited(self.base, found)
+        self.layers = self._layers()
+        return found
+
+    def _smoothed(self) -> list[Edit]:
+        groups: dict[ir.Value, list[Layer]] = {}
+        for layer in self.layers:
+            if layer.is_product:
+                groups.setdefault(layer.data, []).append(layer)
+        if not groups:
+            return []
+        self.ctx.progress("dynaquant: smoothing")
+        seen = self._evaluated({value.name or "": -1 for value in groups})
+        assert self.options.activations is not None
+        found = [
+            smoothing(
+                value, layers, seen[value.name or ""], self.options.weights, self.options.activations,
+                self.options.method, self.options.smooth,
+            )
+            for value, layers in groups.items()
+        ]  # fmt: skip
+        edits = [edit for edit in found if edit is not None]
+        edited(self.base, edits)
+        self.layers = self._layers()
+        return edits
+
+    # --- ranges
+
+    def _evaluated(
+        self, axes: Mapping[str, int | None], also: Callable[[str, np.ndarray], None] = lambda name, array: None
+    ) -> dict[str, Seen]:
+        assert self.ctx.evaluator is not None
+        return observe(self.base, axes, self.feeds, self.ctx.evaluator, also)
+
+    def _observe(self, values: Mapping[ir.Value, ir.Value]) -> dict[str, Seen]:
+        axes: dict[str, int | None] = {value.name or "": None for value in values}
+        axes.update({layer.data.name or "": layer.data_axis for layer in self.layers})
+        readers: dict[str, dict[str, Layer]] = {}
+        for layer in self.layers:
+            if self.options.together and can_be_rounded(layer):
+                readers.setdefault(layer.data.name or "", {}).setdefault(_gram_of(layer), layer)
+
+        def take(name: str, array: np.ndarray) -> None:
+            for key, layer in readers.get(name, {}).items():
+                found = products(layer, array)
+                self.grams[key] = self.grams[key] + found if key in self.grams else found
+
+        return self._evaluated(axes, take)
+
+    def _points(self, placement: Placement) -> dict[str, Point]:
+        bits = self.options.activations
+        if bits is None:
+            return {}
+        shared: dict[ir.Value, Histogram] = {}
+        for value, root in placement.values.items():
+            shared.setdefault(root, Histogram()).merge(self.seen[value.name or ""].histogram)
+        grid = data_grid(bits)
+        found = {}
+        for root, histogram in shared.items():
+            low, high = histogram.range(self.options.method, grid)
+            scale, zero = affine(low, high, grid)
+            found[root] = Point(float(scale[0]), int(zero[0]), bits)
+        return {value.name or "": found[root] for value, root in placement.values.items()}
+
+    # --- weights
+
+    def _block(self, layer: Layer, bits: int) -> int:
+        """Inputs that share a scale; 0: all of a channel."""
+        group = self.options.group
+        if group is None or (bits > 4 and self.options.activations):
+            group = BLOCK if bits == 4 else 0
+        return group if layer.is_product and group < layer.size // layer.channels else 0
+
+    def _channels(self, layer: Layer) -> Channels | None:
+        seen = self.seen.get(layer.data.name or "")
+        return seen.channels if seen is not None else None
+
+    def _fit(self, layer: Layer, bits: int, points: Mapping[str, Point]) -> LayerPlan:
+        matrix = layer.matrix(layer.weight())
+        if not np.isfinite(matrix).all():
+            raise PassError(f"the weight of {layer.site!r} holds NaN or infinity; expected finite weights")
+        channels, least = self._channels(layer), None
+        point = points.get(layer.data.name or "") if self.options.activations else None
+        bias = graph.constant_tensor(layer.bias)
+        if point is not None and bias is not None and bias_place(layer) is not None:
+            steps = np.abs(bias.numpy().reshape(-1).astype(np.float64)) / (point.scale * MOST_BIAS)
+            least = np.broadcast_to(steps, (layer.channels,))
+        search = self.options.method is not Method.MINMAX
+        importance = layer.per_input(channels.mean_square) if channels is not None and search else None
+        grid = weight_grid(bits, self.options.symmetric)
+        codes = fit_weights(matrix, grid, self._block(layer, bits), importance, search, least)
+        gram = self.grams.get(_gram_of(layer))
+        if gram is not None:
+            codes = round_together(matrix, codes, grid, gram)
+        corrected = None
+        if self.options.correct and channels is not None:
+            corrected = _corrected_bias(layer, matrix - codes.values, channels)
+        return LayerPlan(bits, codes, point is not None, corrected)
+
+    # --- widths and the budget
+
+    def _model(self, plan: Plan, *, alone: bool = False) -> ir.Model:
+        copy = self.base.clone()
+        write(copy, plan, alone=alone)
+        return copy
+
+    def _judge(self, feeds: Sequence[Feeds]) -> Judge:
+        assert self.ctx.evaluator is not None
+        return Judge(self.base, feeds, self.ctx.evaluator, self.options.outputs)
+
+    def _damages(self, plans: Mapping[str, LayerPlan], plan: Plan, judge: Judge, what: str) -> dict[str, float]:
+        found = {}
+        for number, (site, layer) in enumerate(plans.items()):
+            self.ctx.progress(f"dynaquant: {what} {number + 1} of {len(plans)}")
+            found[site] = judge.drop(self._model(replace(plan, layers={site: layer}), alone=True))
+        return found
+
+    def _mixed(self, plan: Plan, points: Mapping[str, Point], mean_bits: float) -> Plan:
+        judge = self._judge(self.feeds[:DAMAGE_SAMPLES])
+        damages: dict[str, dict[int, float]] = {layer.site: {} for layer in self.layers}
+        fitted: dict[int, dict[str, LayerPlan]] = {}
+        for bits in WIDTHS:
+            fitted[bits] = {layer.site: self._fit(layer, bits, points) for layer in self.layers}
+            for site, damage in self._damages(fitted[bits], plan, judge, f"{bits} bits, layer").items():
+                damages[site][bits] = damage
+        widths = allot(damages, {layer.site: layer.size for layer in self.layers}, mean_bits)
+        return replace(plan, layers={site: fitted[bits][site] for site, bits in widths.items()})
+
+    def _within_budget(self, plan: Plan, budget: float) -> Plan:
+        """The plan with as few layers in float as hold the budget, those first that hurt most by themselves."""
+        assert self.ctx.calibration is not None
+        count = min(len(values) for values in self.ctx.calibration.values())
+        apart = [{name: values[i] for name, values in self.ctx.calibration.items()} for i in judged(count)]
+        self.ctx.progress("dynaquant: budget")
+        judge = self._judge(apart)
+        if judge.drop(self._model(plan)) <= budget:
+            return plan
+        damages = self._damages(plan.layers, plan, self._judge(self.feeds[:DAMAGE_SAMPLES]), "damage of layer")
+        order = sorted(damages, key=lambda site: -damages[site])
+        reasons = {
+            site: f"by itself it costs {damages[site]:.2g} of the outputs, more than --max-drop {budget:g} leaves"
+            for site in order
+        }
+
+        def rest(count: int) -> Plan:
+            return plan.without({site: reasons[site] for site in order[:count]})
+
+        return rest(fewest(order, lambda count: judge.drop(self._model(rest(count))) <= budget))
+
+    # --- the report
+
+    def _described(self, plan: Plan) -> Plan:
+        """The plan with each layer's width and error."""
+        errors = self._errors(plan)
+        layers = {}
+        for site, layer in plan.layers.items():
+            block = f" in blocks of {layer.codes.block}" if layer.codes.block else ""
+            data = f", {plan.values[_data_name(self.layers, site)].bits}-bit data" if layer.data else ""
+            detail = f"{layer.bits}-bit weights{block}{data}; {errors[site]}"
+            layers[site] = replace(layer, detail=detail)
+        sizes = {layer.site: layer.size for layer in self.layers if layer.site in layers}
+        total = max(sum(sizes.values()), 1)
+        stats = {
+            "layers": len(layers), "edits": len(plan.edits),
+            "mean_bits": sum(layers[site].bits * size for site, size in sizes.items()) / total,
+        }  # fmt: skip
+        return replace(plan, layers=layers, stats=stats)
+
+    def _errors(self, plan: Plan) -> dict[str, str]:
+        """Signal to noise of each layer: of its result in the quantized model, or without inputs of its weight."""
+        if not self.feeds:
+            return {
+                layer.site: f"weight {_decibels(signal_to_noise(layer.matrix(layer.weight()), found.codes.values))}"
+                for layer in self.layers
+                if (found := plan.layers.get(layer.site)) is not None
+            }
+        assert self.ctx.evaluator is not None
+        feeds = self.feeds[:ERROR_SAMPLES]
+        names = list(plan.layers)
+        signal, noise = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
+        theirs = self.ctx.evaluator(self.base, names, feeds)
+        ours = self.ctx.evaluator(self._model(plan), names, feeds)
+        for (_, name, array), (_, _, expected) in zip(ours, theirs, strict=True):
+            wide = expected.astype(np.float64)
+            signal[name] += float((wide**2).sum())
+            noise[name] += float(((wide - array) ** 2).sum())
+        return {name: f"result {_decibels(decibels(signal[name], noise[name]))}" for name in names}
+
+
+def _gram_of(layer: Layer) -> str:
+    """The name of X'X of a layer: products that read the same value share it."""
+    return f"{layer.data.name}|data" if layer.is_product else layer.site
+
+
+def _decibels(number: float) -> str:
+    return f"{number:.1f} dB above its error" if np.isfinite(number) else "without error"
+
+
+def _data_name(layers: Sequence[Layer], site: str) -> str:
+    return next(layer.data.name or "" for layer in layers if layer.site == site)
+
+
+def _corrected_bias(layer: Layer, lost: np.ndarray, channels: Channels) -> np.ndarray | None:
+    """The bias with what the rounding of the weights takes from the mean of each channel of the result: the mean of
+    the data times what the weights lost. None where there is no place for it. At the border of an image zeros are
+    counted as the mean. Source: Nagel et al., arXiv 1906.04721, section 4.2."""
+    place = bias_place(layer)
+    if place is None:
+        return None
+    node, index = place
+    tensor = graph.constant_tensor(graph.input_of(node, index))
+    bias = np.zeros(layer.channels) if tensor is None else tensor.numpy().reshape(-1).astype(np.float64)
+    shift = (lost.astype(np.float64) * layer.per_input(channels.mean)).sum(1)
+    return (np.broadcast_to(bias, shift.shape) + shift).astype(np.float32)
+
+
+def samples(calibration: Mapping[str, Sequence[np.ndarray]], most: int) -> list[Feeds]:
+    """Up to `most` samples, evenly spread over those that quality is not measured on."""
+    count = min(len(values) for values in calibration.values())
+    apart = set(held_out(count))
+    usable = [i for i in range(count) if i not in apart]
+    step = max(1.0, len(usable) / most)
+    chosen = [usable[int(i * step)] for i in range(min(most, len(usable)))]
+    return [{name: values[i] for name, values in calibration.items()} for i in chosen]
