@@ -32,8 +32,8 @@ class InstructionSet:
 
     vector_bits: width of one vector register. registers: how many there are. fma: fused multiply-add on
     vectors. scalef: multiply by a power of two in one instruction (AVX-512). lookup: choose among eight
-    numbers of a register by the low bits of eight others (AVX2's vpermd). streaming: non-temporal stores.
-    dot_int8 / dot_bf16: dot-product instructions.
+    numbers of a register by the low bits of eight others (AVX2's vpermd). streaming: non-temporal stores. half:
+    float16 from and to float32 in one instruction. dot_int8 / dot_bf16: dot-product instructions.
     """
 
     name: str
@@ -43,6 +43,7 @@ class InstructionSet:
     scalef: bool = False
     lookup: bool = False
     streaming: bool = False
+    half: bool = False
     dot_int8: bool = False
     dot_bf16: bool = False
 
@@ -51,10 +52,10 @@ class InstructionSet:
         return self.vector_bits // bits
 
 
-AVX512 = InstructionSet("avx512", 512, 32, fma=True, scalef=True, streaming=True)
-AVX2 = InstructionSet("avx2", 256, 16, fma=True, lookup=True, streaming=True)
+AVX512 = InstructionSet("avx512", 512, 32, fma=True, scalef=True, streaming=True, half=True)
+AVX2 = InstructionSet("avx2", 256, 16, fma=True, lookup=True, streaming=True, half=True)
 SSE2 = InstructionSet("sse2", 128, 16, streaming=True)
-NEON = InstructionSet("neon", 128, 32, fma=True)
+NEON = InstructionSet("neon", 128, 32, fma=True, half=True)
 NEON32 = InstructionSet("neon32", 128, 16, fma=True)
 RVV = InstructionSet("rvv", 128, 32, fma=True)
 SCALAR = InstructionSet("scalar", 32, 32, fma=True)
