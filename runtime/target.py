@@ -32,10 +32,10 @@ class InstructionSet:
 
     vector_bits: width of one vector register. registers: how many there are. fma: fused multiply-add on
     vectors. scalef: multiply by a power of two in one instruction (AVX-512). lookup: choose among eight
-    numbers of a register by the low bits of eight others (AVX2's vpermd). streaming: non-temporal stores.
-    half: vectors of float16 become float32 in one instruction. dot_int8: how 8-bit numbers are multiplied and added
-    into int32: "pairs" of int16 (pmaddwd), "quads" of uint8 with int8 (VNNI), "signed-quads" of int8 (NEON's sdot),
-    "": one by one. dot_bf16: dot products of bfloat16.
+    numbers of a register by the low bits of eight others (AVX2's vpermd). streaming: non-temporal stores. half:
+    float16 from and to float32 in one instruction. dot_int8: how 8-bit numbers are multiplied and added into int32:
+    "pairs" of int16 (pmaddwd), "quads" of uint8 with int8 (VNNI), "signed-quads" of int8 (NEON's sdot), "": one by one.
+    dot_bf16: dot products of bfloat16.
     """
 
     name: str
@@ -60,7 +60,7 @@ AVX2 = InstructionSet("avx2", 256, 16, fma=True, lookup=True, streaming=True, ha
 AVX2_VNNI = dataclasses.replace(AVX2, name="avx2-vnni", dot_int8="quads")
 SSE2 = InstructionSet("sse2", 128, 16, streaming=True, dot_int8="pairs")
 NEON = InstructionSet("neon", 128, 32, fma=True, half=True)
-NEON32 = InstructionSet("neon32", 128, 16, fma=True, half=True)
+NEON32 = InstructionSet("neon32", 128, 16, fma=True)
 RVV = InstructionSet("rvv", 128, 32, fma=True)
 SCALAR = InstructionSet("scalar", 32, 32, fma=True)
 GPU = InstructionSet("gpu", 32, 255, fma=True)

@@ -2,6 +2,7 @@
 
     python -m graphwright.tools.bench_softmax                   all shapes, one thread
     python -m graphwright.tools.bench_softmax --threads 2 --json softmax.json
+    python -m graphwright.tools.bench_softmax --dtype float16   half precision, two bytes an element in memory
     python -m graphwright.tools.bench_softmax --quick           a few shapes, seconds
     python -m graphwright.tools.bench_softmax --columns         along an axis that is not the last
     python -m graphwright.tools.bench_softmax --head            the 50 most likely of 151,936 words
@@ -44,6 +45,7 @@ COLUMNS = [(1, 21, 512 * 512), (1, 16, 33600), (12, 197, 197), (96, 64, 32), (1,
            (1, 20000, 64), (64, 10, 7)]  # fmt: skip
 HEAD, CHOSEN = 151_936, 50
 QUICK = [(1, 1 << 6), (1, 1 << 14), (1, 1 << 20), (1, 1 << 24), (1000, 49), (1024, 1 << 10)]
+BYTES = {"float32": 4, "float16": 2}
 FORMS = ("chosen", "two-pass", "recompute", "reload")
 MEMORY = "memory"
 
@@ -52,42 +54,19 @@ def recompute(e: SoftmaxEmitter, rows: Any, length: Any) -> None:
     """Three passes, the exponentials computed twice: 3 reads and 1 write per element."""
     from tvm.tirx.script import builder as T
 
-    from ..runtime.kernels.vectors import NEGATIVE_INFINITY
-
-    v = e.vectors
     with T.serial(e.const(rows)) as row:
-        start = row * length
-        top = e.maximum(start, length)
-        sums = v.registers(4, 0.0)
-
-        def exponentials(offsets: list[Any], part: Any) -> list[Any]:
-            xs = [v.load(e.x, offset, part, NEGATIVE_INFINITY) for offset in offsets]
-            return [v.exp(x - v.splat(top), low=False) for x in xs]
-
-        def add(offsets: list[Any], part: Any) -> None:
-            for j, value in enumerate(exponentials(offsets, part)):
-                here = v.at(j * v.lanes)
-                T.buffer_store(sums, sums[here] + value, [here])
-
-        e.sweep(length, 4, add, start)
-        total = sums[v.at(0)]
-        for j in range(1, 4):
-            total = total + sums[v.at(j * v.lanes)]
-        factor = T.Bind(T.float32(1) / v.total(total))
-
-        def write(offsets: list[Any], part: Any) -> None:
-            for offset, value in zip(offsets, exponentials(offsets, part), strict=True):
-                v.store(e.y, offset, value * v.splat(factor), part)
-
-        e.sweep(length, 4, write, start)
+        e.recompute_row(row * length, length)
 
 
 def reload(e: SoftmaxEmitter, rows: Any, length: Any) -> None:
-    """Three passes, the exponentials written and read back: 3 reads and 2 writes per element."""
+    """Three passes, the exponentials written and read back: 3 reads and 2 writes per element. Of float16 they are
+    written as float32, elsewhere than the result."""
     from tvm.tirx.script import builder as T
 
     with T.serial(e.const(rows)) as row:
-        e.reload_row(row * length, length)
+        start = row * length
+        room = T.alloc_buffer((e.const(length),), "float32", scope="global") if e.narrow else None
+        e.reload_row(start, length, (room, start) if room is not None else None)
 
 
 def memory(stream: bool, e: SoftmaxEmitter, rows: Any, length: Any) -> None:
@@ -129,7 +108,7 @@ def memory(stream: bool, e: SoftmaxEmitter, rows: Any, length: Any) -> None:
             v.fence()
 
 
-def kernel(form: str, shape: Sequence[int], target: Target, threads: int) -> Callable[..., None]:
+def kernel(form: str, shape: Sequence[int], target: Target, threads: int, dtype: str) -> Callable[..., None]:
     """The compiled kernel of one of FORMS, or of MEMORY."""
     import tvm
     from graphwright.runtime.codegen import machine_code
@@ -137,18 +116,22 @@ def kernel(form: str, shape: Sequence[int], target: Target, threads: int) -> Cal
     from ..passes.ops.two_pass_softmax import Form
     from ..runtime.kernels.two_pass_softmax import rowwise, softmax
 
+    types = (dtype, dtype)
     if form in ("recompute", "reload"):
-        function = rowwise(shape, target.isa, {"recompute": recompute, "reload": reload}[form], "softmax")
+        body = {"recompute": recompute, "reload": reload}[form]
+        function = rowwise(shape, target.isa, body, "softmax", types=types)
     elif form == MEMORY:
-        stream = target.isa.streaming and math.prod(shape) * 4 > target.caches.last_level
-        function = rowwise(shape, target.isa, partial(memory, stream), "softmax")
+        stream = target.isa.streaming and math.prod(shape) * BYTES[dtype] > target.caches.last_level
+        function = rowwise(shape, target.isa, partial(memory, stream), "softmax", types=types)
     else:
         chosen = Form.TWO_PASS if form == "two-pass" else Form.AUTO
-        function = softmax(shape, target.isa, target.caches, threads, chosen, "softmax")
+        function = softmax(shape, target.isa, target.caches, threads, chosen, "softmax", types=types)
     return machine_code(tvm.IRModule({"softmax": function}), target)["softmax"]
 
 
-def measure(shape: tuple[int, int], target: Target, threads: int, budget: float) -> dict[str, Any]:
+def measure(
+    shape: tuple[int, int], target: Target, threads: int, budget: float, dtype: str = "float32"
+) -> dict[str, Any]:
     """One row of the table: nanoseconds per element and ratios, by runner."""
     import numpy as np
     import tvm
@@ -156,7 +139,7 @@ def measure(shape: tuple[int, int], target: Target, threads: int, budget: float)
 
     from ..runtime.measure import Spread
 
-    x = aligned((np.random.default_rng(0).random(shape, np.float32) * 20 - 10).astype(np.float32))
+    x = aligned((np.random.default_rng(0).random(shape, np.float32) * 20 - 10).astype(dtype))
     y = aligned(np.empty_like(x))
     source, result = tvm.runtime.from_dlpack(x), tvm.runtime.from_dlpack(y)
     node = helper.make_node("Softmax", ["x"], ["y"], axis=-1)
@@ -164,11 +147,11 @@ def measure(shape: tuple[int, int], target: Target, threads: int, budget: float)
     # The forms to compare with are written for one thread.
     forms = [f for f in FORMS if threads == 1 or f == "chosen"]
     for form in forms:
-        runners[form] = partial(kernel(form, shape, target, threads), source, result)
+        runners[form] = partial(kernel(form, shape, target, threads, dtype), source, result)
     if threads > 1:
-        runners["one thread"] = partial(kernel("chosen", shape, target, 1), source, result)
+        runners["one thread"] = partial(kernel("chosen", shape, target, 1, dtype), source, result)
     else:
-        runners[MEMORY] = partial(kernel(MEMORY, shape, target, 1), source, result)
+        runners[MEMORY] = partial(kernel(MEMORY, shape, target, 1, dtype), source, result)
     errors = {}
     e = np.exp(x.astype(np.float64) - x.max(axis=-1, keepdims=True))
     expected = e / e.sum(axis=-1, keepdims=True)
@@ -185,6 +168,7 @@ def measure(shape: tuple[int, int], target: Target, threads: int, budget: float)
         ratios[name] = Spread.of([a / b for a, b in zip(times[other], times[mine], strict=True)]).to_json()
     return {
         "shape": list(shape),
+        "dtype": dtype,
         "ns_per_element": {name: Spread.of([t / count * 1e9 for t in ts]).to_json() for name, ts in times.items()},
         "ratio": ratios,
         "max_relative_error": errors,
@@ -280,6 +264,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="a few shapes, a fraction of a second each")
     parser.add_argument("--threads", type=int, default=1, metavar="N")
     parser.add_argument("--shape", action="append", metavar="ROWSxLENGTH", help="only this; may be given again")
+    parser.add_argument("--dtype", choices=BYTES, default="float32", help="of the rows and their results")
     kinds = parser.add_mutually_exclusive_group()
     kinds.add_argument("--columns", action="store_true", help="softmax along an axis that is not the last")
     kinds.add_argument("--head", action="store_true", help=f"the {CHOSEN} greatest probabilities of {HEAD} logits")
@@ -302,10 +287,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     shapes = QUICK if options.quick else ONE_ROW + MANY_ROWS
     if options.shape:
         shapes = [(int(rows), int(length)) for rows, _, length in (s.partition("x") for s in options.shape)]
-    print_head(target, options.threads, header(options.threads), "; ns per element")
+    print_head(target, options.threads, header(options.threads), f"; {options.dtype}, ns per element")
     results = []
     for shape in shapes:
-        results.append(measure(shape, target, options.threads, budget))
+        results.append(measure(shape, target, options.threads, budget, options.dtype))
         print_row(line(results[-1], options.threads))
     if options.json:
         document = {"target": target.to_json(), "threads": options.threads, "results": results}

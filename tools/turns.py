@@ -42,12 +42,13 @@ def aligned(array: np.ndarray) -> np.ndarray:
 
 
 def one_node(node: Any, feeds: Mapping[str, np.ndarray], constants: Mapping[str, np.ndarray] | None = None) -> Any:
-    """A model of one node, or of several, whose result is y."""
-    from onnx import TensorProto, helper, numpy_helper
+    """A model of one node, or of several, whose result is y, of the type of the first input."""
+    from onnx import helper, numpy_helper
 
     nodes = list(node) if isinstance(node, Sequence) else [node]
-    inputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, a.shape) for name, a in feeds.items()]
-    output = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
+    kinds = {name: helper.np_dtype_to_tensor_dtype(a.dtype) for name, a in feeds.items()}
+    inputs = [helper.make_tensor_value_info(name, kinds[name], a.shape) for name, a in feeds.items()]
+    output = helper.make_tensor_value_info("y", next(iter(kinds.values())), None)
     held = [numpy_helper.from_array(a, name) for name, a in (constants or {}).items()]
     graph = helper.make_graph(nodes, "g", inputs, [output], held)
     domains = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]

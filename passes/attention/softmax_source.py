@@ -11,6 +11,8 @@ import onnx_ir as ir
 from .. import graph
 from ..ops import MASKED_SOFTMAX, SCALED_SOFTMAX, SELECTED_SOFTMAX, CustomOp
 
+FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+
 
 @dataclass(frozen=True)
 class Source:
@@ -34,12 +36,12 @@ class Source:
 
 
 def source_of(value: ir.Value) -> Source | None:
-    """Where `value`, of float32, is a scaled or masked tensor that only its softmax reads: what it is made of.
+    """Where `value`, of one of FLOATS, is a scaled or masked tensor that only its softmax reads: what it is made of.
 
     The scale is a constant. The mask is known to broadcast to the tensor and to have its last axis.
     """
     whole, inner, mask = value, value, None
-    if value.dtype != ir.DataType.FLOAT:
+    if value.dtype not in FLOATS:
         return None
     if (node := _only_used(value, "Where")) is not None:
         kept, chosen, fill = node.inputs
@@ -83,7 +85,9 @@ def _only_used(value: ir.Value, *operators: str) -> ir.Node | None:
 
 def _scalar(value: ir.Value | None) -> float | None:
     array = graph.constant_value(value)
-    return float(array.reshape(-1)[0]) if array is not None and array.size == 1 and array.dtype.kind == "f" else None
+    if value is None or array is None or array.size != 1 or value.dtype not in FLOATS:
+        return None
+    return float(array.reshape(-1)[0])
 
 
 def _broadcasts(mask: ir.Value | None, whole: ir.Value) -> bool:
@@ -91,10 +95,10 @@ def _broadcasts(mask: ir.Value | None, whole: ir.Value) -> bool:
 
     A constant row is no mask but the bias of a product, which the product's kernel adds.
     """
-    types = (ir.DataType.FLOAT, ir.DataType.BOOL)
+    types = (whole.dtype, ir.DataType.BOOL)
     if mask is None or mask.shape is None or whole.shape is None or mask.dtype not in types:
         return False
-    if len(mask.shape) == 1 and mask.dtype == ir.DataType.FLOAT and graph.is_constant(mask):
+    if len(mask.shape) == 1 and mask.dtype in FLOATS and graph.is_constant(mask):
         return False
     dims, sizes = list(whole.shape)[::-1], list(mask.shape)[::-1]
     if not sizes or len(sizes) > len(dims) or not graph.same_dim(sizes[0], dims[0]):

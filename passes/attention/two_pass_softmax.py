@@ -24,6 +24,7 @@ from ..graph import (
 from ..ops import MASKED_SOFTMAX, SCALED_SOFTMAX, SELECTED_SOFTMAX
 from ..ops.masked_softmax import OPSET as FOLDED
 from ..ops.two_pass_softmax import (
+    NARROW_ROW,
     NEGATIVE_AXES,
     TWO_PASS_SOFTMAX,
     Form,
@@ -36,7 +37,8 @@ from ..recognise.softmax import WITHOUT_MAXIMUM
 from .softmax_source import Source, source_of
 
 ALL_AXES = 13  # from this opset on Softmax is over one axis; before, over all axes from `axis` to the last
-COMPUTED = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+NARROW = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+COMPUTED = (ir.DataType.FLOAT, *NARROW)
 
 
 class _Refused(Exception):
@@ -66,8 +68,8 @@ class TwoPassSoftmax(Pass):
         y = Softmax (m)
 
     A constant scale, by Mul or Div, and a mask are taken in as the softmax reads x, so that their results are never
-    written: ScaledSoftmax without a mask, SelectedSoftmax where Where chooses between x and -inf. They must be of
-    float32, along the last axis, of opset 15 or later, used nowhere else, and the mask known to broadcast to x.
+    written: ScaledSoftmax without a mask, SelectedSoftmax where Where chooses between x and -inf. They must be along
+    the last axis, of opset 15 or later, used nowhere else, and the mask known to broadcast to x.
 
     The operator's body is Softmax itself: the file stays plain ONNX and runs at full speed everywhere.
     Left alone: float64, several axes (before opset 13), and chains along another axis, for which `recognise-softmax`
@@ -168,9 +170,11 @@ class TwoPassSoftmax(Pass):
         row, columns = _row_length(y, axis), not _is_last(y.shape, axis)
         where = f"along axis {axis}, " if columns else ""
         if isinstance(row, int):
-            form, why = (choose_column_form if columns else choose_form)(row, ctx.caches)
+            narrow = y.dtype in NARROW
+            form, why = choose_column_form(row, ctx.caches) if columns else choose_form(row, ctx.caches, narrow)
             return f"{where}{form.value}: {why}"
         limit = (longest_column if columns else longest_in_cache)(ctx.caches)
+        limit = NARROW_ROW if y.dtype in NARROW and not columns else limit
         return f"{where}by row length at run time, which is {row}: three-pass up to {limit} elements, two-pass above"
 
 

@@ -21,6 +21,8 @@ NEGATIVE_AXES = 11
 LAST = {"axis": -1}
 # Columns of a tile at least, where there are so many: two cache lines of every row.
 NARROWEST = 32
+# Elements of the longest row of float16 or bfloat16 whose exponentials wait in float32: they fit the innermost cache.
+NARROW_ROW = 1 << 11
 
 
 class Form(enum.Enum):
@@ -31,13 +33,18 @@ class Form(enum.Enum):
     THREE_PASS = "three-pass"
 
 
-def choose_form(row: int, caches: Caches) -> tuple[Form, str]:
-    """The faster form for rows of `row` float32 elements, and why.
+def choose_form(row: int, caches: Caches, narrow: bool = False) -> tuple[Form, str]:
+    """The faster form for rows of `row` elements, and why. narrow: of float16 or bfloat16, else of float32.
 
     While a row and its result stay in the last-level cache, the three-pass form wins: it computes each
     exponential once and reads it back. Beyond that memory is the limit, and the two-pass form moves 3 numbers
-    per element instead of 5.
+    per element instead of 5. A narrow result cannot hold exponentials that are still to be scaled.
     """
+    if narrow:
+        room = f"{_bytes(4 * row)} of float32 for a row's exponentials"
+        if row <= NARROW_ROW:
+            return Form.THREE_PASS, f"{room} stay in the innermost cache"
+        return Form.TWO_PASS, f"{room} would not stay in the innermost cache"
     size, cache = 8 * row, caches.last_level
     if size <= cache * 3 // 4:
         return Form.THREE_PASS, f"a row and its result ({_bytes(size)}) stay in the {_bytes(cache)} cache"
@@ -45,7 +52,7 @@ def choose_form(row: int, caches: Caches) -> tuple[Form, str]:
 
 
 def longest_in_cache(caches: Caches) -> int:
-    """Elements of the longest row for which `choose_form` says three-pass."""
+    """Elements of the longest row of float32 for which `choose_form` says three-pass."""
     return caches.last_level * 3 // 4 // 8
 
 

@@ -27,6 +27,7 @@ from .site import (
     Result,
     Site,
     Unfixed,
+    Value,
     const,
     converts,
     dtype_of,
@@ -400,26 +401,39 @@ def _coerced(site: Site, x: tvm.ir.Expr) -> tuple[tvm.ir.Expr, int, Sequence[Dim
 
 @converts("Softmax", "LogSoftmax")
 def softmax(site: Site) -> Result:
+    """On a CPU small floats are read and written by the kernel, unless the input is known before it was rounded.
+
+    What computes in float32 behind it gets a kernel of its own, which does not round; of the two only those that
+    somebody reads are left.
+    """
+    dtype = site.dtype()
     if site.rank() == 0:
-        return const(1.0 if site.op == "Softmax" else 0.0, site.dtype())
-    x, axis, dims = _coerced(site, site.widened())
-    if site.target.is_cpu and dtype_of(x) == "float32":
-        y = _softmax_by_kernel(site, x, axis)
-    else:
+        return const(1.0 if site.op == "Softmax" else 0.0, dtype)
+    own = site.target.is_cpu and (dtype == "float32" or dtype in NARROW_FLOATS)
+    unrounded = site.value(0).wide
+    x, axis, dims = _coerced(site, site.widened() if unrounded is not None or not own else site.x())
+    if not own:
         y = site.emit((relax.op.nn.softmax if site.op == "Softmax" else relax.op.nn.log_softmax)(x, axis))
-    return site.narrowed(reshaped(site, y, dims), site.dtype())
+        return site.narrowed(reshaped(site, y, dims), dtype)
+    results = (dtype,) if dtype == "float32" else (dtype, "float32")
+    y, *wide = (site.emit(reshaped(site, _softmax_by_kernel(site, x, axis, result), dims)) for result in results)
+    return Value(y, wide=wide[0] if wide else None)
 
 
-def _softmax_by_kernel(site: Site, x: tvm.ir.Expr, axis: int) -> tvm.ir.Expr:
+def _softmax_by_kernel(site: Site, x: tvm.ir.Expr, axis: int, result: str) -> tvm.ir.Expr:
+    """Softmax or LogSoftmax in the element type `result`."""
     if site.op == "Softmax":
-        return site.emit(two_pass_softmax.lower(site.bb, [x], {"axis": axis}, site.target))
-    dims, isa, threads = shape_of(x), site.target.isa, site.target.cores
+        return site.emit(two_pass_softmax.along_axis(site.bb, x, axis, site.target, result=result))
+    dims, isa, threads, types = shape_of(x), site.target.isa, site.target.cores, (dtype_of(x), result)
     if product(dims[axis + 1 :]) == 1:
-        (shape,) = named(dims[: axis + 1])
-        return call(site, log_softmax(shape, isa, threads), [reshaped(site, x, dims[: axis + 1])], dims[: axis + 1])
+        rows = dims[: axis + 1]
+        (shape,) = named(rows)
+        kernel = log_softmax(shape, isa, threads, types=types)
+        return call(site, kernel, [reshaped(site, x, rows)], rows, result)
     (shape,) = named(dims)
     outer, length, inner = shape[:axis], shape[axis], shape[axis + 1 :]
-    return call(site, softmax_columns(outer, length, inner, isa, site.target.caches, threads, log=True), [x], dims)
+    kernel = softmax_columns(outer, length, inner, isa, site.target.caches, threads, log=True, types=types)
+    return call(site, kernel, [x], dims, result)
 
 
 @converts("Hardmax")

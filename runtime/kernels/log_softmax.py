@@ -1,6 +1,6 @@
-"""LogSoftmax and the logarithm of the sum of exponentials of float32 rows, m being the row's maximum:
+"""LogSoftmax and the logarithm of the sum of exponentials of rows, in float32, m being the row's maximum:
 
-    LSE = m + log of the sum of e^(x - m),   Y = (x - m) - log of the sum of e^(x - m)
+LSE = m + log of the sum of e^(x - m),   Y = (x - m) - log of the sum of e^(x - m)
 """
 
 from __future__ import annotations
@@ -32,11 +32,12 @@ def _log_total(v: Vectors, x: Buffer, start: Expr, length: int | Expr, most: Exp
 
 
 def log_sum_exp(
-    rows: Shape, length: Size, isa: InstructionSet, threads: int = 1, name: str | None = None
+    rows: Shape, length: Size, isa: InstructionSet, threads: int = 1, name: str | None = None, dtype: str = "float32"
 ) -> tirx.PrimFunc:
     """A kernel (X, Y) -> None: the LSE of each row of X (*rows, length); infinite where an element is, or all are -inf.
 
-    name: of the exported symbol; None for a function that only its own module calls.
+    name: of the exported symbol; None for a function that only its own module calls. dtype: of X, float32, float16 or
+    bfloat16; Y is float32.
     """
 
     def write(v: Vectors, buffers: dict[str, Buffer], size: Callable[[Size], int | Expr], index: str) -> None:
@@ -55,14 +56,18 @@ def log_sum_exp(
 
     known = [d for d in (*rows, length) if isinstance(d, int)]
     flops = 20 * math.prod(known) if len(known) == len(rows) + 1 else None
-    tensors: dict[str, tuple[Shape, str]] = {"x": ((*rows, length), "float32"), "y": (tuple(rows), "float32")}
+    tensors: dict[str, tuple[Shape, str]] = {"x": ((*rows, length), dtype), "y": (tuple(rows), "float32")}
     return flat_kernel(name or "log_sum_exp", tensors, isa, write, name is not None, flops)
 
 
-def log_softmax(shape: Shape, isa: InstructionSet, threads: int = 1, name: str | None = None) -> tirx.PrimFunc:
+def log_softmax(
+    shape: Shape, isa: InstructionSet, threads: int = 1, name: str | None = None,
+    types: tuple[str, str] = ("float32", "float32"),
+) -> tirx.PrimFunc:  # fmt: skip
     """A kernel (X, Y) -> None over the last axis of a shape.
 
-    name: of the exported symbol; None for a function that only its own module calls.
+    name: of the exported symbol; None for a function that only its own module calls. types: of X and Y, float32,
+    float16 or bfloat16.
     """
     *rows, row = shape
 
@@ -88,5 +93,5 @@ def log_softmax(shape: Shape, isa: InstructionSet, threads: int = 1, name: str |
 
     static = [d for d in shape if isinstance(d, int)]
     flops = 20 * math.prod(static) if len(static) == len(shape) else None
-    tensors: dict[str, tuple[Shape, str]] = {"x": (shape, "float32"), "y": (shape, "float32")}
+    tensors: dict[str, tuple[Shape, str]] = {"x": (shape, types[0]), "y": (shape, types[1])}
     return flat_kernel(name or "log_softmax", tensors, isa, write, name is not None, flops)

@@ -16,7 +16,7 @@ from ..importing.site import ByBody, same
 from ..lowering import lowers
 from ..target import Target
 from .softmax_passes import Source
-from .two_pass_softmax import SYMBOL, softmax
+from .two_pass_softmax import COMPUTED, SYMBOL, softmax
 
 
 @lowers(SCALED_SOFTMAX.identifier, kinds=("llvm",))
@@ -25,8 +25,9 @@ from .two_pass_softmax import SYMBOL, softmax
 def lower(bb: relax.BlockBuilder, inputs: list[Any], attrs: dict[str, Any], target: Target) -> Any:
     """softmax(x · scale under a mask) through the kernel. Raises ByBody for what it is not for."""
     x, mask = inputs[0], inputs[1] if len(inputs) > 1 else None
-    if x.ty.dtype.dtype != "float32":
-        raise ByBody("it is not in float32")
+    dtype = str(x.ty.dtype.dtype)
+    if dtype not in COMPUTED:
+        raise ByBody(f"it is in {dtype}")
     shape, scale = x.ty.shape, float(attrs["scale"])
     if not isinstance(shape, relax.ShapeExpr) or not len(shape.values):
         raise ByBody("its rank is not known")
@@ -36,16 +37,16 @@ def lower(bb: relax.BlockBuilder, inputs: list[Any], attrs: dict[str, Any], targ
     source, given = Source(scale), [x]
     if mask is not None:
         kind = str(mask.ty.dtype.dtype)
-        if kind not in ("float32", "bool"):
-            raise ByBody("its mask is neither of float32 nor of booleans")
+        if kind not in (dtype, "bool"):
+            raise ByBody("its mask is neither of its type nor of booleans")
         axes = _axes(dims, mask.ty.shape)
         source = Source(scale, kind, axes)
         full = [d if own else 1 for d, own in zip(dims, axes, strict=True)]
         given.append(mask if len(mask.ty.shape.values) == len(dims) else bb.emit(relax.op.reshape(mask, full)))
     sizes = [int(d) if isinstance(d, tirx.IntImm) else None for d in dims]
     form = Form(attrs.get("form", Form.AUTO.value))
-    kernel = softmax(sizes, target.isa, target.caches, target.cores, form, source=source)
-    return relax.call_tir(bb.add_func(kernel, SYMBOL), given, relax.TensorType(dims, "float32"))
+    kernel = softmax(sizes, target.isa, target.caches, target.cores, form, source=source, types=(dtype, dtype))
+    return relax.call_tir(bb.add_func(kernel, SYMBOL), given, relax.TensorType(dims, dtype))
 
 
 def _axes(dims: Sequence[Any], shape: Any) -> tuple[bool, ...]:

@@ -66,7 +66,7 @@ def flat_kernel(
             for name, buffer in given.items():
                 length = reduce(lambda a, b: a * b, buffer.shape, tirx.const(1, index))
                 flat[name] = T.decl_buffer((length,), tensors[name][1], data=buffer.data)
-            with v.prelude():
+            with v.prelude(*(dtype for _, dtype in tensors.values())):
                 write(v, flat, size, index)
     if flops is None:
         return builder.get()

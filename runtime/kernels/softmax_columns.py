@@ -1,4 +1,4 @@
-"""Softmax and LogSoftmax of float32 tensors over an axis that is not the last.
+"""Softmax and LogSoftmax, in float32, over an axis that is not the last.
 
 A tensor counts as (outer, length, inner), of which `length` is the axis. The lanes of a vector are neighbouring
 positions of `inner`, each with a maximum or a pair (m, n) of its own; nothing is transposed. A tile is `width` columns
@@ -25,6 +25,7 @@ from ...passes.base import Caches
 from ...passes.ops.two_pass_softmax import NARROWEST, Form, longest_column
 from ..target import InstructionSet
 from . import functions
+from .narrow_floats import NARROW
 from .rows import LANE_TERMS, Shape, Size, each_row, flat_kernel, number_of, tree
 from .softmax_passes import EMPTY, REGISTER_VECTORS, SoftmaxEmitter
 from .vectors import LINE, LOWEST, Buffer, Expr, Vectors
@@ -44,21 +45,22 @@ WEIGHT = 4  # work of an element against that of a sum: an exponential
 
 def softmax_columns(
     outer: Shape, length: Size, inner: Shape, isa: InstructionSet, caches: Caches, threads: int = 1,
-    form: Form = Form.AUTO, log: bool = False, name: str | None = None,
+    form: Form = Form.AUTO, log: bool = False, name: str | None = None, types: tuple[str, str] = ("float32", "float32"),
 ) -> tirx.PrimFunc:  # fmt: skip
     """A kernel (X, Y) -> None over X and Y (*outer, length, *inner): softmax over `length`.
 
     threads: how many the kernel may count on. form: AUTO chooses by length and cache sizes, at run time where the
     length is dynamic. log: the logarithm instead, which has no form on pairs. name: of the exported symbol; None for a
-    function that only its own module calls.
+    function that only its own module calls. types: of X and Y, float32, float16 or bfloat16.
     """
     shape = (*outer, length, *inner)
+    y_size = 2 if types[1] in NARROW else 4
 
     def write(v: Vectors, buffers: dict[str, Buffer], size: Callable[[Size], int | Expr], index: str) -> None:
         if 0 in shape:
             return
         count, rows, columns = number_of(outer, size), size(length), number_of(inner, size)
-        large = isa.streaming and _product(count, rows, columns) * 4 > caches.last_level
+        large = isa.streaming and _product(count, rows, columns) * y_size > caches.last_level
         kernel = _Columns(SoftmaxEmitter(v, buffers["x"], buffers["y"], index), rows, columns, log, large)
         width = kernel.width(caches, threads if isinstance(count, int) and count < threads else 1, large is True)
         blocks = kernel.ceil(columns, width)
@@ -93,7 +95,7 @@ def softmax_columns(
     known = [d for d in shape if isinstance(d, int)]
     flops = 20 * math.prod(known) if len(known) == len(shape) else None
     symbol = "log_softmax_columns" if log else "softmax_columns"
-    tensors: dict[str, tuple[Shape, str]] = {"x": (shape, "float32"), "y": (shape, "float32")}
+    tensors: dict[str, tuple[Shape, str]] = {"x": (shape, types[0]), "y": (shape, types[1])}
     return flat_kernel(name or symbol, tensors, isa, write, name is not None, flops)
 
 

@@ -14,6 +14,7 @@ from functools import partial
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
+from .narrow_floats import NARROW
 from .vectors import LINE, LOWEST, NEGATIVE_INFINITY, Buffer, Exponential, Expr, Vectors
 
 # Rows of up to so many vectors stay in registers. Longer ones would be no faster in the cache and up to twice as slow
@@ -38,7 +39,7 @@ Scratch = tuple[Buffer, Expr]
 class Source:
     """What softmax is of: X·scale, under a mask that comes behind X.
 
-    mask: its type, float32 to add or bool to choose, None for no mask. axes: for each axis of X whether the mask has it
+    mask: its type, a float to add or bool to choose, None for no mask. axes: for each axis of X whether the mask has it
     or is broadcast; the last one it has.
     """
 
@@ -90,7 +91,8 @@ class Mask:
 
 @dataclass
 class SoftmaxEmitter:
-    """Emits softmax over the rows of flat float32 buffers into the IR builder that is open."""
+    """Emits softmax over the rows of flat buffers into the IR builder that is open. x and y may be float16 or bfloat16;
+    what is computed is float32."""
 
     vectors: Vectors
     x: Buffer
@@ -98,6 +100,11 @@ class SoftmaxEmitter:
     index: str = "int64"  # type of offsets
     x_scale: float = 1.0  # never 0
     mask: Mask | None = None
+
+    @property
+    def narrow(self) -> bool:
+        """Whether Y has no room for exponentials that are still to be scaled."""
+        return self.y.dtype in NARROW
 
     def read(self, offset: Expr, part: Expr | None = None) -> Expr:
         """The vector at `offset` that softmax is of; -inf in the lanes behind `part`."""
@@ -217,26 +224,49 @@ class SoftmaxEmitter:
         self.sweep(count, group, body, start)
         return v.total(_tree(lambda a, b: a + b, [sums[v.at(j * v.lanes)] for j in range(group)]))
 
-    def scale(self, start: Expr, count: int | Expr, factor: Expr, scratch: Scratch | None = None) -> None:
-        """Y *= factor over `count` elements; from `scratch`, if given, and then past the caches."""
+    def scale(
+        self, start: Expr, count: int | Expr, factor: Expr, scratch: Scratch | None = None, stream: bool = False
+    ) -> None:
+        """Y *= factor over `count` elements; from `scratch`, if given. stream: past the caches."""
         v = self.vectors
         source, origin = scratch or (self.y, 0)
 
         def body(offsets: list[Expr], part: Expr | None) -> None:
             for offset in offsets:
                 value = v.load(source, offset - origin, part) * v.splat(factor)
-                v.store(self.y, offset, value, part, scratch is not None)
+                v.store(self.y, offset, value, part, stream)
 
-        if scratch:
+        if stream:
             self.aligned_sweep(count, 8, body, start)
         else:
             self.sweep(count, 8, body, start)
 
-    def reload_row(self, start: Expr, length: int | Expr) -> None:
-        """A row in three passes over all of it."""
+    def reload_row(self, start: Expr, length: int | Expr, scratch: Scratch | None = None) -> None:
+        """A row in three passes over all of it; its exponentials wait in Y, or `scratch`."""
         top = self.maximum(start, length)
-        total = self.exponentials(start, length, top, ahead=length)
-        self.scale(start, length, T.Bind(T.float32(1) / total))
+        total = self.exponentials(start, length, top, scratch, ahead=length)
+        self.scale(start, length, T.Bind(T.float32(1) / total), scratch)
+
+    def recompute_row(self, start: Expr, length: int | Expr) -> None:
+        """A row in three passes over X, its exponentials computed twice and kept nowhere."""
+        v, group = self.vectors, 4
+        top = T.Bind(v.splat(self.maximum(start, length)))
+        sums = v.registers(group, 0.0)
+
+        def add(offsets: list[Expr], part: Expr | None) -> None:
+            for j, offset in enumerate(offsets):
+                here = v.at(j * v.lanes)
+                T.buffer_store(sums, sums[here] + v.exp(self.read(offset, part) - top, low=False), [here])
+
+        self.sweep(length, group, add, start)
+        total = v.total(_tree(lambda a, b: a + b, [sums[v.at(j * v.lanes)] for j in range(group)]))
+        factor = T.Bind(v.splat(T.float32(1) / total))
+
+        def write(offsets: list[Expr], part: Expr | None) -> None:
+            for offset in offsets:
+                v.store(self.y, offset, v.exp(self.read(offset, part) - top, low=False) * factor, part)
+
+        self.sweep(length, group, write, start)
 
     def merge_tops(self, tops: Buffer, sums: Buffer, blocks: int | Expr) -> Expr:
         """Turn the blocks' sums, each against its own maximum, into factors onto a common one.

@@ -1,4 +1,4 @@
-"""Softmax over the last axis of a float32 tensor: the two-pass form on (m, n) pairs and a three-pass form.
+"""Softmax over the last axis of a tensor: the two-pass form on (m, n) pairs and a three-pass form, in float32.
 
 Two-pass: a number is kept as (m, n) = m·2^n, so a sum of exponentials never overflows and needs no maximum.
     pass 1 reads X and adds up pairs, pass 2 reads X again and writes Y. 2 reads and 1 write per element.
@@ -7,6 +7,9 @@ Three-pass: maximum, exponentials into Y and their sum, Y times 1/sum. Blocks of
     result of many long rows does not stay in the caches, the exponentials wait in scratch memory of one row, which
     does, and the third pass writes Y past the caches: 1 read and 1 write of memory per element.
 Rows of up to `REGISTER_VECTORS` vectors stay in registers from load to store.
+
+float16 and bfloat16 are widened as they are read and rounded as they are written. Y then is too narrow for
+exponentials: in the three-pass form those of a row wait in scratch memory, so it is chosen for short rows only.
 
 A row's blocks are independent and merge at the end, so one long row is split over threads as well as many
 rows are. Source: Dukhan and Ablavatski, "The Two-Pass Softmax Algorithm", arXiv 2001.04438.
@@ -28,9 +31,10 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
 
 from ...passes.base import Caches
-from ...passes.ops.two_pass_softmax import TWO_PASS_SOFTMAX, Form, choose_form, longest_in_cache
+from ...passes.ops.two_pass_softmax import NARROW_ROW, TWO_PASS_SOFTMAX, Form, choose_form, longest_in_cache
 from ..lowering import lowers
 from ..target import InstructionSet, Target
+from .narrow_floats import NARROW
 from .rows import Size
 from .softmax_columns import softmax_columns
 from .softmax_passes import REGISTER_VECTORS, Mask, SoftmaxEmitter, Source
@@ -46,8 +50,10 @@ RELOAD_BLOCK = 1 << 11
 # The three-pass form writes rows past the caches that, with their result, are more than this share of the last-level
 # cache: they gain a tenth by it, shorter ones nothing.
 STREAM_SHARE = 8
-COMPUTED = ("float32", "float16", "bfloat16")
+COMPUTED = ("float32", *NARROW)
 PLAIN = Source()
+Types = tuple[str, str]  # of X and of Y, each one of COMPUTED
+FLOAT32: Types = ("float32", "float32")
 
 Emit = Callable[[], None]
 
@@ -150,7 +156,7 @@ class _Driver:
         tops = T.alloc_buffer((blocks,), "float32", scope="global")
         sums = T.alloc_buffer((blocks,), "float32", scope="global")
         size = e.const(self.length) if isinstance(self.length, int) else self.length
-        scratch = (T.alloc_buffer((size,), "float32", scope="global"), start) if stream else None
+        scratch = (T.alloc_buffer((size,), "float32", scope="global"), start) if stream or e.narrow else None
         with self.loop(kind, blocks) as b:
             first, count = start + b * RELOAD_BLOCK, self.count(RELOAD_BLOCK, b)
             top = e.maximum(first, count)
@@ -160,7 +166,7 @@ class _Driver:
         self.output(
             kind,
             RELOAD_BLOCK,
-            lambda b, count: e.scale(start + b * RELOAD_BLOCK, count, T.Bind(sums[b] * factor), scratch),
+            lambda b, count: e.scale(start + b * RELOAD_BLOCK, count, T.Bind(sums[b] * factor), scratch, stream),
             stream,
         )
 
@@ -195,7 +201,7 @@ class _Driver:
         # Rows with a NaN, and those whose greatest n is not exact, are left to three plain passes.
         limit = e.vectors.farthest * 1.4
         usual = _all(m_sum > T.float32(0), m_sum < T.float32(3e38), n_sum < T.float32(limit), n_sum > T.float32(-limit))
-        _when(usual, output, lambda: e.reload_row(start, self.length))
+        _when(usual, output, lambda: (e.recompute_row if e.narrow else e.reload_row)(start, self.length))
 
     def emit(self, form: Form, limit: int) -> None:
         """The whole kernel. `limit`: longest row for the three-pass form when the length is known only at run
@@ -223,10 +229,15 @@ class _Driver:
                 lambda: self.three_pass(start, kind, False),
             )
 
+        def short(start: Expr) -> None:
+            size = self.emitter.const(length if isinstance(length, int) else RELOAD_BLOCK)
+            room = T.alloc_buffer((size,), "float32", scope="global") if self.emitter.narrow else None
+            self.emitter.reload_row(start, length, (room, start) if room is not None else None)
+
         def three_pass() -> None:
             _when(
-                length <= RELOAD_BLOCK,
-                lambda: self.by_work(lambda start: self.emitter.reload_row(start, length)),
+                True if form is Form.AUTO and limit <= RELOAD_BLOCK else length <= RELOAD_BLOCK,
+                lambda: self.by_work(short),
                 lambda: self.by_work_or_blocks(blocks),
             )
 
@@ -246,24 +257,28 @@ def softmax(
     form: Form = Form.AUTO,
     name: str | None = None,
     source: Source = PLAIN,
+    types: Types = FLOAT32,
 ) -> tirx.PrimFunc:
-    """A kernel (X, Y) -> None: Y = softmax of X over the last axis, both float32 of `shape`, row-major.
+    """A kernel (X, Y) -> None: Y = softmax of X over the last axis, both of `shape`, row-major.
 
     shape: None for a dimension that is known at run time. threads: how many the kernel may count on; above one, enough
     work is offered to TVM's thread pool. form: AUTO chooses by row length and cache sizes, at run time where the length
     is dynamic. name: of the exported symbol; None for a function that only its own module calls. source: scales X or
-    puts a mask on it, which then is the second argument.
+    puts a mask on it, which then is the second argument. types: of X and Y.
     """
+    narrow = types[1] in NARROW
+    x_size, y_size = (2 if dtype in NARROW else 4 for dtype in types)
+    limit = NARROW_ROW if narrow else longest_in_cache(caches)
 
     def emit(emitter: SoftmaxEmitter, rows: int | Expr, length: int | Expr) -> None:
-        known = choose_form(length, caches)[0] if form is Form.AUTO and isinstance(length, int) else form
-        large = _all(isa.streaming, rows * length * 4 > caches.last_level)
+        known = choose_form(length, caches, narrow)[0] if form is Form.AUTO and isinstance(length, int) else form
+        large = _all(isa.streaming, rows * length * y_size > caches.last_level)
         # A dynamic row too long for the three-pass form has nearly that size.
-        stream = isa.streaming if form is Form.AUTO and not isinstance(length, int) else large
-        stream_rows = _all(large, length * 8 * STREAM_SHARE > caches.last_level)
-        _Driver(emitter, rows, length, threads, stream, stream_rows).emit(known, longest_in_cache(caches))
+        stream = isa.streaming if form is Form.AUTO and not isinstance(length, int) and not narrow else large
+        stream_rows = _all(large, length * (x_size + y_size) * STREAM_SHARE > caches.last_level)
+        _Driver(emitter, rows, length, threads, stream, stream_rows).emit(known, limit)
 
-    return rowwise(shape, isa, emit, name, source)
+    return rowwise(shape, isa, emit, name, source, types)
 
 
 def rowwise(
@@ -272,8 +287,9 @@ def rowwise(
     emit: Callable[[SoftmaxEmitter, int | Expr, int | Expr], None],
     name: str | None = None,
     source: Source = PLAIN,
+    types: Types = FLOAT32,
 ) -> tirx.PrimFunc:
-    """A kernel (X, Y) -> None over float32 tensors of one shape, whose body `emit(emitter, rows, length)` writes.
+    """A kernel (X, Y) -> None over tensors of one shape, whose body `emit(emitter, rows, length)` writes.
 
     With a mask it is (X, mask, Y) -> None.
     """
@@ -285,21 +301,21 @@ def rowwise(
         T.func_name(name or SYMBOL)
         T.func_attr({"tirx.noalias": True, "op_pattern": OPAQUE, "tirx.is_scheduled": True})
         dims = [tirx.Var(f"d{i}", index) if d is None else tirx.const(d, index) for i, d in enumerate(shape)]
-        x = T.match_buffer(T.arg("x", T.handle()), dims, "float32")
+        x = T.match_buffer(T.arg("x", T.handle()), dims, types[0])
         if source.mask:
             own = [d if has else tirx.const(1, index) for d, has in zip(dims, source.axes, strict=True)]
             held = T.match_buffer(T.arg("mask", T.handle()), own, source.mask)
-        y = T.match_buffer(T.arg("y", T.handle()), dims, "float32")
+        y = T.match_buffer(T.arg("y", T.handle()), dims, types[1])
         rows = _product(shape[:-1], dims[:-1])
         length = dims[-1] if shape[-1] is None else shape[-1]
         flat = reduce(operator.mul, dims)
-        x = T.decl_buffer((flat,), "float32", data=x.data)
-        y = T.decl_buffer((flat,), "float32", data=y.data)
+        x = T.decl_buffer((flat,), types[0], data=x.data)
+        y = T.decl_buffer((flat,), types[1], data=y.data)
         if source.mask:
             held = T.decl_buffer((reduce(operator.mul, own),), source.mask, data=held.data)
         vectors = Vectors(isa)
         # Relax looks for a root block in every function that it calls.
-        with T.sblock("root"), vectors.prelude():
+        with T.sblock("root"), vectors.prelude(*types, source.mask or ""):
             sizes = [d if s is None else s for s, d in zip(shape, dims, strict=True)]
             mask = Mask(held, source.merged(sizes), length) if source.mask else None
             emit(SoftmaxEmitter(vectors, x, y, index, source.scale, mask), rows, length)
@@ -318,26 +334,33 @@ def _product(shape: Sequence[int | None], dims: Sequence[Expr]) -> int | Expr:
 
 @lowers(TWO_PASS_SOFTMAX.identifier, kinds=("llvm",))
 def lower(bb: relax.BlockBuilder, inputs: list[Any], attrs: dict[str, Any], target: Target) -> Any:
-    """Softmax of an axis through a kernel; float16 and bfloat16 are computed in float32.
+    """Softmax of an axis."""
+    form = Form(attrs.get("form", Form.AUTO.value))
+    return along_axis(bb, inputs[0], int(attrs.get("axis", -1)), target, form)
+
+
+def along_axis(
+    bb: relax.BlockBuilder, x: Any, axis: int, target: Target, form: Form = Form.AUTO, result: str | None = None
+) -> Any:
+    """Softmax of an axis through a kernel. result: the element type of Y, by default that of X.
 
     Another element type or an unknown rank falls back to Relax's softmax.
     """
-    x = inputs[0]
-    axis, dtype, rank = int(attrs.get("axis", -1)), str(x.ty.dtype.dtype), int(x.ty.ndim)
+    dtype, rank = str(x.ty.dtype.dtype), int(x.ty.ndim)
     shape = x.ty.shape
     if rank < 1 or dtype not in COMPUTED or not isinstance(shape, relax.ShapeExpr):
         return relax.op.nn.softmax(x, axis=axis)
-    x = x if dtype == "float32" else bb.emit(relax.op.astype(x, "float32"))
-    dims, axis, form = list(shape.values), axis % rank, Form(attrs.get("form", Form.AUTO.value))
+    types = (dtype, result or dtype)
+    dims, axis = list(shape.values), axis % rank
     sizes = [int(d) if isinstance(d, tirx.IntImm) else None for d in dims]
+    isa, caches, cores = target.isa, target.caches, target.cores
     if all(d == 1 for d in sizes[axis + 1 :]):  # rows
         dims = dims[: axis + 1]
-        kernel = softmax(sizes[: axis + 1], target.isa, target.caches, target.cores, form)
+        kernel = softmax(sizes[: axis + 1], isa, caches, cores, form, types=types)
     else:
         names: list[Size] = [f"d{i}" if d is None else d for i, d in enumerate(sizes)]
         outer, length, inner = names[:axis], names[axis], names[axis + 1 :]
-        kernel = softmax_columns(outer, length, inner, target.isa, target.caches, target.cores, form)
+        kernel = softmax_columns(outer, length, inner, isa, caches, cores, form, types=types)
     x = x if len(dims) == rank else bb.emit(relax.op.reshape(x, dims))
-    y = relax.call_tir(bb.add_func(kernel, SYMBOL), [x], relax.TensorType(dims, "float32"))
-    y = y if len(dims) == rank else relax.op.reshape(bb.emit(y), shape)
-    return y if dtype == "float32" else relax.op.astype(bb.emit(y), dtype)
+    y = relax.call_tir(bb.add_func(kernel, SYMBOL), [x], relax.TensorType(dims, types[1]))
+    return y if len(dims) == rank else relax.op.reshape(bb.emit(y), shape)

@@ -18,6 +18,7 @@ from tvm import tirx
 from tvm.tirx.script import builder as T
 
 from ..target import InstructionSet
+from .narrow_floats import NARROW, functions_for
 
 LN2 = float.fromhex("0x1.62E42FEFA39EFp-1")
 LOG2E = float.fromhex("0x1.715476p+0")
@@ -182,15 +183,19 @@ class Vectors:
         return T.ramp(offset, 1, self.lanes)
 
     def load(self, buffer: Buffer, offset: Expr, count: Expr | None = None, fill: float = 0.0) -> Expr:
-        """The vector at `offset`; with `count` < lanes only so many elements are read, the rest are `fill`, which is 0
-        for other elements than float32."""
-        if count is None:
+        """The vector at `offset`, of float32 where the buffer is of float16 or bfloat16, else of what the buffer is of;
+        with `count` < lanes only so many elements are read, the rest are `fill`, which is 0 for whole numbers."""
+        narrow = buffer.dtype in NARROW
+        if count is None and not narrow:
             return T.Bind(buffer[self.at(offset)])
         pointer, dtype = T.address_of(buffer[offset]), str(buffer.dtype)
-        if dtype != "float32":
+        if count is None:
+            return T.Bind(T.call_extern(self.dtype, self._access("take", buffer), pointer))
+        if dtype != "float32" and not narrow:
             name = self._name(f"load_i{_bits(dtype)}")
             return T.Bind(T.call_extern(f"{dtype}x{self.lanes}", name, pointer, _int32(count)))
-        return T.Bind(T.call_extern(self.dtype, self._name("load"), pointer, _int32(count), T.float32(fill)))
+        name = self._access("load", buffer)
+        return T.Bind(T.call_extern(self.dtype, name, pointer, _int32(count), T.float32(fill)))
 
     def widened(self, buffer: Buffer, offset: Expr, kind: str) -> Expr:
         """The vector at `offset` of a buffer of uint16, the bits of numbers of type `kind`, float16 or bfloat16."""
@@ -202,13 +207,17 @@ class Vectors:
         return T.Bind(T.call_extern(self.dtype, self._name("select"), T.address_of(kept[offset]), count, x))
 
     def store(self, buffer: Buffer, offset: Expr, value: Expr, count: Expr | None = None, stream: bool = False) -> None:
-        """Write a vector, or its first `count` elements. `stream`: past the caches, to an aligned address."""
+        """Write a vector, or its first `count` elements; of float32 as float16 or bfloat16 where the buffer is of these.
+        `stream`: past the caches, to an aligned address."""
         pointer, dtype = T.address_of(buffer[offset]), str(buffer.dtype)
         if count is not None:
-            name = self._name("store" if dtype == "float32" else f"store_i{_bits(dtype)}")
+            whole = dtype != "float32" and dtype not in NARROW
+            name = self._name(f"store_i{_bits(dtype)}") if whole else self._access("store", buffer)
             T.evaluate(T.call_extern("int32", name, pointer, _int32(count), value))
         elif stream:
-            T.evaluate(T.call_extern("int32", self._name("stream"), pointer, value))
+            T.evaluate(T.call_extern("int32", self._access("stream", buffer), pointer, value))
+        elif buffer.dtype in NARROW:
+            T.evaluate(T.call_extern("int32", self._access("give", buffer), pointer, value))
         else:
             T.buffer_store(buffer, value, [self.at(offset)])
 
@@ -267,7 +276,7 @@ class Vectors:
 
     def to_aligned(self, buffer: Buffer, offset: Expr) -> Expr:
         """Elements from `offset` to the next address that a whole vector is aligned to, as int32."""
-        return T.Bind(T.call_extern("int32", self._name("to_aligned"), T.address_of(buffer[offset])))
+        return T.Bind(T.call_extern("int32", self._access("to_aligned", buffer), T.address_of(buffer[offset])))
 
     def fence(self) -> None:
         """Make streamed stores visible to other threads. Once after the last of them, on each thread."""
@@ -291,9 +300,16 @@ class Vectors:
     def _name(self, what: str) -> str:
         return f"gw_{what}_{self.lanes}"
 
-    def prelude(self) -> Any:
-        """A scope that makes the functions called here known: `with vectors.prelude(): ...` around the kernel."""
-        return T.attr(T.int32(0), "pragma_import_llvm", self._ir())
+    def _access(self, what: str, buffer: Buffer) -> str:
+        return self._name(f"{what}_{buffer.dtype}" if buffer.dtype in NARROW else what)
+
+    def prelude(self, *dtypes: str) -> Any:
+        """A scope that makes the functions called here known: `with vectors.prelude(): ...` around the kernel.
+
+        dtypes: of its tensors, some of which may be float16 or bfloat16.
+        """
+        text = self._ir() + functions_for(set(dtypes).intersection(NARROW), self.isa, self.lanes)
+        return T.attr(T.int32(0), "pragma_import_llvm", text)
 
     def _ir(self) -> str:
         lanes = self.lanes

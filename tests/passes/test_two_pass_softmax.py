@@ -272,10 +272,14 @@ def test_detail_says_which_form_and_why() -> None:
     short = rewrite(softmax("", "[8, 64]"), ctx=ctx).changes[0].detail
     long = rewrite(softmax("", "[1, 67108864]"), ctx=ctx).changes[0].detail
     dynamic = rewrite(softmax("", "[1, n]"), ctx=ctx).changes[0].detail
+    narrow = [rewrite(softmax("", f"[1, {n}]", "float16"), ctx=ctx).changes[0].detail for n in ("2048", "2049", "n")]
     asked = rewrite(softmax("", "[1, n]"), TwoPassSoftmax(form=Form.TWO_PASS), ctx).changes[0].detail
     assert short == "three-pass: a row and its result (512 B) stay in the 32 MiB cache"
     assert long == "two-pass: a row and its result (512 MiB) do not stay in the 32 MiB cache"
     assert dynamic.startswith("by row length at run time, which is n: three-pass up to 3145728 elements")
+    assert narrow[0] == "three-pass: 8 KiB of float32 for a row's exponentials stay in the innermost cache"
+    assert narrow[1].startswith("two-pass: 8.004 KiB of float32 for a row's exponentials would not stay")
+    assert narrow[2].endswith("three-pass up to 2048 elements, two-pass above")
     assert asked == "two-pass: asked for by form=two-pass"
 
 
