@@ -1,7 +1,7 @@
 """Convolution of float32 tensors with blocked channels: the choice among the templates, and a kernel that adds a bias.
 
 direct: any size, dense or with groups that fill whole vectors (`conv_direct`).
-depthwise: one input channel for each output channel (`conv_depthwise`).
+depthwise: one input channel for each output channel, or groups that lie in a vector (`conv_depthwise`).
 winograd: 3x3 of stride 1 with fewer multiplications (`winograd`).
 
 Layouts are in `conv_spec`. `emit` writes the loops and hands each finished vector to the caller, who stores it.
@@ -41,9 +41,9 @@ def supported(spec: ConvSpec, isa: InstructionSet) -> str | None:
         return f"{spec.groups} groups do not divide {spec.in_channels} and {spec.out_channels} channels"
     if not spec.blocked_input:
         return f"{spec.groups} groups of a plain input"
-    if spec.depthwise:
+    if spec.in_vectors(lanes):
         return None
-    each = (spec.in_channels // spec.groups, spec.out_channels // spec.groups)
+    each = (spec.each, spec.out_channels // spec.groups)
     if each[0] % lanes or each[1] % lanes:
         return f"groups of {each[0]} to {each[1]} channels do not fill vectors of {lanes}"
     return None
@@ -51,8 +51,8 @@ def supported(spec: ConvSpec, isa: InstructionSet) -> str | None:
 
 def choose_algorithm(spec: ConvSpec, isa: InstructionSet, caches: Caches) -> tuple[str, str]:
     """(algorithm, why), the reason usable in a report."""
-    if spec.depthwise:
-        return "depthwise", "one input channel for each output channel"
+    if spec.in_vectors(Vectors(isa).lanes):
+        return "depthwise", f"groups of {spec.each} channels lie in a vector"
     if refusal := winograd.refusal(spec):
         return "direct", refusal
     one = replace(spec, batch=1)

@@ -50,9 +50,14 @@ class ConvSpec:
         return self.kernel[0] * self.kernel[1]
 
     @property
-    def depthwise(self) -> bool:
-        """One input channel for each output channel."""
-        return self.groups > 1 and self.groups == self.in_channels == self.out_channels
+    def each(self) -> int:
+        """Input channels of a group."""
+        return self.in_channels // self.groups
+
+    def in_vectors(self, lanes: int) -> bool:
+        """Whether groups, of as many outputs as inputs, are smaller than a vector and lie in it: depthwise ones do."""
+        whole = self.each == 1 or (self.each < lanes and lanes % self.each == 0)
+        return self.groups > 1 and self.in_channels == self.out_channels and whole
 
     @property
     def multiply_adds(self) -> int:
