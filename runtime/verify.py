@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +17,16 @@ from ..passes.errors import BudgetError, InputError, ModelError, VerificationErr
 from ..passes.graph import all_nodes
 from ..passes.pipeline import Pipeline
 from ..passes.quality import cosine_drop, held_out, rows_that_count
-from .compare import Runner, Verdict, approximate_outputs, compare, judge, ranked_outputs
+from .compare import (
+    Moved,
+    Runner,
+    Verdict,
+    approximate_outputs,
+    compare,
+    judge,
+    moved_by_rounding,
+    ranked_outputs,
+)
 from .feeds import Feeds, check_names, made_up
 from .reference import Reference
 
@@ -37,21 +47,38 @@ def random_node(model: ir.Model) -> ir.Node | None:
 
 @dataclass(frozen=True)
 class Trial:
-    """Inputs and what the original model makes of them: everything that is checked is checked against this."""
+    """Inputs and what the original model makes of them: everything that is checked is checked against this.
+
+    original: gives a runner of that model again. It is asked for when something differs, to see whether the model's
+    numbers are rounding errors themselves.
+    """
 
     feeds: Sequence[Feeds]
     expected: Sequence[Mapping[str, Any]]
     source: str
+    original: Callable[[], Runner]
     approximate: frozenset[str] = frozenset()
     ranked: Mapping[str, str] = field(default_factory=dict)
 
     def judge(self, candidate: Runner, limit: float | None = None) -> Verdict:
         """limit: relative error allowed; None: by the output's type."""
-        return judge(self.feeds, self.expected, candidate, limit, self.source, self.approximate, self.ranked)
+        known = (limit, self.source, self.approximate, self.ranked)
+        verdict = judge(self.feeds, self.expected, candidate, *known)
+        return verdict if verdict.ok else judge(self.feeds, self.expected, candidate, *known, self.moved)
+
+    @functools.cached_property
+    def moved(self) -> Sequence[Mapping[str, Moved]]:
+        return moved_by_rounding(self.original(), self.feeds)
 
 
-def trial(model: ir.Model, ctx: PassContext, threads: int = 0) -> Trial:
-    """Run the original on calibration inputs, or on made-up ones of two sizes for every dimension not pinned."""
+def trial(model: ir.Model, ctx: PassContext, original: Callable[[], ir.Model], threads: int = 0) -> Trial:
+    """Run the original on calibration inputs, or on made-up ones of two sizes for every dimension not pinned.
+
+    original: gives the model again, however it was rewritten meanwhile.
+    """
+    def again() -> Runner:
+        return Reference(original(), threads=threads).run
+
     reference = Reference(model, threads=threads)
     if ctx.calibration:
         count = min(2, min(len(values) for values in ctx.calibration.values()))
@@ -59,11 +86,11 @@ def trial(model: ir.Model, ctx: PassContext, threads: int = 0) -> Trial:
         for one in feeds:
             check_names(one, model, "calibration")
         expected = [reference.run(one) for one in feeds]
-        return Trial(feeds, expected, "calibration", approximate_outputs(model), ranked_outputs(model))
+        return Trial(feeds, expected, "calibration", again, approximate_outputs(model), ranked_outputs(model))
     found = made_up(model, reference.run, pins=ctx.pins, seed=ctx.seed)
     source = f"random, seed {ctx.seed}"
     feeds, expected = [one for one, _ in found], [outputs for _, outputs in found]
-    return Trial(feeds, expected, source, approximate_outputs(model), ranked_outputs(model))
+    return Trial(feeds, expected, source, again, approximate_outputs(model), ranked_outputs(model))
 
 
 def limit_of(pipeline: Pipeline, reports: Sequence[PassReport], max_drop: float | None) -> float | None:
@@ -143,8 +170,9 @@ def retold(tried: Trial, model: ir.Model, threads: int = 0) -> Trial:
     """The same inputs, with what `model` makes of them: what is compiled from it is judged against that."""
     reference = Reference(model, threads=threads)
     return replace(
-        tried, expected=[reference.run(one) for one in tried.feeds], approximate=approximate_outputs(model),
-        ranked=ranked_outputs(model), source=f"{tried.source}; against the rewritten model",
+        tried, expected=[reference.run(one) for one in tried.feeds], original=lambda: reference.run,
+        approximate=approximate_outputs(model), ranked=ranked_outputs(model),
+        source=f"{tried.source}; against the rewritten model",
     )  # fmt: skip
 
 
