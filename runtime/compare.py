@@ -23,6 +23,13 @@ MOVES = frozenset(
     {"Identity", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Slice", "Concat", "Split", "Cast"}
 )
 
+# Numbers that are what rounding left of others, such as distances of a point from itself, are another model's as well
+# when it rounds differently. So many times as much as rounding the inputs moves an output is no error, in up to twice
+# as many of its numbers.
+ROUNDINGS = 4.0
+DRAWS = 8  # of rounded inputs
+UNSTABLE = 1e-5  # of the output's scale, from which on a number counts as moved
+
 Runner = Callable[[Mapping[str, np.ndarray]], Mapping[str, Any]]
 
 
@@ -48,6 +55,15 @@ class Difference:
     def by_floor(self) -> bool:
         """Whether it is equal only because so small an absolute error is never judged."""
         return self.ok and self.relative > self.limit
+
+
+@dataclass(frozen=True)
+class Moved:
+    """What rounding the inputs does to an output: the largest absolute difference, and the most numbers that it moves
+    by more than UNSTABLE."""
+
+    largest: float
+    count: int
 
 
 @dataclass(frozen=True)
@@ -94,7 +110,7 @@ class Verdict:
             "shapes": list(self.shapes),
             "max_abs_error": _number(self.max_abs),
             "max_relative_error": _number(self.relative),
-            "not_judged_below": FLOOR if any(o.by_floor for o in self.outputs) else None,
+            "not_judged_below": max((o.floor for o in self.outputs if o.by_floor), default=None),
             "outputs": [
                 {
                     "name": o.name, "shape": list(o.shape), "max_abs_error": _number(o.max_abs),
@@ -149,21 +165,28 @@ def ranked_outputs(model: ir.Model) -> dict[str, str]:
 def compare(
     reference: Runner, candidate: Runner, feeds: Sequence[Mapping[str, np.ndarray]], limit: float | None = None,
     inputs: str = "", approximate: Collection[str] = (), ranked: Mapping[str, str] | None = None,
+    rounding: bool = True,
 ) -> Verdict:  # fmt: skip
-    """Run both on every set of feeds. limit: relative error allowed; None: by the output's type."""
-    return judge(feeds, map(reference, feeds), candidate, limit, inputs, approximate, ranked)
+    """Run both on every set of feeds. limit: relative error allowed; None: by the output's type. rounding: numbers that
+    are the reference's own rounding errors may be off by more."""
+    verdict = judge(feeds, map(reference, feeds), candidate, limit, inputs, approximate, ranked)
+    if verdict.ok or not rounding:
+        return verdict
+    moved = moved_by_rounding(reference, feeds)
+    return judge(feeds, map(reference, feeds), candidate, limit, inputs, approximate, ranked, moved)
 
 
 def judge(
     feeds: Sequence[Mapping[str, np.ndarray]], expectations: Iterable[Mapping[str, Any]], candidate: Runner,
     limit: float | None = None, inputs: str = "", approximate: Collection[str] = (),
-    ranked: Mapping[str, str] | None = None,
+    ranked: Mapping[str, str] | None = None, moved: Sequence[Mapping[str, Moved]] | None = None,
 ) -> Verdict:  # fmt: skip
     """Run `candidate` on every set of feeds and compare with what is expected of it. approximate: outputs of which
-    absolute errors below FLOOR are not judged. ranked: what `ranked_outputs` says of the model."""
+    absolute errors below FLOOR are not judged. ranked: what `ranked_outputs` says of the model. moved: what
+    `moved_by_rounding` does of the model that the expectations are from."""
     outputs: list[Difference] = []
     shapes = []
-    for one, expected in zip(feeds, expectations, strict=True):
+    for one, expected, by_rounding in zip(feeds, expectations, moved or [{}] * len(feeds), strict=True):
         found = candidate(one)
         shapes.append(" ".join(f"{name}{list(np.shape(value))}" for name, value in one.items()))
         for name, value in expected.items():
@@ -176,8 +199,57 @@ def judge(
                     value, found[name], numbers, max(LIMIT, limit or 0.0)
                 ):
                     one_output = replace(one_output, max_abs=0.0, relative=0.0)
-                outputs.append(replace(one_output, floor=FLOOR) if name in approximate else one_output)
+                moves = by_rounding.get(name)
+                if moves and not one_output.note and _is_rounding(value, found[name], moves, one_output.limit):
+                    one_output = replace(one_output, floor=one_output.max_abs)
+                floor = max(one_output.floor, FLOOR if name in approximate else 0.0)
+                outputs.append(replace(one_output, floor=floor))
     return Verdict(tuple(outputs), len(feeds), inputs, tuple(shapes))
+
+
+def moved_by_rounding(reference: Runner, feeds: Sequence[Mapping[str, np.ndarray]]) -> list[dict[str, Moved]]:
+    """For each set of feeds, output -> what moving every float of the inputs by up to its last place does to it. Empty
+    where no input holds floats."""
+    draw = np.random.default_rng(0)
+    moved: list[dict[str, Moved]] = [{} for _ in feeds]
+    for one, of_one in zip(feeds, moved, strict=True):
+        if not any(np.asarray(array).dtype.kind == "f" for array in one.values()):
+            continue
+        before = reference(one)
+        for _ in range(DRAWS):
+            for name, value in reference({key: _rounded(array, draw) for key, array in one.items()}).items():
+                if isinstance(value, np.ndarray) and value.dtype.kind == "f" and value.shape == np.shape(before[name]):
+                    away, scale = _away(before[name], value)
+                    known = of_one.get(name, Moved(0.0, 0))
+                    count = int(np.count_nonzero(away > UNSTABLE * scale))
+                    of_one[name] = Moved(max(known.largest, float(away.max(initial=0.0))), max(known.count, count))
+    return moved
+
+
+def _away(expected: np.ndarray, found: Any) -> tuple[np.ndarray, float]:
+    """How far numbers are from what is expected, 0 where either is none, and the largest that is expected."""
+    other = np.asarray(found)
+    finite = np.isfinite(expected) & np.isfinite(other)
+    scale = np.max(np.abs(expected[np.isfinite(expected)]), initial=0.0)
+    with np.errstate(invalid="ignore"):
+        return np.where(finite, np.abs(other.astype(np.float64) - expected), 0.0), float(scale)
+
+
+def _is_rounding(expected: np.ndarray, found: Any, moved: Moved, limit: float) -> bool:
+    """Whether numbers are off by about as much as rounding moves them, and about as many beyond the limit: a model that
+    computes something else is off nearly everywhere."""
+    away, scale = _away(expected, found)
+    off = np.count_nonzero(away > limit * max(scale, TINY))
+    return bool(away.max(initial=0.0) <= ROUNDINGS * moved.largest and off <= 2 * moved.count)
+
+
+def _rounded(value: Any, draw: np.random.Generator) -> Any:
+    """An array whose floats are moved by one unit in the last place, up, down or not at all."""
+    array = np.asarray(value)
+    if array.dtype.kind != "f":
+        return value
+    up, down = (np.nextafter(array, np.asarray(way, array.dtype)) for way in (np.inf, -np.inf))
+    return np.choose(draw.integers(0, 3, array.shape), [array, up, down])
 
 
 def difference(name: str, expected: Any, found: Any, limit: float | None = None) -> Difference:

@@ -160,11 +160,12 @@ def optimize(
     unverified = "" if verify and not dry_run else "--no-verify"
     if (node := checks.random_node(original)) is not None:
         unverified = f"{node.op_type} gives other numbers every run"
+    again = (lambda: io.load(where)) if where is not None else (lambda: original)
     tried, verdict = None, None
     if not unverified:
         progress("reference")
         try:
-            tried = checks.trial(original, ctx, threads or 0)
+            tried = checks.trial(original, ctx, again, threads or 0)
         except Unfed as error:
             if pins and error.only_sizes:  # the model may take other shapes, so the pins are to blame
                 raise
@@ -185,7 +186,6 @@ def optimize(
         )
     )
     quality = None
-    again = (lambda: io.load(where)) if where is not None else (lambda: original)
     if tried is not None:
         progress("verify")
         verdict = checks.verify(tried, rewritten, again, pipeline, reports, ctx, threads or 0)

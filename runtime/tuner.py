@@ -61,13 +61,15 @@ class Tuned:
 
 
 def check_tunable(minutes: float, target: Target | None) -> None:
-    """Raises UsageError or TargetError where there is nothing to measure."""
+    """Raises UsageError or TargetError where there is nothing to measure, OutputError where what is measured cannot be
+    kept."""
     if math.isnan(minutes) or minutes < 0:
         raise UsageError(f"--tune {minutes:g}: expected minutes, 0 or more")
     if target is None:
         raise UsageError("--tune measures compiled kernels; name a --target")
     if not target.runs_here:
         raise TargetError(f"--tune: target {target.name} does not run on this machine; leave --tune out for it")
+    database().check(writable=minutes > 0)
 
 
 def database() -> Database:

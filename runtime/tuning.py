@@ -89,14 +89,8 @@ class Database:
         self.path = path
 
     def read(self) -> dict[str, Measured]:
-        try:
-            lines = self.path.read_bytes().splitlines()
-        except FileNotFoundError:
-            return {}
-        except OSError as error:
-            raise OutputError(f"{self.path}: cannot be read ({error.strerror}); remove it") from error
         found, damaged = {}, 0
-        for line in filter(None, lines):
+        for line in filter(None, self._bytes().splitlines()):
             try:
                 entry = json.loads(line)
                 key, measured = entry["key"], entry["measured"]
@@ -109,6 +103,14 @@ class Database:
             log.warning("%s: %d damaged lines are left out; their kernels count as not measured", self.path, damaged)
         return found
 
+    def _bytes(self) -> bytes:
+        try:
+            return self.path.read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            return b""
+        except OSError as error:
+            raise OutputError(f"{self.path}: cannot be read ({error.strerror}); remove it") from error
+
     def add(self, key: str, measured: Measured) -> None:
         fields = asdict(measured)
         line = json.dumps({"key": key, "measured": fields, "check": _check(key, fields)}).encode() + b"\n"
@@ -116,6 +118,13 @@ class Database:
             size = os.lseek(file, 0, os.SEEK_END)
             torn = size > 0 and os.pread(file, 1, size - 1) != b"\n"
             os.write(file, b"\n" * torn + line)
+
+    def check(self, writable: bool) -> None:
+        """Raises the OutputError that `read`, or with `writable` `add`, would raise."""
+        self._bytes()
+        if writable:
+            with self._locked():
+                pass
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +17,16 @@ from ..passes.graph import all_nodes
 from ..passes.pipeline import Pipeline
 from ..passes.quality import Drops, counts, held_out, judged
 from ..passes.quantize.dynaquant import DynaQuant
-from .compare import Runner, Verdict, approximate_outputs, compare, judge, ranked_outputs
+from .compare import (
+    Moved,
+    Runner,
+    Verdict,
+    approximate_outputs,
+    compare,
+    judge,
+    moved_by_rounding,
+    ranked_outputs,
+)
 from .feeds import Feeds, check_names, made_up
 from .reference import Reference
 from .wavering import LEAST, Wavering, quantizes
@@ -36,31 +46,51 @@ def random_node(model: ir.Model) -> ir.Node | None:
 
 @dataclass(frozen=True)
 class Trial:
-    """Inputs and what the original model makes of them: everything that is checked is checked against this."""
+    """Inputs and what the original model makes of them: everything that is checked is checked against this.
+
+    original: gives a runner of that model again. It is asked for when something differs, to see whether the model's
+    numbers are rounding errors themselves.
+    """
 
     feeds: Sequence[Feeds]
     expected: Sequence[Mapping[str, Any]]
     source: str
+    original: Callable[[], Runner]
     approximate: frozenset[str] = frozenset()
     ranked: Mapping[str, str] = field(default_factory=dict)
     wavering: Wavering | None = None  # of a model that quantizes
 
     def judge(self, candidate: Runner, limit: float | None = None) -> Verdict:
         """limit: relative error allowed; None: by the output's type. More is allowed of a model that quantizes."""
+        if self.wavering is not None:
+            limit = max(limit or 0.0, LEAST)
 
-        def verdict(limit: float | None) -> Verdict:
-            return judge(self.feeds, self.expected, candidate, limit, self.source, self.approximate, self.ranked)
+        def verdict(limit: float | None, moved: Sequence[Mapping[str, Moved]] | None = None) -> Verdict:
+            known = (limit, self.source, self.approximate, self.ranked, moved)
+            return judge(self.feeds, self.expected, candidate, *known)
 
-        if self.wavering is None:
-            return verdict(limit)
-        limit = max(limit or 0.0, LEAST)
         found = verdict(limit)
-        wide = limit if found.ok else self.wavering.limit(self.feeds, self.expected)
-        return verdict(wide) if wide > limit else found
+        if found.ok:
+            return found
+        found = verdict(limit, self.moved)
+        if found.ok or limit is None or self.wavering is None:
+            return found
+        wide = self.wavering.limit(self.feeds, self.expected)
+        return verdict(wide, self.moved) if wide > limit else found
+
+    @functools.cached_property
+    def moved(self) -> Sequence[Mapping[str, Moved]]:
+        return moved_by_rounding(self.original(), self.feeds)
 
 
-def trial(model: ir.Model, ctx: PassContext, threads: int = 0) -> Trial:
-    """Run the original on calibration inputs, or on made-up ones of two sizes for every dimension not pinned."""
+def trial(model: ir.Model, ctx: PassContext, original: Callable[[], ir.Model], threads: int = 0) -> Trial:
+    """Run the original on calibration inputs, or on made-up ones of two sizes for every dimension not pinned.
+
+    original: gives the model again, however it was rewritten meanwhile.
+    """
+    def again() -> Runner:
+        return Reference(original(), threads=threads).run
+
     reference = Reference(model, threads=threads)
     if ctx.calibration:
         count = min(2, min(len(values) for values in ctx.calibration.values()))
@@ -68,11 +98,11 @@ def trial(model: ir.Model, ctx: PassContext, threads: int = 0) -> Trial:
         for one in feeds:
             check_names(one, model, "calibration")
         expected = [reference.run(one) for one in feeds]
-        return Trial(feeds, expected, "calibration", *_traits(model, threads))
+        return Trial(feeds, expected, "calibration", again, *_traits(model, threads))
     found = made_up(model, reference.run, pins=ctx.pins, seed=ctx.seed)
     source = f"random, seed {ctx.seed}"
     feeds, expected = [one for one, _ in found], [outputs for _, outputs in found]
-    return Trial(feeds, expected, source, *_traits(model, threads))
+    return Trial(feeds, expected, source, again, *_traits(model, threads))
 
 
 def _traits(model: ir.Model, threads: int) -> tuple[frozenset[str], dict[str, str], Wavering | None]:
@@ -161,8 +191,9 @@ def retold(tried: Trial, model: ir.Model, threads: int = 0) -> Trial:
     reference = Reference(model, threads=threads)
     approximate, ranked, wavering = _traits(model, threads)
     return replace(
-        tried, expected=[reference.run(one) for one in tried.feeds], approximate=approximate, ranked=ranked,
-        wavering=wavering, source=f"{tried.source}; against the rewritten model",
+        tried, expected=[reference.run(one) for one in tried.feeds], original=lambda: reference.run,
+        approximate=approximate, ranked=ranked, wavering=wavering,
+        source=f"{tried.source}; against the rewritten model",
     )  # fmt: skip
 
 

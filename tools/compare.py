@@ -60,7 +60,8 @@ def compare_models(
             feeds, where = choose_feeds(a, b, file, seed)
             say("compare")
             approximate = approximate_outputs(a.graph) if limit is None else ()
-            return compare(a.run, b.run, feeds, limit, where, approximate, ranked_outputs(a.graph))
+            ranked = ranked_outputs(a.graph)
+            return compare(a.run, b.run, feeds, limit, where, approximate, ranked, rounding=limit is None)
 
 
 @click.command(cls=Command, name="compare")
@@ -107,8 +108,6 @@ def command(
 
 
 def _word(output: Difference) -> str:
-    from graphwright.runtime.compare import FLOOR
-
     if output.by_floor:
-        return f"equal: absolute error below {as_error(FLOOR)}"
+        return f"equal: absolute error below {as_error(output.floor)}"
     return "equal" if output.ok else output.note or "differs"

@@ -255,6 +255,6 @@ def verdict_line(verdict: Mapping[str, Any] | None, unverified: str) -> str:
         f"{as_error(verdict['max_abs_error'])}, on {count_of(verdict['sets'], 'set')} of inputs ({verdict['inputs']})"
     )
     if floor := verdict.get("not_judged_below"):
-        line += f"\nabsolute errors below {as_error(floor)}, what onnxruntime's own functions are off by, count as none"
+        line += f"\nabsolute errors below {as_error(floor)}, what onnxruntime itself is off by, count as none"
     # The verdict is then that of the rewritten model.
     return f"model {line}\nARTIFACT NOT VERIFIED: {unverified}" if unverified else line

@@ -1,7 +1,7 @@
 """Convolution of tensors with blocked channels: the choice among the templates, and a kernel that adds a bias.
 
 direct: any size, dense or with groups that fill whole vectors (`conv_direct`).
-depthwise: one input channel for each output channel (`conv_depthwise`).
+depthwise: one input channel for each output channel, or groups that lie in a vector (`conv_depthwise`).
 winograd: 3x3 of stride 1 with fewer multiplications (`winograd`).
 
 float32, and 8-bit numbers with sums in int32 (`dots`), which the first two take. Layouts are in `conv_spec`. `emit`
@@ -46,9 +46,9 @@ def supported(spec: ConvSpec, isa: InstructionSet) -> str | None:
         return f"{spec.groups} groups do not divide {spec.in_channels} and {spec.out_channels} channels"
     if not spec.blocked_input:
         return f"{spec.groups} groups of a plain input"
-    if spec.depthwise:
+    if spec.in_vectors(lanes):
         return None
-    each = (spec.in_channels // spec.groups, spec.out_channels // spec.groups)
+    each = (spec.each, spec.out_channels // spec.groups)
     if each[0] % lanes or each[1] % lanes:
         return f"groups of {each[0]} to {each[1]} channels do not fill vectors of {lanes}"
     return None
@@ -56,8 +56,8 @@ def supported(spec: ConvSpec, isa: InstructionSet) -> str | None:
 
 def choose_algorithm(spec: ConvSpec, isa: InstructionSet, caches: Caches) -> tuple[str, str]:
     """(algorithm, why), the reason usable in a report."""
-    if spec.depthwise:
-        return "depthwise", "one input channel for each output channel"
+    if spec.in_vectors(Vectors(isa).lanes):
+        return "depthwise", f"groups of {spec.each} channels lie in a vector"
     if spec.data != "float32":
         return "direct", "8-bit numbers"
     if refusal := winograd.refusal(spec):

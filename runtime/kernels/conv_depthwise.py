@@ -2,12 +2,16 @@
 
     for each task (n, channel block, rows)              over threads
       for row, for tile of output pixels in it
-        for kernel row, for input pixel under the tile
-          tile[pixel] += x · w[kernel row][kernel column]   for each pixel it is a tap of
+        for kernel row, for channel i of a group, for input pixel under the tile
+          tile[pixel] += x[i] · w[kernel row][i][kernel column]   for each pixel it is a tap of
+
+Groups of several channels, as many in as out, that lie in a vector are computed so as well: x[i] holds in every lane
+channel i of the lane's group, a shuffle of the pixel's vector; no lane meets another group's numbers.
 
 A row whose taps are all inside the image in height has its kernel rows written out, with the weights in registers where
 they fit; rows at the border run a loop over those inside. Tiles at the left and right border have code of their own.
-Weights are packed [channel block][kernel row][kernel column][lane]. 8-bit numbers are taken in groups of kernel rows.
+Weights are packed [channel block][kernel row][i][kernel column][lane]. 8-bit numbers are depthwise ones, and taken in
+groups of kernel rows.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ import math
 from collections.abc import Iterator
 
 import numpy as np
+from tvm import tirx
 from tvm.tirx.script import builder as T
 
 from ...passes.base import Caches
@@ -31,17 +36,20 @@ COPY = 96 << 10  # bytes of a copy of the input of 8-bit numbers, about: in the 
 
 
 def pack(weight: np.ndarray, spec: ConvSpec, isa: InstructionSet, tile: ConvTile) -> np.ndarray:
-    """(C, 1, kernel height, kernel width) weights as the kernel reads them, one axis."""
+    """(C, C / groups, kernel height, kernel width) weights as the kernel reads them, one axis."""
     dot = dot_of(Vectors(isa), spec.data)
-    lanes = dot.vectors.lanes
-    padded = axis(weight.reshape(spec.out_channels, *spec.kernel), 0, spec.out_blocks(lanes) * lanes)
-    blocked = grouped(padded, 1, dot.group).reshape(-1, lanes, dot.steps(spec.kernel[0]) * spec.kernel[1], dot.group)
+    lanes, height = dot.vectors.lanes, spec.kernel[0]
+    rows = weight.transpose(0, 2, 1, 3).reshape(spec.out_channels, height, -1)
+    padded = axis(rows, 0, spec.out_blocks(lanes) * lanes)
+    blocked = grouped(padded, 1, dot.group).reshape(-1, lanes, dot.steps(height) * rows.shape[2], dot.group)
     return np.ascontiguousarray(blocked.transpose(0, 2, 1, 3), dtype=dot.dtype).reshape(-1)
 
 
 def widest(isa: InstructionSet, spec: ConvSpec, spare: int = 0) -> int:
-    """Pixels of the largest tile; beside it live the weights of a kernel row or of all, and `spare` products."""
-    weights = spec.taps if spec.taps <= WRITTEN_OUT and isa.registers >= 32 else spec.kernel[1]
+    """Pixels of the largest tile; beside it live the weights of a kernel row and channel, or of all, and `spare`
+    products."""
+    written_out = spec.taps * spec.each <= WRITTEN_OUT
+    weights = spec.taps * spec.each if written_out and isa.registers >= 32 else spec.kernel[1]
     return max(4, min(14, isa.registers - weights - 2 - spare))
 
 
@@ -51,6 +59,7 @@ class DepthwiseEmitter:
     def __init__(self, emission: Emission, tile: ConvTile) -> None:
         self.e, self.dot, self.lanes = emission, emission.dot, emission.lanes
         self.spec = rows_in_groups(emission.spec, self.dot.group) if self.copies else emission.spec
+        self.steps = self.spec.each * self.spec.kernel[1]  # weights of a kernel row
         columns = self.spec.out_size[1]
         most = tile.width or widest(emission.vectors.isa, self.spec, self.dot.spare)
         widths = split_evenly(columns, -(-columns // most))
@@ -102,8 +111,9 @@ class DepthwiseEmitter:
             n = T.Bind(plane // e.const(blocks)) if spec.batch != 1 else e.const(0)
             block = T.Bind(plane % e.const(blocks)) if spec.batch != 1 else plane
             image = T.Bind(plane * e.const(math.prod(e.spec.in_size) * self.lanes))
-            weights = T.Bind(block * e.const(spec.taps * self.dot.width))
-            held = self.weights(weights, spec.taps) if spec.taps <= WRITTEN_OUT else None
+            steps = spec.taps * spec.each
+            weights = T.Bind(block * e.const(steps * self.dot.width))
+            held = self.weights(weights, steps) if steps <= WRITTEN_OUT else None
             for source, start, count in self.sources(image, first, rows, each):
                 with e.serial(count) as i:
                     self.row(n, block, source, weights, held, T.Bind(start + i))
@@ -169,7 +179,7 @@ class DepthwiseEmitter:
             at = self.pixel(source, top, column)
             for kh in range(spec.kernel[0]):
                 line = at + kh * spec.dilations[0] * spec.in_size[1] * self.lanes
-                self.kernel_row(acc, start, width, source, line, held[kh * spec.kernel[1] : (kh + 1) * spec.kernel[1]])
+                self.kernel_row(acc, start, width, source, line, held[kh * self.steps : (kh + 1) * self.steps])
             self.finish(acc, width, n, block, row, column)
 
     def border_row(self, n: Expr, block: Expr, source: Source, weights: Expr, row: Expr) -> None:
@@ -189,7 +199,7 @@ class DepthwiseEmitter:
             with T.serial(count) as k:
                 kh = T.Bind(low + k)
                 at = self.pixel(source, T.Bind(top + kh * e.const(spec.dilations[0])), column)
-                here = self.weights(T.Bind(weights + kh * e.const(spec.kernel[1] * self.dot.width)), spec.kernel[1])
+                here = self.weights(T.Bind(weights + kh * e.const(self.steps * self.dot.width)), self.steps)
                 self.kernel_row(acc, start, width, source, at, here)
             self.finish(acc, width, n, block, row, column)
 
@@ -208,16 +218,19 @@ class DepthwiseEmitter:
     def kernel_row(
         self, acc: Accumulators, start: int, width: int, source: Source, at: Expr, row: list[Expr]
     ) -> None:
-        """Add the products of one kernel row: each input pixel is read once."""
-        spec = self.spec
+        """Add the products of one kernel row: each input pixel is read once for a channel of its group."""
+        spec, each = self.spec, self.spec.each
         uses: dict[int, list[tuple[int, int]]] = {}  # input column -> (output pixel, kernel column)
         for kw in range(spec.kernel[1]):
             for j in range(*self.columns(start, width, kw)):
                 uses.setdefault(j * spec.strides[1] + kw * spec.dilations[1], []).append((j, kw))
-        for column in sorted(uses):
+        for i, column in itertools.product(range(each), sorted(uses)):
             value = self.dot.each(source.buffer, at + column * self.lanes)
+            if each > 1:
+                order = [tirx.const(lane // each * each + i, "int32") for lane in range(self.lanes)]
+                value = T.Bind(tirx.Shuffle([value], order))
             for j, kw in uses[column]:
-                acc.add(0, j, value, row[kw])
+                acc.add(0, j, value, row[i * spec.kernel[1] + kw])
 
     def finish(self, acc: Accumulators, width: int, n: Expr, block: Expr, row: Expr, column: Expr) -> None:
         for j in range(width):

@@ -67,10 +67,15 @@ class ConvSpec:
         stride = 1 if self.kernel[axis] == 1 else self.strides[axis]
         return (self.out_size[axis] - 1) * stride + (self.kernel[axis] - 1) * self.dilations[axis] + 1, stride
 
-    @property
-    def depthwise(self) -> bool:
-        """One input channel for each output channel."""
-        return self.groups > 1 and self.groups == self.in_channels == self.out_channels
+    def each(self) -> int:
+        """Input channels of a group."""
+        return self.in_channels // self.groups
+
+    def in_vectors(self, lanes: int) -> bool:
+        """Whether groups, of as many outputs as inputs, are smaller than a vector and lie in it: depthwise ones do. Of
+        8-bit numbers no others."""
+        whole = self.each == 1 or (self.data == "float32" and self.each < lanes and lanes % self.each == 0)
+        return self.groups > 1 and self.in_channels == self.out_channels and whole
 
     @property
     def multiply_adds(self) -> int:

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import tvm
@@ -17,6 +17,7 @@ from ..target import Target
 from ..templates import Body, anchor, template
 from . import conv as kernels
 from . import conv_transposed, moves
+from .channels import joined
 from .conv import ConvSpec, ConvTile
 from .conv_transposed import TransposedSpec
 from .vectors import Expr, Vectors
@@ -77,11 +78,12 @@ Pack = Callable[[Any], Any]  # a tensor (N, C, ...) -> in blocks
 
 @dataclass(frozen=True)
 class _Sizes:
-    """What a Relax convolution over one or two axes says, with two axes. fields: those that all specs share; a batch
-    that is known only at run time is one item there.
+    """What a Relax convolution over one or two axes says, with two axes. given, out: the shapes of its input and its
+    result. fields: those that all specs share; a batch that is known only at run time is one item there.
     """
 
     weight: np.ndarray
+    given: list[Any]
     out: list[Any]
     fields: dict[str, Any]
 
@@ -120,7 +122,7 @@ def _sizes(call: Any, blocked: Any | None) -> _Sizes | None:
         "strides": pair(attrs.strides, 1), "dilations": pair(attrs.dilation, 1), "pads": pair(attrs.padding, 0),
         "groups": int(attrs.groups), "blocked_input": shape[1] > 4 or blocked is not None or int(attrs.groups) > 1,
     }  # fmt: skip
-    return _Sizes(weight, out, fields)
+    return _Sizes(weight, shape, out, fields)
 
 
 def chosen_tile(spec: ConvSpec, target: Target) -> ConvTile:
@@ -141,12 +143,13 @@ def turned(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def convolution(
-    bb: relax.BlockBuilder, call: Any, blocked: Any | None, pack: Pack, target: Target, packed: dict[Any, Any]
+    bb: relax.BlockBuilder, call: Any, blocked: Any | None, into_blocks: Pack, target: Target, packed: dict[Any, Any]
 ) -> Any | None:
     """A Relax convolution with constant weights as a template over blocks; the result in blocks, or None.
 
-    blocked: the input in blocks, None where it is not; `pack` brings it there. Convolutions that take few channels read
-    them unblocked. packed: weights that were packed before, so that those of several convolutions are held once.
+    blocked: the input in blocks, None where it is not; `into_blocks` brings it there. Convolutions that take few
+    channels read them unblocked. packed: weights that were packed before, so that those of several convolutions are
+    held once.
     """
     sizes = _sizes(call, blocked)
     if sizes is None:
@@ -156,40 +159,101 @@ def convolution(
         # Kernels work along rows. Columns of one place lie in memory as a row does.
         sizes = dataclasses.replace(sizes, weight=sizes.weight.swapaxes(2, 3), fields=turned(sizes.fields))
     spec = ConvSpec(**sizes.fields)
-    if kernels.supported(spec, target.isa) is not None:
+
+    def one(source: Any, spec: ConvSpec, weight: np.ndarray, out: Sequence[Any], key: Any) -> Any:
+        lanes, tile = Vectors(target.isa).lanes, chosen_tile(spec, target)
+        if (key, spec, tile) not in packed:
+            packed[key, spec, tile] = relax.const(kernels.pack_weights(weight, spec, target.isa, tile), "float32")
+        kind = relax.TensorType(blocked_shape(out, lanes), "float32")
+        flops = 2 * (spec.batch or 1) * math.prod(out[1:]) * spec.taps * spec.each
+        parameters = {"spec": vars(spec), "tile": vars(tile), "swapped": swapped}
+        return anchor(bb, "conv", parameters, [source, packed[key, spec, tile]], kind, flops)
+
+    if kernels.supported(spec, target.isa) is None:
+        source = into_blocks(call.args[0]) if spec.blocked_input else call.args[0]
+        return one(source, spec, sizes.weight, sizes.out, call.args[1])
+    alone = _of_one_group(spec)
+    if alone is None or kernels.supported(alone, target.isa) is not None:
         return None
-    lanes = Vectors(target.isa).lanes
-    tile = chosen_tile(spec, target)
-    key = (call.args[1], spec, tile)
-    if key not in packed:
-        packed[key] = relax.const(kernels.pack_weights(sizes.weight, spec, target.isa, tile), "float32")
-    source = pack(call.args[0]) if spec.blocked_input else call.args[0]
-    kind = relax.TensorType(blocked_shape(sizes.out, lanes), "float32")
-    taps = math.prod(spec.kernel) * spec.in_channels // spec.groups
-    flops = 2 * (spec.batch or 1) * math.prod(sizes.out[1:]) * taps
-    parameters = {"spec": vars(spec), "tile": vars(tile), "swapped": swapped}
-    return anchor(bb, "conv", parameters, [source, packed[key]], kind, flops)
+    weights = np.split(sizes.weight, spec.groups)
+
+    def part(group: int, source: Any, out: Sequence[Any]) -> Any:
+        return one(source, alone, weights[group], out, (call.args[1], group))
+
+    return _joined_groups(bb, into_blocks(call.args[0]), spec, sizes.given, sizes.out, part, target)
 
 
 def transposed_convolution(
-    bb: relax.BlockBuilder, call: Any, blocked: Any | None, pack: Pack, target: Target
+    bb: relax.BlockBuilder, call: Any, blocked: Any | None, into_blocks: Pack, target: Target
 ) -> tuple[Any, bool] | None:
     """A transposed one: the result, and whether it is in blocks; None where there is no template."""
     sizes = _sizes(call, blocked)
     if sizes is None:
         return None
-    spec, lanes = TransposedSpec(**sizes.fields), Vectors(target.isa).lanes
-    if conv_transposed.supported(spec, target.isa) is not None:
+    spec = TransposedSpec(**sizes.fields)
+    if conv_transposed.supported(spec, target.isa) is None:
+        source = into_blocks(call.args[0]) if spec.blocked_input else call.args[0]
+        narrow = conv_transposed.narrow(spec, target.isa)
+        return _transposed(bb, source, spec, sizes.weight, sizes.out, target), not narrow
+    alone = _of_one_group(spec)
+    if alone is None or conv_transposed.supported(alone, target.isa) is not None:
         return None
-    source = pack(call.args[0]) if spec.blocked_input else call.args[0]
-    inner = conv_transposed.convolutions(spec, target.isa)
-    tiles = [chosen_tile(each, target) for each in inner]
-    weights = conv_transposed.pack(sizes.weight, spec, target.isa, tiles)
+    weights = np.split(sizes.weight, spec.groups)
+
+    def part(group: int, source: Any, out: Sequence[Any]) -> Any:
+        value = _transposed(bb, source, alone, weights[group], out, target)
+        return pack(bb, value, target) if conv_transposed.narrow(alone, target.isa) else value
+
+    return _joined_groups(bb, into_blocks(call.args[0]), spec, sizes.given, sizes.out, part, target), True
+
+
+def _transposed(
+    bb: relax.BlockBuilder, source: Any, spec: TransposedSpec, weight: np.ndarray, out: Sequence[Any], target: Target
+) -> Any:
+    """The anchor of a transposed convolution; its result is plain in the narrow form and in blocks otherwise."""
+    lanes = Vectors(target.isa).lanes
+    tiles = [chosen_tile(each, target) for each in conv_transposed.convolutions(spec, target.isa)]
+    weights = conv_transposed.pack(weight, spec, target.isa, tiles)
     narrow = conv_transposed.narrow(spec, target.isa)
-    kind = relax.TensorType(sizes.out if narrow else blocked_shape(sizes.out, lanes), "float32")
+    kind = relax.TensorType(list(out) if narrow else blocked_shape(out, lanes), "float32")
     inputs = [source, *(relax.const(w, "float32") for w in weights)]
     parameters = {"spec": vars(spec), "tiles": [vars(tile) for tile in tiles]}
-    return anchor(bb, "conv-transposed", parameters, inputs, kind, 2 * spec.multiply_adds), not narrow
+    return anchor(bb, "conv-transposed", parameters, inputs, kind, 2 * spec.multiply_adds)
+
+
+# --- groups that share vectors ----------------------------------------------------------------------------------
+
+GROUPS = 32  # up to which each has a kernel call of its own; more go to TVM's general code
+
+S = TypeVar("S", ConvSpec, TransposedSpec)
+
+
+def _of_one_group(spec: S) -> S | None:
+    """The convolution of one of its groups; None where there is one group, or too many."""
+    if not 1 < spec.groups <= GROUPS or spec.in_channels % spec.groups or spec.out_channels % spec.groups:
+        return None
+    given, made = spec.in_channels // spec.groups, spec.out_channels // spec.groups
+    return dataclasses.replace(spec, in_channels=given, out_channels=made, groups=1)
+
+
+def _joined_groups(
+    bb: relax.BlockBuilder, source: Any, spec: ConvSpec | TransposedSpec, shape: Sequence[Any], out: Sequence[Any],
+    part: Callable[[int, Any, Sequence[Any]], Any], target: Target,
+) -> Any:  # fmt: skip
+    """Groups that begin inside vectors one by one: their channels are moved to vectors of their own and back.
+
+    source: (N, C, ...) of that shape in blocks; out: the result's plain shape. part(group, its channels in blocks, the
+    plain shape of its result): a call whose result is in blocks.
+    """
+    lanes, groups = Vectors(target.isa).lanes, spec.groups
+    given, made = spec.in_channels // groups, spec.out_channels // groups
+    kind = relax.TensorType(blocked_shape([shape[0], given, *shape[2:]], lanes), "float32")
+    parts = [
+        part(group, joined(bb, [source], [(0, group * given, given)], kind), [out[0], made, *out[2:]])
+        for group in range(groups)
+    ]
+    whole = relax.TensorType(blocked_shape(out, lanes), "float32")
+    return joined(bb, parts, [(group, 0, made) for group in range(groups)], whole)
 
 
 # --- layouts ----------------------------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ POWER_ZERO = -180.0
 LOWEST = -3.4028234663852886e38
 NEGATIVE_INFINITY = float("-inf")
 GROUP = 4  # vectors that are narrowed together
-NARROW = ("int8", "uint8", "int16", "uint16")
+NARROW_INTEGERS = ("int8", "uint8", "int16", "uint16")
 LINE = 16  # elements of a cache line
 
 Expr = Any  # a TIR expression; TVM gives its expression classes no common public name
@@ -207,7 +207,7 @@ class Vectors:
         return T.Bind(T.call_extern(self.dtype, self._name("select"), T.address_of(kept[offset]), count, x))
 
     def store(self, buffer: Buffer, offset: Expr, value: Expr, count: Expr | None = None, stream: bool = False) -> None:
-        """Write a vector, or its first `count` elements; of float32 as float16 or bfloat16 where the buffer is of these.
+        """Write a vector, or its first `count` elements; of float32 as what the buffer is of, float16 or bfloat16.
         `stream`: past the caches, to an aligned address."""
         pointer, dtype = T.address_of(buffer[offset]), str(buffer.dtype)
         if count is not None:
@@ -639,7 +639,7 @@ declare <16 x i16> @llvm.x86.avx2.packssdw(<8 x i32>, <8 x i32>)
 def _narrowing(lanes: int, pack: bool) -> str:
     """Functions that make vectors of int32 narrower, one and GROUP at a time. pack: by AVX2's instructions."""
     text = _PACK_WORDS if pack else ""
-    for name in NARROW:
+    for name in NARROW_INTEGERS:
         bits = _bits(name)
         if pack and bits == 8:
             text += _PACK.format(name=name, pack="packsswb" if name == "int8" else "packuswb")

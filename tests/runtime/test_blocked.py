@@ -188,19 +188,43 @@ def with_weights(proto: Any, weights: dict[str, np.ndarray]) -> Any:
     return proto
 
 
-REST = ((24, 24, 24), (33, 33, 33), (12, 20, 4), (15, 15, 5))
+REST = ((24, 24, 24), (33, 33, 33), (12, 20, 4), (15, 15, 5), (40, 80, 40))
 GROUPS = [pytest.param(*sizes, marks=pytest.mark.slow) for sizes in REST]
 
 
 @pytest.mark.parametrize(
-    ("inputs", "outputs", "groups"), [(16, 32, 2), (17, 17, 17), (6, 12, 6), *GROUPS]
+    ("inputs", "outputs", "groups"), [(16, 32, 2), (17, 17, 17), (6, 12, 6), (32, 32, 8), (15, 21, 3), *GROUPS]
 )
 def test_groups(inputs: int, outputs: int, groups: int, compile_model: Callable[..., Any]) -> None:
     text = f"""g (float[2,{inputs},6,7] x) => (float[2,{outputs},6,7] y) {{
       a = Conv<kernel_shape=[3,3], pads=[1,1,1,1], group={groups}>(x, w, b)  r = Relu(a)
       y = Conv<kernel_shape=[1,1]>(r, v) }}"""
     weights = {"w": draw(outputs, inputs // groups, 3, 3), "b": draw(outputs), "v": draw(outputs, outputs, 1, 1)}
-    compile_model(text, **weights).check(feeds(x=(2, inputs, 6, 7)))
+    model = compile_model(text, **weights)
+    model.check(feeds(x=(2, inputs, 6, 7)))
+    assert bool(model.kernels("conv2d")) == (groups > 32 and outputs != groups)  # TVM's general code
+
+
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "groups", "kernel", "more"),
+    [(24, 24, 2, 3, "output_padding=[1,1]"), (10, 6, 2, 2, ""), pytest.param(15, 12, 3, 4, "", marks=pytest.mark.slow)],
+)
+def test_groups_of_transposed_convolutions(
+    inputs: int, outputs: int, groups: int, kernel: int, more: str, compile_model: Callable[..., Any]
+) -> None:
+    attributes = ", ".join(filter(None, ["strides=[2,2]", f"group={groups}", more]))
+    text = f"""g (float[batch,{inputs},6,7] x) => (float[batch,{outputs},h,w] y) {{
+      a = ConvTranspose<{attributes}>(x, w, b)  y = Relu(a) }}"""
+    model = compile_model(text, w=draw(inputs, outputs // groups, kernel, kernel), b=draw(outputs))
+    model.check(feeds(x=(2, inputs, 6, 7)))
+    assert not model.kernels("conv2d")
+
+
+def test_batches_known_at_run_time_of_groups_that_share_vectors(compile_model: Callable[..., Any]) -> None:
+    text = "g (float[batch,10,5,6] x) => (float[batch,6,3,4] y) { y = Conv<group=2>(x, w) }"
+    model = compile_model(text, w=draw(6, 5, 3, 3))
+    for batch in (1, 3):
+        model.check(feeds(x=(batch, 10, 5, 6)))
 
 
 @pytest.mark.parametrize("channels", [5, 16])

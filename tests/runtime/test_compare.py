@@ -18,6 +18,7 @@ from graphwright.runtime.compare import (
     approximate_outputs,
     compare,
     difference,
+    moved_by_rounding,
     ranked_outputs,
 )
 from onnx import parser
@@ -188,3 +189,38 @@ def test_places_without_their_numbers_are_whole_numbers() -> None:
     ):
         assert ranked_outputs(ir.from_proto(parser.parse_model(text))) == {}
     assert not ok(np.array([4, 0, 3]), np.array([4, 3, 0]))
+
+
+def test_what_rounding_the_inputs_moves_as_far_is_not_judged() -> None:
+    """A distance of a point from itself is a rounding error, which another order of sums makes another one."""
+
+    def distances(order: list[int]) -> Any:
+        def run(feeds: Any) -> dict[str, Any]:
+            x = np.ascontiguousarray(feeds["x"][:, order])
+            squares = (x * x).sum(axis=1)
+            products = np.cumsum(x[:, None] * x[None], axis=2)[..., -1]  # in another order than that sum
+            away = squares[:, None] + squares[None] - np.float32(2) * products
+            return {"y": np.sqrt(np.maximum(away, 0)), "z": squares}
+
+        return run
+
+    rising = list(range(40))
+    feeds = [{"x": np.random.default_rng(0).standard_normal((9, 40)).astype(np.float32)}]
+
+    def wrong(feeds: Any) -> dict[str, Any]:
+        found = distances(rising)(feeds)
+        return {"y": found["y"] * np.float32(1.01), "z": found["z"]}
+
+    def noisy(feeds: Any) -> dict[str, Any]:
+        """Its diagonal is another rounding error."""
+        found = distances(rising[::-1])(feeds)
+        return {"y": np.maximum(found["y"], 1e-3 * np.eye(9, dtype=np.float32)), "z": found["z"]}
+
+    (moved,) = moved_by_rounding(distances(rising), feeds)
+    assert 1e-3 < moved["y"].largest < 1e-2 and 0 < moved["y"].count <= 9
+    assert moved["z"].largest < 1e-4 and moved["z"].count == 0
+    assert not compare(distances(rising), noisy, feeds, 1e-5, rounding=False).ok
+    forgiven = compare(distances(rising), noisy, feeds, 1e-5)
+    assert forgiven.ok and forgiven.to_json()["not_judged_below"] == forgiven.max_abs > 5e-4
+    assert not compare(distances(rising), wrong, feeds, 1e-5).ok
+    assert moved_by_rounding(distances(rising), [{"x": np.ones((2, 40), np.int64)}]) == [{}]

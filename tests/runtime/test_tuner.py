@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from graphwright.passes.errors import CompileError, TargetError, UsageError
+from graphwright.passes.errors import CompileError, OutputError, TargetError, UsageError
 from graphwright.runtime import tuner
 from graphwright.runtime.artifact import Artifact
 from graphwright.runtime.driver import optimize
@@ -91,6 +91,17 @@ def test_zero_minutes_use_what_is_stored_and_measure_nothing(model: Path, monkey
     monkeypatch.setattr(Compiler, "measure", None)
     result = optimize(model, target="cpu", out=model.with_name("a"), tune=0)
     assert result.tuned and (result.tuned.known, result.tuned.faster) == (0, 0) and result.tuned.kernels >= 4
+
+
+def test_a_cache_that_cannot_be_used_is_named_before_anything_is_compiled(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(tuner, "cache_dir", lambda: tmp_path / "file")
+    said: list[str] = []
+    with pytest.raises(OutputError, match="set GRAPHWRIGHT_CACHE to a folder that can"):
+        optimize(model, target="cpu", out=model.with_name("a"), tune=1, progress=said.append)
+    assert said == [] and not model.with_name("a").exists()
 
 
 def other_tile(kernel: Tunable) -> dict[str, Any]:

@@ -77,6 +77,20 @@ class Breaks(Honest):
 
 
 @dataclass(frozen=True)
+class Reorders(Honest):
+    """Turns the inputs of concatenations round."""
+
+    name = "reorders"
+
+    def run(self, model: ir.Model, ctx: PassContext) -> PassReport:
+        for node in model.graph:
+            if node.op_type == "Concat":
+                for index, value in enumerate(reversed(list(node.inputs))):
+                    node.replace_input_with(index, value)
+        return super().run(model, ctx)
+
+
+@dataclass(frozen=True)
 class Renames(Honest):
     """Gives an output, or an input, another name."""
 
@@ -298,3 +312,21 @@ def test_an_artifact_is_compared_with_the_rewritten_model(tmp_path: Path) -> Non
     assert result.verdict is not None and result.verdict.ok and result.verdict.relative < 1e-4
     assert "against the rewritten model" in result.verdict.inputs
     assert result.artifact is not None and result.artifact.native_nodes == (2, 2)
+
+
+def test_numbers_that_are_rounding_errors_refuse_no_model(tmp_path: Path) -> None:
+    """Distances of points from themselves, which another order of the sum makes others."""
+    text = """g (float[9,32] x) => (float[9,9] y) {
+      squared = Mul(x, x)  norms = ReduceSum(squared, axes)  ones = Div(norms, norms)  twice = Mul(x, w)
+      left = Concat<axis=-1>(twice, norms, ones)  right = Concat<axis=-1>(x, ones, norms)
+      turned = Transpose<perm=[1,0]>(right)  squares = MatMul(left, turned)
+      positive = Max(squares, least)  y = Sqrt(positive) }"""
+    proto = parser.parse_model(f"{HEADER} {text}")
+    constants = {"axes": np.array([-1]), "w": np.array(-2, np.float32), "least": np.array(0, np.float32)}
+    proto.graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in constants.items())
+    onnx.save(proto, tmp_path / "model.onnx")
+
+    verdict = run(tmp_path / "model.onnx", Reorders()).verdict
+    assert verdict is not None and verdict.ok and verdict.relative > 1e-5
+    with pytest.raises(VerificationError, match=r"pass scales:by=0\.01: output 'y' differs"):
+        optimize(tmp_path / "model.onnx", Pipeline((Scales(by=0.01),)), preset="none", out=tmp_path / "other.onnx")

@@ -164,6 +164,14 @@ DEPTHWISE = {
     "one-dimensional": spec_of((20, 20), (1, 33), (1, 3), pads=(0, 1, 0, 1), groups=20),
     "batch 2": spec_of((40, 40), (12, 12), (3, 3), pads=same(3), groups=40, batch=2),
     "pads wider than the kernel": spec_of((16, 16), (5, 6), (3, 3), pads=(4, 5, 4, 3), groups=16),
+    "groups of 2": spec_of((22, 22), (9, 13), (3, 3), pads=same(3), groups=11),
+    "groups of 2, 1x1": spec_of((16, 16), (5, 7), (1, 1), groups=8),
+}
+NARROW = {  # groups that lie in the vectors of some targets
+    "groups of 4": spec_of((32, 32), (14, 14), (3, 3), pads=same(3), groups=8),
+    "groups of 4, stride 2, the last vector not full": spec_of((36, 36), (15, 17), (3, 3), (2, 2), same(3), groups=9),
+    "groups of 8": spec_of((32, 32), (7, 7), (3, 3), pads=same(3), groups=4, batch=2),
+    "groups of 4, 5x1, dilation 2": spec_of((16, 16), (11, 9), (5, 1), pads=(4, 0, 4, 0), dilations=(2, 1), groups=4),
 }
 WINOGRAD = {
     "even": spec_of((32, 48), (14, 14), (3, 3), pads=same(3)),
@@ -191,6 +199,21 @@ def test_direct(runnable: Callable[[str], Target], name: str, case: str) -> None
 @pytest.mark.parametrize("name", X86)
 def test_depthwise(runnable: Callable[[str], Target], name: str, case: str) -> None:
     check(DEPTHWISE[case], runnable(name), algorithm="depthwise")
+
+
+@pytest.mark.parametrize("case", NARROW)
+@pytest.mark.parametrize("name", X86)
+def test_groups_that_lie_in_vectors(runnable: Callable[[str], Target], name: str, case: str) -> None:
+    check(NARROW[case], runnable(name))
+
+
+@pytest.mark.parametrize("value", [np.inf, np.nan])
+def test_a_group_does_not_meet_the_numbers_of_another(value: float) -> None:
+    spec = spec_of((16, 16), (6, 6), (3, 3), pads=same(3), groups=4)
+    x, weight = np.ones((1, 16, 6, 6), np.float32), np.ones((16, 4, 3, 3), np.float32)
+    x[:, 5] = value
+    y = kernel(spec, Target.named("cpu"))(x, weight, np.zeros(16, np.float32))
+    assert not np.isfinite(y[:, 4:8]).any() and np.isfinite(np.delete(y, range(4, 8), axis=1)).all()
 
 
 @pytest.mark.parametrize("case", WINOGRAD)
@@ -255,6 +278,7 @@ def test_weights_larger_than_the_cache(runnable: Callable[[str], Target], name: 
 
 
 SIZES = st.integers(1, 20)
+ALGORITHMS = {"winograd": "winograd", "depthwise": "depthwise", "pairs": "depthwise"}
 
 
 @settings(max_examples=40, deadline=None)
@@ -262,7 +286,7 @@ SIZES = st.integers(1, 20)
     st.tuples(st.integers(1, 40), st.integers(1, 70)), st.tuples(SIZES, SIZES),
     st.tuples(st.integers(1, 5), st.integers(1, 5)), st.tuples(st.integers(1, 3), st.integers(1, 3)),
     st.tuples(*[st.integers(0, 4)] * 4), st.tuples(st.integers(1, 2), st.integers(1, 2)),
-    st.sampled_from(["blocked", "plain", "depthwise", "winograd"]), st.sampled_from(X86), st.integers(1, 3),
+    st.sampled_from(["blocked", "plain", "depthwise", "pairs", "winograd"]), st.sampled_from(X86), st.integers(1, 3),
 )  # fmt: skip
 def test_any_convolution(
     runnable: Callable[[str], Target], channels, size, window, strides, pads, dilations, kind, name, batch
@@ -270,18 +294,22 @@ def test_any_convolution(
     if kind == "winograd":
         window, strides, dilations = (3, 3), (1, 1), (1, 1)
     assume(all(size[i] + pads[i] + pads[i + 2] > (window[i] - 1) * dilations[i] for i in (0, 1)))
-    groups = channels[0] if kind == "depthwise" else 1
-    channels = (groups, groups) if kind == "depthwise" else channels
+    groups = channels[0] if kind in ("depthwise", "pairs") else 1
+    if kind in ("depthwise", "pairs"):
+        channels = (2 * groups, 2 * groups) if kind == "pairs" else (groups, groups)
+    if kind == "pairs":
+        assume(groups > 1)
     spec = spec_of(channels, size, window, strides, pads, dilations, groups, batch, kind != "plain")
-    check(spec, runnable(name), algorithm={"winograd": "winograd", "depthwise": "depthwise"}.get(kind, "direct"))
+    check(spec, runnable(name), algorithm=ALGORITHMS.get(kind, "direct"))
 
 
 def test_what_is_not_supported_has_a_reason() -> None:
     isa = Target.named("cpu-avx512").isa
     assert supported(DIRECT["3x3"], isa) is None
-    few = spec_of((32, 32), (8, 8), (3, 3), groups=8)
-    assert "groups of 4 to 4 channels do not fill vectors of 16" in str(supported(few, isa))
+    few = spec_of((48, 48), (8, 8), (3, 3), groups=4)
+    assert "groups of 12 to 12 channels do not fill vectors of 16" in str(supported(few, isa))
     assert supported(few, NEON) is None
+    assert supported(NARROW["groups of 4"], isa) is None
     multiplied = spec_of((16, 32), (8, 8), (3, 3), groups=16)
     assert "groups of 1 to 2" in str(supported(multiplied, isa))
     with pytest.raises(ValueError, match="do not fill vectors"):
