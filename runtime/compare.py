@@ -11,9 +11,14 @@ import numpy as np
 import onnx_ir as ir
 
 from ..passes.errors import VerificationError
+from ..passes.graph import all_nodes
 
 LIMIT = 1e-4  # of the output's scale: float32 rounding over a whole model
 FLOAT16_LIMIT = 1e-2
+# Of a model that quantizes between its operators: a difference in the last digit of a float32 becomes a whole step
+# where the number lies between two, and the operators behind it carry that on.
+QUANTIZED_LIMIT = 5e-2
+QUANTIZERS = frozenset({"DynamicQuantizeLinear", "DynamicQuantizeMatMul", "QGemm", "QuantizeLinear"})
 TINY = float(np.finfo(np.float32).tiny)
 # onnxruntime's own Sigmoid, Tanh and Erf are good to about 1e-7, whatever the scale of the output: a map of
 # probabilities near zero cannot be compared more closely, so smaller absolute errors of such outputs are not judged.
@@ -128,6 +133,11 @@ def approximate_outputs(model: ir.Model) -> frozenset[str]:
                 seen |= new
                 waiting += new
     return frozenset(found)
+
+
+def quantizes(model: ir.Model) -> bool:
+    """Whether a model rounds what it has computed to a few steps."""
+    return any(node.op_type in QUANTIZERS or node.op_type.startswith("QLinear") for node in all_nodes(model))
 
 
 def ranked_outputs(model: ir.Model) -> dict[str, str]:

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 WHOLE_LIMIT = 128 << 20  # bytes of weights up to which one session holds the model
 SEGMENT_LIMIT = 64 << 20
-BYTE_PRODUCTS = frozenset({"ConvInteger", "MatMulInteger", "QLinearConv", "QLinearMatMul"})
+BYTE_PRODUCTS = frozenset({"ConvInteger", "DynamicQuantizeMatMul", "MatMulInteger", "MatMulIntegerToFloat", "QGemm",
+                           "QLinearConv", "QLinearMatMul"})  # fmt: skip
 
 ORT_TYPES = {
     "tensor(float)": np.float32, "tensor(double)": np.float64, "tensor(float16)": np.float16,

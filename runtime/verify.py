@@ -16,7 +16,16 @@ from ..passes.errors import BudgetError, InputError, ModelError, VerificationErr
 from ..passes.graph import all_nodes
 from ..passes.pipeline import Pipeline
 from ..passes.quality import cosine_drop, held_out, rows_that_count
-from .compare import Runner, Verdict, approximate_outputs, compare, judge, ranked_outputs
+from .compare import (
+    QUANTIZED_LIMIT,
+    Runner,
+    Verdict,
+    approximate_outputs,
+    compare,
+    judge,
+    quantizes,
+    ranked_outputs,
+)
 from .feeds import Feeds, check_names, made_up
 from .reference import Reference
 
@@ -44,9 +53,12 @@ class Trial:
     source: str
     approximate: frozenset[str] = frozenset()
     ranked: Mapping[str, str] = field(default_factory=dict)
+    quantized: bool = False
 
     def judge(self, candidate: Runner, limit: float | None = None) -> Verdict:
-        """limit: relative error allowed; None: by the output's type."""
+        """limit: relative error allowed; None: by the output's type. More is allowed of a quantized model."""
+        if self.quantized:
+            limit = max(limit or 0.0, QUANTIZED_LIMIT)
         return judge(self.feeds, self.expected, candidate, limit, self.source, self.approximate, self.ranked)
 
 
@@ -59,11 +71,16 @@ def trial(model: ir.Model, ctx: PassContext, threads: int = 0) -> Trial:
         for one in feeds:
             check_names(one, model, "calibration")
         expected = [reference.run(one) for one in feeds]
-        return Trial(feeds, expected, "calibration", approximate_outputs(model), ranked_outputs(model))
+        return Trial(feeds, expected, "calibration", *_traits(model))
     found = made_up(model, reference.run, pins=ctx.pins, seed=ctx.seed)
     source = f"random, seed {ctx.seed}"
     feeds, expected = [one for one, _ in found], [outputs for _, outputs in found]
-    return Trial(feeds, expected, source, approximate_outputs(model), ranked_outputs(model))
+    return Trial(feeds, expected, source, *_traits(model))
+
+
+def _traits(model: ir.Model) -> tuple[frozenset[str], dict[str, str], bool]:
+    """What a comparison with the model's outputs has to know."""
+    return approximate_outputs(model), ranked_outputs(model), quantizes(model)
 
 
 def limit_of(pipeline: Pipeline, reports: Sequence[PassReport], max_drop: float | None) -> float | None:
@@ -104,6 +121,8 @@ class Verifier:
         limit = (step.contract.limit or self.max_drop) if report.changes else Contract.EXACT.limit
         if limit is None or (report.changes and step.contract is Contract.LEARNED):
             return
+        if quantizes(self._before):
+            limit = max(limit, QUANTIZED_LIMIT)
         old = Reference(self._before, threads=self.threads)
         try:
             new = Reference(model, threads=self.threads)
@@ -142,9 +161,10 @@ def verify(
 def retold(tried: Trial, model: ir.Model, threads: int = 0) -> Trial:
     """The same inputs, with what `model` makes of them: what is compiled from it is judged against that."""
     reference = Reference(model, threads=threads)
+    approximate, ranked, quantized = _traits(model)
     return replace(
-        tried, expected=[reference.run(one) for one in tried.feeds], approximate=approximate_outputs(model),
-        ranked=ranked_outputs(model), source=f"{tried.source}; against the rewritten model",
+        tried, expected=[reference.run(one) for one in tried.feeds], approximate=approximate, ranked=ranked,
+        quantized=quantized, source=f"{tried.source}; against the rewritten model",
     )  # fmt: skip
 
 

@@ -59,8 +59,9 @@ class Decompose(Pass):
 
     LSTM, GRU and RNN that no kernel takes (weights that are computed, clip, peepholes, batch first, unusual
     activations) are unrolled when their number of steps is fixed. QLinearConv, QLinearMatMul and ConvInteger
-    become float operators on the same whole numbers. Attention, RotaryEmbedding, Swish, Celu and other standard
-    operators that the standard defines by a body get that body, or a shorter one where they have their usual form.
+    become the float operator between DequantizeLinear and QuantizeLinear. Attention, RotaryEmbedding, Swish, Celu and
+    other standard operators that the standard defines by a body get that body, or a shorter one where they have their
+    usual form.
     Operators in a form that the target has a kernel for, and those named by `keep`, stay.
     Left alone, with the reason: recurrences of free length or of more than max_steps steps, and bodies that
     need what is not known. Meant for compiling: onnxruntime has kernels for these operators.

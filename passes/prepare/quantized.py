@@ -1,6 +1,9 @@
-"""Integer operators written out in float operators that a compiler has.
+"""Integer operators written out in operators that a compiler has.
 
-Sums of products of 8-bit numbers are whole numbers, which float32 holds exactly up to 2^24, so the result is the
+QLinearConv and QLinearMatMul become Conv and MatMul between DequantizeLinear and QuantizeLinear, ConvInteger with
+constant zero points likewise with a scale of 1: the form in which the compiler computes in integers.
+
+Without it, sums of products of 8-bit numbers are whole numbers in float32, exactly up to 2^24, so the result is the
 integer operator's own except where sums are larger; there it is rounded to 24 bits.
 """
 
@@ -8,6 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
 from .. import graph
@@ -52,46 +56,68 @@ def _convolution(node: ir.Node) -> dict[str, Any]:
 def conv_integer(node: ir.Node, opset: int, max_steps: int) -> Body:
     _check(node, opset)
     spatial, body = _spatial(node, 1), Body(opset)
-    x, w = _centred(body, node, 0, 2), _centred(body, node, 1, 3, spatial + 1)
+    points = [graph.input_of(node, index) for index in (2, 3)]
+    if all(p is None or graph.constant_value(p) is not None for p in points):
+        x, w = _steps(body, node, 0, 2, 0), _steps(body, node, 1, 3, 0)
+    else:
+        x, w = _centred(body, node, 0, 2), _centred(body, node, 1, 3, spatial + 1)
     body.op("Cast", body.op("Conv", x, w, **_convolution(node)), out="output0", to=int(ir.DataType.INT32))
     return body
 
 
-def _scale(body: Body, node: ir.Node, index: int) -> str:
-    """A scale as float32."""
+def _steps(body: Body, node: ir.Node, value: int, zero: int, axis: int) -> str:
+    """Input `value` less its zero point, dequantized by a scale of 1."""
+    point = graph.input_of(node, zero)
+    array = None if point is None else graph.constant_value(point)
+    if array is None or array.size == 1:
+        name = None if point is None else f"input{zero}"
+        if array is not None and array.ndim:
+            name = body.op("Reshape", name, body.constant(np.zeros(0, np.int64)))
+        return body.op("DequantizeLinear", f"input{value}", body.constant(1, FLOAT), name)
+    ones = body.constant(np.ones(array.shape, np.float32), FLOAT)
+    return body.op("DequantizeLinear", f"input{value}", ones, f"input{zero}", axis=axis)
+
+
+def _shape(node: ir.Node, index: int) -> list[Any]:
     value = graph.input_of(node, index)
-    name = f"input{index}"
-    return name if value is not None and value.dtype == FLOAT else body.op("Cast", name, to=int(FLOAT))
+    if value is None or value.shape is None:
+        raise Refusal(f"the shape of input {index} is not known; run infer-shapes first")
+    return list(value.shape)
 
 
-def _requantize(body: Body, total: str, scales: tuple[str, str, str], zero: str) -> None:
-    """total * (a * b / y), rounded to even, plus the zero point, saturated: what integer kernels do."""
-    factor = body.op("Div", body.op("Mul", scales[0], scales[1]), scales[2])
-    body.op("QuantizeLinear", body.op("Mul", total, factor), body.constant(1, FLOAT), zero, out="output0")
+def _numbers(body: Body, node: ir.Node, value: int, axis: int | None) -> str:
+    """Input `value` by the scale and zero point behind it. axis: the one that several belong to, None for one only."""
+    scale = _shape(node, value + 1)
+    names = [f"input{value + i}" for i in range(3)]
+    if all(d == 1 for d in scale):
+        return body.op("DequantizeLinear", *names)
+    if axis is None or len(scale) != 1:
+        raise Refusal(f"the scales of input {value} are of shape {[str(d) for d in scale]}")
+    if _shape(node, value + 2) != scale:
+        points = body.op("Expand", names[2], body.op("Shape", names[1]))
+        return body.op("DequantizeLinear", names[0], names[1], points, axis=axis)
+    return body.op("DequantizeLinear", *names, axis=axis)
 
 
 def qlinear_conv(node: ir.Node, opset: int, max_steps: int) -> Body:
     _check(node, opset)
-    spatial, body = _spatial(node, 3), Body(opset)
-    x, w = _centred(body, node, 0, 2), _centred(body, node, 3, 5, spatial + 1)
-    bias = body.op("Cast", "input8", to=int(FLOAT)) if graph.input_of(node, 8) is not None else None
-    total = body.op("Conv", x, w, bias, **_convolution(node))
-    w_scale = _scale(body, node, 4)
-    if graph.rank(graph.input_of(node, 4)) == 1:
-        w_scale = body.op("Unsqueeze", w_scale, body.constant(list(range(1, spatial + 1))))
-    _requantize(body, total, (_scale(body, node, 1), w_scale, _scale(body, node, 6)), "input7")
+    body = Body(opset)
+    x, w, bias = _numbers(body, node, 0, None), _numbers(body, node, 3, 0), None
+    if graph.input_of(node, 8) is not None:
+        scale = body.op("Mul", "input1", "input4")
+        single = all(d == 1 for d in _shape(node, 4))
+        if single:
+            scale = body.op("Reshape", scale, body.constant(np.zeros(0, np.int64)))
+        axes: dict[str, Any] = {} if single else {"axis": 0}
+        bias = body.op("DequantizeLinear", "input8", scale, **axes)
+    body.op("QuantizeLinear", body.op("Conv", x, w, bias, **_convolution(node)), "input6", "input7", out="output0")
     return body
 
 
 def qlinear_matmul(node: ir.Node, opset: int, max_steps: int) -> Body:
     """a (M, K) and b (K, N); scale and zero point of a: one, or one a row; of b: one, or one a column."""
     _check(node, opset)
-    for index in (1, 2):
-        rows = graph.input_of(node, index)
-        if rows is None or rows.shape is None or (len(rows.shape) == 1 and rows.shape[0] != 1):
-            raise Refusal("its first input has a scale per row, or one of unknown shape")
     body = Body(opset)
-    total = body.op("MatMul", _centred(body, node, 0, 2), _centred(body, node, 3, 5))
-    a, b, y = (_scale(body, node, index) for index in (1, 4, 6))
-    _requantize(body, total, (a, b, y), "input7")
+    a, b = _numbers(body, node, 0, -2), _numbers(body, node, 3, -1)
+    body.op("QuantizeLinear", body.op("MatMul", a, b), "input6", "input7", out="output0")
     return body

@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from .. import graph
 from ..base import Contract, Pass, PassContext, PassReport
-from . import contrib, contrib_attention
+from . import contrib, contrib_attention, contrib_quantized
 from .bodies import inline_call
 from .contrib_call import CONTRIB, Call
 from .convert_opset import ConvertOpset
@@ -18,7 +18,7 @@ from .evaluate import Refusal
 from .infer_shapes import InferShapes
 
 OPSET = 23  # the first with Attention, RMSNormalization and RotaryEmbedding
-BODIES = {**contrib.BODIES, **contrib_attention.BODIES}
+BODIES = {**contrib.BODIES, **contrib_attention.BODIES, **contrib_quantized.BODIES}
 ATTENTIONS = (*contrib_attention.BODIES, *contrib.STRAY)  # without strays the opset can be raised
 
 
@@ -35,6 +35,9 @@ class StandardiseContrib(Pass):
     not, with bias, masks, rotary embedding and cache), SkipLayerNormalization, SkipSimplifiedLayerNormalization,
     SimplifiedLayerNormalization, EmbedLayerNormalization, RotaryEmbedding, Gelu, FastGelu, BiasGelu, QuickGelu,
     BiasSplitGelu, BiasAdd, FusedMatMul, FusedGemm, FusedConv and NhwcFusedConv. The model is brought to opset 23.
+    Quantized operators become the operator between DequantizeLinear and QuantizeLinear: QLinearAdd, QLinearMul and
+    others of that name, QGemm, DynamicQuantizeMatMul, MatMulIntegerToFloat, and MatMulNBits with 4 or 8 bits, whose
+    weight becomes a constant of that width.
     A cache becomes the past with the new keys put in their places, also where sequences differ in length.
     Left alone, with the reason: forms that the standard has no words for, such as caches that share a buffer,
     attention sinks, quantized caches, and causal attention of unequal lengths; onnxruntime runs those as they are.

@@ -188,3 +188,17 @@ def test_places_without_their_numbers_are_whole_numbers() -> None:
     ):
         assert ranked_outputs(ir.from_proto(parser.parse_model(text))) == {}
     assert not ok(np.array([4, 0, 3]), np.array([4, 3, 0]))
+
+
+@pytest.mark.parametrize("body, more", [("y = QuantizeLinear (x, s)", True), ("y = Cast <to = 2> (x)", False)])
+def test_a_step_is_allowed_of_a_model_that_quantizes(body: str, more: bool) -> None:
+    """Where a number lies between two steps, another order of a sum decides for the other one."""
+    from graphwright.passes.base import PassContext
+    from graphwright.runtime.verify import trial
+
+    text = f'<ir_version: 10, opset_import: ["" : 21]> g (float[8] x) => (uint8[8] y) <float s = {{0.01}}> {{ {body} }}'
+    model = ir.from_proto(parser.parse_model(text))
+    tried = trial(model, PassContext(calibration={"x": [np.linspace(0, 2.55, 8, dtype=np.float32)]}))
+    expected = tried.expected[0]["y"]
+    assert tried.judge(lambda one: {"y": expected - (expected == expected.max())}).ok == more
+    assert not tried.judge(lambda one: {"y": expected - 20 * (expected == expected.max())}).ok

@@ -11,6 +11,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 from graphwright.passes.pipeline import Pipeline
+from graphwright.passes.prepare import contrib_quantized
 from graphwright.passes.prepare.standardise_contrib import BODIES
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -338,7 +339,8 @@ def test_shapes_are_told_through_many_layers() -> None:
 
 
 def test_every_operator_is_tried() -> None:
-    assert set(BODIES) - {site.op for site in SITES.values()} <= {"BiasAdd", "BiasSplitGelu", "NhwcFusedConv"}
+    left = set(BODIES) - set(contrib_quantized.BODIES)  # whose tests are beside these
+    assert left - {site.op for site in SITES.values()} <= {"BiasAdd", "BiasSplitGelu", "NhwcFusedConv"}
 
 
 def gelu(x: np.ndarray) -> np.ndarray:
