@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import tvm
 from tvm import tirx
 
 from .elementwise import binary, mapped
+from .requantized import clamp
 from .shapes import reshaped
-from .site import NARROW_FLOATS, Refuse, Result, Site, converts, is_float, is_unsigned
+from .site import NARROW_FLOATS, Refuse, Result, Site, constant_of, converts, is_float, is_unsigned
 
 
-def _activation(site: Site, function: Callable[[Any, Callable[[float], tirx.Expr]], Any]) -> tvm.ir.Expr:
+def _activation(
+    site: Site, function: Callable[[Any, Callable[[float], tirx.Expr]], Any], attrs: Mapping[str, Any] | None = None
+) -> tvm.ir.Expr:
     """`function` of an element and of a maker of constants of its type; half precision computes in float32."""
     dtype = site.dtype()
     wide = "float32" if dtype in NARROW_FLOATS else dtype
@@ -21,12 +24,12 @@ def _activation(site: Site, function: Callable[[Any, Callable[[float], tirx.Expr
     def element(x: Any) -> Any:
         return function(x.astype(wide), lambda value: tirx.const(value, wide)).astype(dtype)
 
-    return mapped(site, element, site.op.lower(), site.x())
+    return mapped(site, element, site.op.lower(), site.x(), attrs=attrs)
 
 
 @converts("Relu")
 def relu(site: Site) -> Result:
-    return _activation(site, lambda x, c: tirx.Select(x < c(0), c(0), x))
+    return _activation(site, lambda x, c: tirx.Select(x < c(0), c(0), x), clamp(0.0, None))
 
 
 @converts("LeakyRelu")
@@ -132,7 +135,12 @@ def clip(site: Site) -> Result:
             x = tirx.Select(x > most, most, x)
         return x
 
-    return mapped(site, element, "clip", site.x(), *given) if given else site.value(0)
+    if not given:
+        return site.value(0)
+    numbers = [None if bound is None else constant_of(bound) for bound in bounds]
+    known = all(bound is None or number is not None for bound, number in zip(bounds, numbers, strict=True))
+    limits = (None if n is None else float(n.reshape(-1)[0]) for n in numbers)
+    return mapped(site, element, "clip", site.x(), *given, attrs=clamp(*limits) if known else None)
 
 
 @converts("Softplus", "Softsign", "Mish")

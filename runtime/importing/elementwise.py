@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -32,9 +32,11 @@ from .site import (
 # Arithmetic.
 
 
-def mapped(site: Site, function: Callable[..., Any], name: str, *inputs: tvm.ir.Expr) -> tvm.ir.Expr:
+def mapped(
+    site: Site, function: Callable[..., Any], name: str, *inputs: tvm.ir.Expr, attrs: Mapping[str, Any] | None = None
+) -> tvm.ir.Expr:
     """A TIR expression of one element of each input, broadcast as ONNX does. Constants of one element become part of
-    it: Relax fuses nothing into a function that reads a number from a tensor.
+    it: Relax fuses nothing into a function that reads a number from a tensor. attrs: of the TIR function.
     """
     out = list(shape_of(inputs[0]))
     for other in inputs[1:]:
@@ -63,7 +65,7 @@ def mapped(site: Site, function: Callable[..., Any], name: str, *inputs: tvm.ir.
 
         return te.compute(tuple(int64(d) for d in out), element, name=name)
 
-    return site.te(compute, *inputs, name=name)
+    return site.te(compute, *inputs, name=name, attrs=attrs)
 
 
 def _number(expr: tvm.ir.Expr) -> tirx.Expr | None:

@@ -17,6 +17,7 @@ import tvm
 from tvm import relax, te, tirx
 
 from .reductions import reduced
+from .requantized import requantized
 from .shapes import reshaped
 from .site import (
     PACKED,
@@ -290,6 +291,8 @@ def quantize_linear(site: Site) -> Result:
         raise Refuse(f"quantization to {dtype} is not compiled")
     if site.attr("precision", 0) not in (0, 1):
         raise Refuse("its precision is not float32")
+    if (sums := requantized(site, dtype)) is not None:
+        return sums
     axis, block = _granularity(site, site.x(1), site.rank())
     if axis is None and (again := _requantized(site, dtype)) is not None:
         return again

@@ -249,7 +249,7 @@ def copied_columns(
             with T.Else():
                 inside = [tirx.all(row >= const(0), row < const(height)) for row in taps]
                 held = [T.Bind(T.Select(i, row, const(0))) for i, row in zip(inside, taps, strict=True)]
-                weight = [T.Bind(T.Select(i, T.int32(1), T.int32(0))) for i in inside]
+                masks = [T.Bind(T.Select(i, T.int32(-1), T.int32(0))) for i in inside]
                 taps[:] = held
-                runs(count, lanes, lambda done, n: some(done, n, weight), const)
+                runs(count, lanes, lambda done, n: some(done, n, masks), const)
     return Source(target, const(0), first_row, in_most * columns, columns, lanes, 1)

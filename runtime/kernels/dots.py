@@ -177,7 +177,7 @@ class IntegerDot(Dot):
     ) -> Expr:  # fmt: skip
         """`count` steps of which the elements of each number lie behind each other from an offset on; None: any.
 
-        there: for each of them 1, or 0 where all are `zero` instead, which is shifted already.
+        there: for each of them -1, or 0 where all are `zero` instead, which is shifted already.
         """
         suffix = f"x{count}" if count > 1 else ""
 
@@ -194,7 +194,7 @@ class IntegerDot(Dot):
             if self.shift:
                 value = value + splat(self.shift)
             if there is not None:
-                value = (value - splat(zero)) * splat(there[number]) + splat(zero)
+                value = T.bitwise_and(value - splat(zero), splat(there[number])) + splat(zero)
             if signed and number + 1 < self.group:
                 value = T.bitwise_and(value, splat((1 << self.form.bits) - 1))
             if number:

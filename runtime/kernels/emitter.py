@@ -60,6 +60,18 @@ def narrowed(tree: Tree) -> Tree | None:
     return tree.args[0] if RANGES[tree.dtype][0] <= low and high <= RANGES[tree.dtype][1] else None
 
 
+def _saturated(tree: Tree) -> Tree | None:
+    """The int32 tree that a tree of 8 bits holds between the bounds of its type; None where it does not."""
+    inner = narrowed(tree)
+    if inner is None or tree.dtype not in ("int8", "uint8"):
+        return None
+    for op, bound in zip(("min", "max"), reversed(RANGES[tree.dtype]), strict=True):
+        if not isinstance(inner, Apply) or inner.op != op or inner.args[1] != Constant(bound, "int32"):
+            return None
+        inner = inner.args[0]
+    return inner
+
+
 def _quotient(tree: Tree) -> tuple[Tree, float, int, int] | None:
     """(x, s, low, high) where a tree is min(max(x / s, low), high) with numbers s > 0 and whole low and high."""
     inner, limits = tree, []
@@ -134,6 +146,8 @@ class TreeEmitter:
             result = v.apart(
                 self._emit(tree.args[0], place, count, anchor) * self._emit(tree.args[1], place, count, anchor)
             )
+        elif self.vectors.saturates and (within := _saturated(tree)) is not None:
+            result = v.narrow(self._emit(within, place, count, anchor), tree.dtype)
         elif (wide := narrowed(tree)) is not None:
             result = v.narrow(self._emit(wide, place, count, anchor), tree.dtype)
         else:

@@ -68,6 +68,8 @@ class Vectors:
         self.parts = PARTS if isa.lookup else 1
         # Live vectors that fit beside the constants of exp.
         self.wide = isa.registers >= 32
+        # Whether `narrow` to 8 bits holds numbers between the bounds of the type.
+        self.saturates = isa.lookup
 
     # -- values ---------------------------------------------------------------------------------------------
 
@@ -236,7 +238,7 @@ class Vectors:
         return T.Bind(T.call_extern(self.dtype, self._name("apart"), x))
 
     def narrow(self, value: Expr, dtype: str) -> Expr:
-        """A vector of int32 as one of 8 or 16 bits, whose numbers fit into them."""
+        """A vector of int32 as one of 8 or 16 bits, whose numbers fit into them, unless it `saturates`."""
         return T.Bind(T.call_extern(f"{dtype}x{self.lanes}", self._name(f"narrow_{dtype}"), value))
 
     def store_narrow(self, buffer: Buffer, offset: Expr, values: Sequence[Expr]) -> None:
