@@ -63,6 +63,37 @@ class IntegerOperand:
         return dtype_of(self.value)
 
 
+@dataclass(frozen=True)
+class RunningOperand:
+    """The integers behind a tensor whose one scale and zero point are computed when the model runs: scalars, float32
+    and of the integers' type. zero_point: None for 0."""
+
+    value: tvm.ir.Expr
+    scale: tvm.ir.Expr
+    zero_point: tvm.ir.Expr | None
+
+
+def running_operand(bb: relax.BlockBuilder, expr: tvm.ir.Expr) -> RunningOperand | None:
+    """What `expr` was dequantized from by one scale that is no constant; None for other tensors."""
+    made = made_by(bb, expr, "relax.call_tir")
+    known = None if made is None else _known(bb, made)
+    if made is None or known is None or known["axis"] is not None or dtype_of(expr) != "float32":
+        return None
+    x, *given = made.args[1].fields
+    if known["scale"] is not None:
+        return None
+    zero = given[1] if len(given) > 1 else None
+    if zero is None and known["zero_point"]:
+        zero = const(known["zero_point"], dtype_of(x))
+    return RunningOperand(x, given[0], zero)
+
+
+def _known(bb: relax.BlockBuilder, call: Any) -> dict[str, Any] | None:
+    """What the function of a call says of its dequantization; None where it is another one."""
+    text = (bb.get()[call.args[0]].attrs or {}).get(DEQUANTIZE)
+    return None if text is None else json.loads(str(text))
+
+
 def integer_operand(bb: relax.BlockBuilder, expr: tvm.ir.Expr) -> IntegerOperand | None:
     """What `expr` was dequantized from, with scales and zero points that are constants.
 
@@ -76,11 +107,9 @@ def integer_operand(bb: relax.BlockBuilder, expr: tvm.ir.Expr) -> IntegerOperand
         made = made_by(bb, made.args[0], "relax.call_tir", *MOVES)
     if made is None or dtype_of(expr) != "float32":
         return None
-    function = bb.get()[made.args[0]]
-    text = (function.attrs or {}).get(DEQUANTIZE)
-    if text is None:
+    known = _known(bb, made)
+    if known is None:
         return None
-    known = json.loads(str(text))
     x, *given = made.args[1].fields
     arrays = [constant_of(g) for g in given]
     if known["block"] or any(a is None for a in arrays):
