@@ -16,8 +16,8 @@ from tvm import relax
 
 from ..kernels import integers
 from .quantization import conv_pads
-from .quantized import IntegerOperand, integer_operand
-from .site import Dim, Site, const, constant_of, shape_of
+from .quantized import IntegerOperand, integer_operand, running_operand
+from .site import Dim, Site, const, constant_of, dtype_of, shape_of
 
 
 @dataclass(frozen=True)
@@ -37,16 +37,57 @@ def _operands(site: Site, data: int, weight: int, channels: int) -> _Operands | 
     x = integer_operand(site.bb, site.x(data))
     if x is None or x.dtype not in ("uint8", "int8") or x.scale.shape or constant_of(x.value) is not None:
         return None
-    w = integer_operand(site.bb, site.x(weight))
+    w = _weight(site, weight, channels)
+    if w is None:
+        return None
+    whole, w_scale = w
+    scale = x.scale.astype(np.float64) * w_scale.astype(np.float64)
+    return _Operands(x, whole, scale.astype(np.float32))
+
+
+def _weight(site: Site, index: int, channels: int) -> tuple[np.ndarray, np.ndarray] | None:
+    """A constant of 8 bits less its zero points, int8, and its scales; None where that is none."""
+    w = integer_operand(site.bb, site.x(index))
     array = None if w is None else constant_of(w.value)
     if w is None or array is None or w.axis not in (None, channels) or w.dtype not in ("uint8", "int8"):
         return None
-    zero = w.zero_point.reshape([-1 if a == w.axis else 1 for a in range(array.ndim)])
-    whole = array.astype(np.int32) - zero
-    if whole.size == 0 or whole.min() < -128 or whole.max() > 127:
+    whole = whole_weight(array, w.zero_point.reshape([-1 if a == w.axis else 1 for a in range(array.ndim)]))
+    return None if whole is None else (whole, w.scale)
+
+
+def whole_weight(array: np.ndarray, zero: np.ndarray) -> np.ndarray | None:
+    """An array less its zero points as int8; None where it does not fit."""
+    whole = array.astype(np.int32) - zero.astype(np.int32)
+    return None if whole.size == 0 or whole.min() < -128 or whole.max() > 127 else whole.astype(np.int8)
+
+
+def product_less(site: Site, x: tvm.ir.Expr, zero: tvm.ir.Expr | None, weight: np.ndarray) -> tvm.ir.Expr | None:
+    """The sums of (x - zero) * weight, int32, with a zero point that is known when the model runs; None where that has
+    no kernel. zero: a scalar, None for 0. weight: int8 (K, N)."""
+    columns = weight.shape[1]
+    known = None if zero is None else constant_of(zero)
+    point = 0 if known is None else int(known.reshape(()))
+    sums = integers.product(site.bb, x, weight, np.zeros(columns, np.int64), point, site.target)
+    if sums is None or zero is None or known is not None:
+        return sums
+    start = site.cast(relax.op.reshape(zero, []), "int32")
+    less = site.emit(relax.op.multiply(start, const(weight.sum(axis=0, dtype=np.int64), "int32")))
+    return site.emit(relax.op.subtract(sums, less))
+
+
+def _running_product(site: Site, transposed: bool) -> tvm.ir.Expr | None:
+    """A product with data that was quantized when the model runs."""
+    if not site.target.is_cpu or site.rank(0) < 2:
         return None
-    scale = x.scale.astype(np.float64) * w.scale.astype(np.float64)
-    return _Operands(x, whole.astype(np.int8), scale.astype(np.float32))
+    x, w = running_operand(site.bb, site.x(0)), _weight(site, 1, 0 if transposed else site.rank(1) - 1)
+    if x is None or w is None or w[0].ndim != 2 or dtype_of(x.value) not in ("uint8", "int8"):
+        return None
+    weight = np.ascontiguousarray(w[0].T) if transposed else w[0]
+    sums = product_less(site, x.value, x.zero_point, weight)
+    if sums is None:
+        return None
+    scale = site.emit(relax.op.multiply(site.emit(relax.op.reshape(x.scale, [])), const(w[1], "float32")))
+    return site.emit(relax.op.multiply(site.cast(sums, "float32"), scale))
 
 
 def _integer_bias(site: Site, index: int, operands: _Operands, count: int) -> np.ndarray | None:
@@ -104,6 +145,8 @@ def matmul(site: Site, transposed: bool = False, bias: int | None = None) -> tup
     transposed: the second one is (N, K). Of constant matrices on the right.
     """
     operands = _operands(site, 0, 1, 0 if transposed else site.rank(1) - 1)
+    if operands is None and (y := _running_product(site, transposed)) is not None:
+        return y, False
     if operands is None or operands.weight.ndim != 2 or site.rank(0) < 2:
         return None
     weight = np.ascontiguousarray(operands.weight.T) if transposed else operands.weight

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import tvm
 from tvm import relax, te, tirx
 
 from .quantized import quantized
 from .shapes import reshaped
-from .site import Dim, Refuse, Result, Site, Unfixed, converts, int64, shape_of
+from .site import Dim, Refuse, Result, Site, Unfixed, const, constant_of, converts, int64, shape_of
 
 
 def _centred(site: Site, index: int, point: int, axis: int | None) -> tvm.ir.Expr:
@@ -30,8 +31,30 @@ def _centred(site: Site, index: int, point: int, axis: int | None) -> tvm.ir.Exp
     return site.emit(relax.op.subtract(x, zero))
 
 
+def _by_kernel(site: Site) -> tvm.ir.Expr | None:
+    """MatMulInteger with a constant matrix on the right and one zero point on the left; None for other forms."""
+    from .integer_products import product_less, whole_weight
+
+    array = site.array(1)
+    bytes_ = site.dtype(0) in ("uint8", "int8") and constant_of(site.x(0)) is None
+    if not site.target.is_cpu or not bytes_ or array is None or array.ndim != 2 or site.rank(0) < 2:
+        return None
+    if site.has(2) and any(d != 1 for d in site.shape(2)):
+        return None
+    zero = site.array(3) if site.has(3) else np.zeros((), np.int32)
+    weight = None if zero is None else whole_weight(array, zero)
+    if weight is None:
+        return None
+    start = site.emit(relax.op.reshape(site.x(2), [])) if site.has(2) and site.array(2) is None else None
+    if site.has(2) and (known := site.array(2)) is not None:
+        start = const(known.reshape(()), site.dtype(2))
+    return product_less(site, site.x(0), start, weight)
+
+
 @converts("MatMulInteger")
 def matmul_integer(site: Site) -> Result:
+    if (sums := _by_kernel(site)) is not None:
+        return sums
     a = _centred(site, 0, 2, site.rank(0) - 2 if site.rank(0) > 1 else None)
     b = _centred(site, 1, 3, site.rank(1) - 1)
     return relax.op.matmul(a, b, out_dtype="int32")

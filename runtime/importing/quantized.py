@@ -78,12 +78,9 @@ class Dequantization:
 
 def dequantization(bb: relax.BlockBuilder, made: Any) -> Dequantization | None:
     """What a call computes, where it is one."""
-    if made.op.name != "relax.call_tir":
+    known = _known(bb, made) if made.op.name == "relax.call_tir" else None
+    if known is None:
         return None
-    text = (bb.get()[made.args[0]].attrs or {}).get(DEQUANTIZE)
-    if text is None:
-        return None
-    known = json.loads(str(text))
     value, *given = made.args[1].fields
     arrays = [constant_of(g) for g in given]
     if any(a is None for a in arrays):
@@ -91,6 +88,37 @@ def dequantization(bb: relax.BlockBuilder, made: Any) -> Dequantization | None:
     scale = np.asarray(arrays.pop(0) if known["scale"] is None else known["scale"], np.float32)
     zero = np.asarray(arrays.pop(0) if arrays else known["zero_point"] or 0, np.int32)
     return Dequantization(value, scale, zero, known["axis"], known["block"])
+
+
+@dataclass(frozen=True)
+class RunningOperand:
+    """The integers behind a tensor whose one scale and zero point are computed when the model runs: scalars, float32
+    and of the integers' type. zero_point: None for 0."""
+
+    value: tvm.ir.Expr
+    scale: tvm.ir.Expr
+    zero_point: tvm.ir.Expr | None
+
+
+def running_operand(bb: relax.BlockBuilder, expr: tvm.ir.Expr) -> RunningOperand | None:
+    """What `expr` was dequantized from by one scale that is no constant; None for other tensors."""
+    made = made_by(bb, expr, "relax.call_tir")
+    known = None if made is None else _known(bb, made)
+    if made is None or known is None or known["axis"] is not None or dtype_of(expr) != "float32":
+        return None
+    x, *given = made.args[1].fields
+    if known["scale"] is not None:
+        return None
+    zero = given[1] if len(given) > 1 else None
+    if zero is None and known["zero_point"]:
+        zero = const(known["zero_point"], dtype_of(x))
+    return RunningOperand(x, given[0], zero)
+
+
+def _known(bb: relax.BlockBuilder, call: Any) -> dict[str, Any] | None:
+    """What the function of a call says of its dequantization; None where it is another one."""
+    text = (bb.get()[call.args[0]].attrs or {}).get(DEQUANTIZE)
+    return None if text is None else json.loads(str(text))
 
 
 def integer_operand(bb: relax.BlockBuilder, expr: tvm.ir.Expr) -> IntegerOperand | None:

@@ -54,7 +54,9 @@ def bounds(tree: Tree) -> tuple[float, float]:
 
 def narrowed(tree: Tree) -> Tree | None:
     """The int32 tree of which a tree of 8 or 16 bits is the value, unchanged; None where it is none or could wrap."""
-    if not isinstance(tree, Apply) or tree.op != "cast" or tree.dtype not in NARROW_INTEGERS or tree.args[0].dtype != "int32":
+    if not isinstance(tree, Apply) or tree.op != "cast" or tree.dtype not in NARROW_INTEGERS:
+        return None
+    if tree.args[0].dtype != "int32":
         return None
     low, high = bounds(tree.args[0])
     return tree.args[0] if RANGES[tree.dtype][0] <= low and high <= RANGES[tree.dtype][1] else None
