@@ -219,7 +219,7 @@ def test_a_corrected_bias_keeps_the_mean_of_the_result(tmp_path: Path) -> None:
     data = {"x": [x + 1 for x in samples((2, 5, 8))["x"]]}  # numbers with a mean
     errors = {}
     for correct in ("true", "false"):
-        options = f":weights=4:group=0:activations=16:correct={correct}:smooth=none:keep=q+v+z"
+        options = f":weights=4:group=0:activations=16:correct={correct}:smooth=none:together=false:keep=q+v+z"
         model, _ = quantized(proto, options, data, tmp_path)
         pairs = [(run(model, {"x": x}), run(proto, {"x": x})) for x in data["x"]]
         errors[correct] = float(np.abs(np.mean([a - b for a, b in pairs], axis=(0, 1, 2))).max())
@@ -311,3 +311,18 @@ def test_the_road_records_what_replays(tmp_path: Path) -> None:
     again = driver.optimize(tmp_path / "m.onnx", str(done.pipeline).rpartition(",")[2], out=tmp_path / "again.onnx")
     assert done.path is not None and again.path is not None
     assert done.path.read_bytes() == again.path.read_bytes()
+
+
+def test_data_that_one_scale_does_not_suit_stay_in_float(tmp_path: Path) -> None:
+    """A row of numbers a thousand times as large, as transformers have at the first token."""
+    proto, _ = mlp()
+    data = samples((2, 5, 8))
+    node = next(node for node in proto.graph.node if node.op_type == "LayerNormalization")
+    node.CopyFrom(onnx.helper.make_node("Identity", ["x"], ["n"]))
+    for x in data["x"]:
+        x[:, 0] *= 1000
+    _, report = quantized(proto, ":method=minmax:smooth=none", data, tmp_path)
+    reasons = {skip.value: skip.reason for skip in report.skips}
+    assert set(reasons) >= {"q", "v"} and "8-bit data with one scale lose" in reasons["q"]
+    _, report = quantized(proto, ":method=minmax:smooth=none:activations=16", data, tmp_path)
+    assert not {"q", "v"} & {skip.value for skip in report.skips}
