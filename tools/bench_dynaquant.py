@@ -200,14 +200,15 @@ def measure(case: Case, folder: Path, options: argparse.Namespace) -> list[dict[
     old, rows = session_of(source, options.threads), []
     settings = case.settings if not options.passes else tuple((p, "-", lambda a, b: True) for p in options.passes)
     for number, (passes, asked, holds) in enumerate(settings):
-        path = folder / f"{case.name}.{passes.replace(':', '_').replace('=', '-')}.onnx"
+        budget = "" if options.max_drop is None else f".{options.max_drop:g}"
+        path = folder / f"{case.name}.{passes.replace(':', '_').replace('=', '-')}{budget}.onnx"
         seconds = 0.0
         if not path.is_file():
             start = time.perf_counter()
             weights_alone = passes.endswith("activations=none") and not options.calibrate
             driver.optimize(
                 source, passes, out=path, calibration=None if weights_alone else case.calibration(), verify=False,
-                overwrite=True, threads=options.threads or None,
+                max_drop=options.max_drop, overwrite=True, threads=options.threads or None,
             )  # fmt: skip
             seconds = time.perf_counter() - start
         before, after = case.judge(old, session_of(path, options.threads))
@@ -234,6 +235,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", action="append", metavar="NAME", help="only this model; may be given again")
     parser.add_argument("--passes", action="append", metavar="SPEC", help="in the place of the settings of the table")
     parser.add_argument("--calibrate", action="store_true", help="give weights that are quantized alone inputs too")
+    parser.add_argument("--max-drop", type=float, metavar="X", help="layers return to float until it holds")
     parser.add_argument("--threads", type=int, default=0, metavar="N")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args(arguments)
