@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 import pytest
 from graphwright.tools import bench_dynaquant
-from graphwright.tools.bench_dynaquant import Case, crops, line, main
+from graphwright.tools.bench_dynaquant import Case, Setting, crops, line, main
 from onnx import numpy_helper, parser
 
 TEXT = '<ir_version: 10, opset_import: ["" : 20]> g (float[B, 32] x) => (float[B, 16] y) { y = MatMul (x, w) }'
@@ -34,8 +34,8 @@ def test_every_setting_is_a_row_and_what_is_not_met_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = (
-        ("dynaquant", "0.9", lambda old, new: new >= 0.9),
-        ("dynaquant:weights=4:activations=none", "equal", lambda old, new: new == old),
+        Setting("dynaquant", "0.9", lambda old, new: new >= 0.9),
+        Setting("dynaquant:weights=4:activations=none", "equal", lambda old, new: new == old, calibrated=False),
     )
     case = Case("small", "largest error", export, lambda: {"x": list(X)}, largest, settings)
     monkeypatch.setattr(bench_dynaquant, "cases", lambda: [case])
