@@ -54,11 +54,13 @@ def ort_session(
     options.log_severity_level = 4
     if not optimized:  # a session for a run or two: packing weights costs more than it gives, and a second copy
         options.add_session_config_entry("session.disable_prepacking", "1")
-    options.add_session_config_entry(EXACT_BYTES, "1")
     levels = ort.GraphOptimizationLevel
     options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimized else levels.ORT_DISABLE_ALL
-    if optimized and any(node.op_type == "QuantizeLinear" for node in model.graph):
-        options.add_session_config_entry(WITHOUT_QDQ, "1")  # its products of bytes are inexact on some machines
+    if optimized and any(node.op_type == "DequantizeLinear" for node in model.graph):
+        # No products of bytes, which some machines saturate; EXACT_BYTES fails at weights with a scale a channel.
+        options.add_session_config_entry(WITHOUT_QDQ, "1")
+    else:
+        options.add_session_config_entry(EXACT_BYTES, "1")
     if not optimized and any(node.op_type in BYTE_PRODUCTS for node in model.graph.all_nodes()):
         options.graph_optimization_level = levels.ORT_ENABLE_EXTENDED  # the first at which it can be exact
         options.add_session_config_entry(WITHOUT_QDQ, "1")  # floats between QDQ nodes stay floats

@@ -36,16 +36,26 @@ HEADER = ["model", "pass", "judged by", "float", "quantized", "asked for", "", "
 
 
 @dataclass(frozen=True)
+class Setting:
+    """Passes to try. holds: (float, quantized) -> whether it is what is asked for, which `asked` says in words.
+    calibrated: whether they are given inputs."""
+
+    passes: str
+    asked: str = "-"
+    holds: Callable[[float, float], bool] = lambda old, new: True
+    calibrated: bool = True
+
+
+@dataclass(frozen=True)
 class Case:
-    """One model and the passes to try on it. judge: session -> figure. holds: (float, quantized) -> whether it is what
-    the issue asks for, which `asked` says in words."""
+    """One model and what to try on it. judge: both sessions -> their figures."""
 
     name: str
     measure: str
     export: Callable[[Path], object]
     calibration: Callable[[], Calibration]
     judge: Callable[[onnxruntime.InferenceSession, onnxruntime.InferenceSession], tuple[float, float]]
-    settings: tuple[tuple[str, str, Callable[[float, float], bool]], ...]
+    settings: tuple[Setting, ...]
 
 
 def crops(photos: Sequence[str], count: int, seed: int) -> list[np.ndarray]:
@@ -171,14 +181,15 @@ def cases() -> list[Case]:
 
     return [
         Case("digits", "right of 1,000", export_digits, digit_calibration, right_digits,
-             (("dynaquant", "-0.2 points", lambda old, new: new >= old - 0.002),)),
+             (Setting("dynaquant", "-0.2 points", lambda old, new: new >= old - 0.002),)),
         Case("efficientnet-lite0", f"same first class of {CROPS}", partial(registry.export, "efficientnet-lite0"),
-             photo_calibration, agreement, (("dynaquant", "97 %", at_least(0.97)),)),
+             photo_calibration, agreement, (Setting("dynaquant", "97 %", at_least(0.97)),)),
         Case("minilm", f"Spearman of {PAIRS:,}", partial(registry.export, "minilm"), line_calibration, ranking,
-             (("dynaquant:outputs=sentence_embedding", "0.99", at_least(0.99)),)),
+             (Setting("dynaquant:outputs=sentence_embedding", "0.99", at_least(0.99)),)),
         Case("smollm2", "perplexity", partial(registry.export, "smollm2", length=WINDOW), text_calibration,
-             perplexities, (("dynaquant", "+1 %", within(0.01)), ("dynaquant:activations=none", "+1 %", within(0.01)),
-                            ("dynaquant:weights=4:activations=none", "+8 %", within(0.08)))),
+             perplexities, (Setting("dynaquant"),
+                            Setting("dynaquant:activations=none", "+1 %", within(0.01), calibrated=False),
+                            Setting("dynaquant:weights=4:activations=none", "+8 %", within(0.08)))),
     ]  # fmt: skip
 
 
@@ -198,25 +209,27 @@ def measure(case: Case, folder: Path, options: argparse.Namespace) -> list[dict[
     if not source.is_file():
         case.export(source)
     old, rows = session_of(source, options.threads), []
-    settings = case.settings if not options.passes else tuple((p, "-", lambda a, b: True) for p in options.passes)
-    for number, (passes, asked, holds) in enumerate(settings):
-        path = folder / f"{case.name}.{passes.replace(':', '_').replace('=', '-')}.onnx"
+    own = [Setting(passes, calibrated=not options.uncalibrated) for passes in options.passes or ()]
+    for setting in own or case.settings:
+        passes = setting.passes
+        budget = "" if options.max_drop is None else f".{options.max_drop:g}"
+        budget += "" if setting.calibrated else ".uncalibrated"
+        path = folder / f"{case.name}.{passes.replace(':', '_').replace('=', '-')}{budget}.onnx"
         seconds = 0.0
         if not path.is_file():
             start = time.perf_counter()
-            weights_alone = passes.endswith("activations=none") and not options.calibrate
             driver.optimize(
-                source, passes, out=path, calibration=None if weights_alone else case.calibration(), verify=False,
-                overwrite=True, threads=options.threads or None,
+                source, passes, out=path, calibration=case.calibration() if setting.calibrated else None, verify=False,
+                max_drop=options.max_drop, overwrite=True, threads=options.threads or None,
             )  # fmt: skip
             seconds = time.perf_counter() - start
         before, after = case.judge(old, session_of(path, options.threads))
         rows.append({
             "model": case.name, "passes": passes, "measure": case.measure, "float": before, "quantized": after,
-            "asked": asked, "holds": holds(before, after), "seconds": seconds,
+            "asked": setting.asked, "holds": setting.holds(before, after), "seconds": seconds,
             "megabytes": [p.stat().st_size / 1e6 for p in (source, path)],
         })  # fmt: skip
-        print_row(line(rows[number]))
+        print_row(line(rows[-1]))
     return rows
 
 
@@ -233,7 +246,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, default=Path("dynaquant"), help="where models are kept")
     parser.add_argument("--only", action="append", metavar="NAME", help="only this model; may be given again")
     parser.add_argument("--passes", action="append", metavar="SPEC", help="in the place of the settings of the table")
-    parser.add_argument("--calibrate", action="store_true", help="give weights that are quantized alone inputs too")
+    parser.add_argument("--uncalibrated", action="store_true", help="give --passes no inputs")
+    parser.add_argument("--max-drop", type=float, metavar="X", help="layers return to float until it holds")
     parser.add_argument("--threads", type=int, default=0, metavar="N")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args(arguments)

@@ -19,11 +19,21 @@ from .placement import Placement, place
 from .plan import Edit, LayerPlan, Plan, Point
 from .ranges import Histogram, Method
 from .rounding import can_be_rounded, products, round_together
-from .scales import affine, data_grid, decibels, fit_weights, signal_to_noise, weight_grid
+from .scales import (
+    affine,
+    data_grid,
+    decibels,
+    dequantize,
+    fit_weights,
+    quantize,
+    signal_to_noise,
+    weight_grid,
+)
 from .sensitivity import Judge, allot, fewest
 from .smooth import smooth, smoothing
 from .write import bias_place, write
 
+MOST_LOST = 0.03  # of the squares of a row of data
 MOST_BIAS = 2.0**30  # of a bias in steps of its scale
 DAMAGE_SAMPLES, ERROR_SAMPLES = 8, 4
 WIDTHS = (4, 6, 8)
@@ -92,6 +102,10 @@ class _Decision:
             self.ctx.progress("dynaquant: ranges")
             self.seen = self._observe(placement.values)
         points = self._points(placement)
+        coarse = self._coarse(points)
+        if coarse:
+            kept = {**kept, **coarse}
+            self.layers = [layer for layer in self.layers if layer.site not in coarse]
         plan = Plan(edits, {}, points, kept)
         self.ctx.progress("dynaquant: weights")
         widths = {layer.site: self.options.weights for layer in self.layers}
@@ -184,6 +198,23 @@ class _Decision:
             found[root] = Point(float(scale[0]), int(zero[0]), bits)
         return {value.name or "": found[root] for value, root in placement.values.items()}
 
+    def _coarse(self, points: Mapping[str, Point]) -> dict[str, str]:
+        """Products whose data one scale does not suit -> why: of a typical row, which a few rows with numbers a hundred
+        times as large do not change, too little is left."""
+        found = {}
+        for layer in self.layers:
+            point = points.get(layer.data.name or "")
+            if not layer.is_product or point is None:
+                continue
+            rows = self.seen[layer.data.name or ""].rows
+            scale, zero = np.array(point.scale), point.zero
+            lost = rows - dequantize(quantize(rows, scale, zero, data_grid(point.bits)), scale, zero)
+            norms = np.square(rows).sum(1)
+            share = float(np.mean(np.square(lost).sum(1)[norms > 0] / norms[norms > 0])) if norms.any() else 0.0
+            if share > MOST_LOST:
+                found[layer.site] = f"{point.bits}-bit data with one scale lose {share:.0%} of a typical row"
+        return found
+
     # --- weights
 
     def _block(self, layer: Layer, bits: int) -> int:
@@ -215,7 +246,7 @@ class _Decision:
         if gram is not None:
             codes = round_together(matrix, codes, grid, gram)
         corrected = None
-        if self.options.correct and channels is not None:
+        if self.options.correct and channels is not None and gram is None:  # X'X holds the mean, and the borders
             corrected = _corrected_bias(layer, matrix - codes.values, channels)
         return LayerPlan(bits, codes, point is not None, corrected)
 

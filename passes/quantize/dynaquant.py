@@ -41,19 +41,21 @@ class DynaQuant(Pass):
     recorded pipeline names it: `plan=FILE` repeats the result without any inputs.
     With --max-drop the layers that cost most return to float until the outputs drop by no more.
     Left alone, each with its reason: operators without a constant weight, inside bodies of If, Loop, Scan and
-    functions, with few weights, with sums that int32 might not hold, and those named by keep.
+    functions, with few weights, with sums that int32 might not hold, with data of which one scale leaves too little
+    of a typical row, and those named by keep.
 
     Sources: docs/methods/dynaquant.md; Nagel et al., "A White Paper on Neural Network Quantization",
     arXiv 2106.08295; Xiao et al., "SmoothQuant", arXiv 2211.10438.
 
     Options: weights: 8, 6 or 4 bits. activations: 8, 16 or none. method: minmax, percentile, entropy or mse. group:
-    inputs that share a scale, 0 for all of a channel; by default 32 for 4-bit products. symmetric=false: weights have
-    zero points. smooth: auto, none, or a strength between 0 and 1. equalise: channels between two layers are scaled
-    alike. correct: biases make up for the means that rounding shifts. together: weights are rounded so that the
-    errors of a row cancel, else each to its nearest code. mixed: the mean width of weights; layers are given 4, 6 or 8
-    bits by what each costs. layers: all, or their numbers from 0. keep: first, last, or outputs of layers that stay in
-    float, joined by +. least: weights with which an operator is worth it. samples: most calibration samples that are
-    used. outputs: those that quality is measured on.
+    inputs that share a scale, 0 for all of a channel; by default 32 for 4-bit products. symmetric: weights without
+    zero points; by default all but those of 4 bits with activations=none. smooth: auto, none, or a strength between 0
+    and 1. equalise: channels between two layers are scaled alike. correct: biases make up for the means that rounding
+    to the nearest code shifts. together: weights are rounded so that the errors of a row cancel, else each to its
+    nearest code. mixed: the mean width of weights; layers are given 4, 6 or 8 bits by what each costs. layers: all, or
+    their numbers from 0. keep: first, last, or outputs of layers that stay in float, joined by +. least: weights with
+    which an operator is worth it. samples: most calibration samples that are used. outputs: those that quality is
+    measured on.
     """
 
     name: ClassVar[str] = "dynaquant"
@@ -64,10 +66,10 @@ class DynaQuant(Pass):
     activations: int | None = 8  # bits: 8, 16 or none
     method: Method = Method.MSE  # minmax, percentile, entropy or mse
     group: int | None = None  # inputs that share a scale; 0: all of a channel
-    symmetric: bool = True  # weights without zero points
+    symmetric: bool | None = None  # weights without zero points; by default all but those of 4 bits alone
     smooth: str = "auto"  # auto, none, or the strength of SmoothQuant
     equalise: bool = False  # cross-layer equalisation
-    correct: bool = True  # bias correction
+    correct: bool = True  # bias correction, where weights are rounded each to its nearest code
     together: bool = True  # the weights of a row are rounded together; else each to its nearest code
     mixed: float | None = None  # mean bits of weights; each layer gets 4, 6 or 8
     layers: str = "all"  # all, or numbers joined by +
@@ -151,9 +153,16 @@ class DynaQuant(Pass):
         return self._convert(model, plan, report)
 
     @property
+    def _is_symmetric(self) -> bool:
+        """Whether weights have no zero points. Products of bytes are computed without them; where weights are only
+        stored, they cost an eighth of a bit."""
+        alone = self.activations is None and self.weights == 4
+        return not alone if self.symmetric is None else self.symmetric
+
+    @property
     def _options(self) -> Options:
         return Options(
-            self.weights, self.activations, self.method, self.group, self.symmetric, self._strength,
+            self.weights, self.activations, self.method, self.group, self._is_symmetric, self._strength,
             self.smooth != "none", self.equalise, self.correct, self.together,
             self.mixed, self.outputs,
         )  # fmt: skip

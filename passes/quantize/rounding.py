@@ -14,11 +14,12 @@ import numpy as np
 
 from .. import graph
 from .layers import Layer
-from .scales import PIECE, Codes, Grid, dequantize, quantize
+from .scales import Codes, Grid, dequantize, quantize
 
 MOST_INPUTS = 4608  # of a row; X'X of more takes too much memory
 POSITIONS = 1024  # of an image that are taken in
 DAMPING = 0.01  # of the mean diagonal of X'X, added to it
+PIECE = 1 << 20  # weights that are rounded at a time
 BLOCK = 128  # inputs after which the rest is made up for at once
 
 

@@ -10,7 +10,7 @@ import numpy as np
 SMALLEST = 2.0**-100  # of a scale: smaller ones stand for a tensor of zeros
 WIDE_SHRINKS = np.linspace(1.0, 0.4, 31)  # factors on the range of a row that the search tries, with few codes
 SHRINKS = np.linspace(1.0, 0.8, 11)  # and with many, of which a large number costs less
-PIECE = 1 << 22  # weights that are fitted at a time
+PIECE = 1 << 18  # weights that are fitted at a time: they stay in the cache
 
 
 @dataclass(frozen=True)
@@ -124,50 +124,58 @@ def _fit_rows(
         return padded.reshape(len(matrix), blocks, size)
 
     rows = blocked(weights)
-    of = np.ones((1, 1, 1), np.float32)
+    of = None
     if importance is not None and importance.mean() > 0:
         of = blocked(importance / importance.mean(), 1.0)
     low, high = rows.min(-1, keepdims=True), rows.max(-1, keepdims=True)
     scale, zero = affine(low, high, grid)
-    best = quantize(rows, scale, zero, grid), scale, zero
     if search:
-        error = _error(rows, *best, of)
+        _, error = _tried(rows, grid, of, scale, zero)
         for shrink in (WIDE_SHRINKS if grid.steps < 64 else SHRINKS)[1:]:
-            error = _keep_better(rows, grid, of, affine(low * shrink, high * shrink, grid), best, error)
+            candidate = affine(low * shrink, high * shrink, grid)
+            _, found = _tried(rows, grid, of, *candidate)
+            scale, zero, error = _better((*candidate, found), (scale, zero, error))
         # The scale that fits these codes best, by least squares; the codes are then rounded anew.
-        steps = (best[0] - zero).astype(np.float32)
-        norm = np.maximum((of * steps * steps).sum(-1, keepdims=True), np.float32(1e-30))
-        fitted = (of * rows * steps).sum(-1, keepdims=True) / norm
-        _keep_better(rows, grid, of, (np.where(fitted > SMALLEST, fitted, scale), zero.copy()), best, error)
-    codes = best[0]
+        steps, _ = _tried(rows, grid, of, scale, zero)
+        weighted = steps if of is None else steps * of
+        norm = np.maximum((weighted * steps).sum(-1, keepdims=True), np.float32(1e-30))
+        fitted = (weighted * rows).sum(-1, keepdims=True) / norm
+        fitted = np.where(fitted > SMALLEST, fitted, scale)
+        _, found = _tried(rows, grid, of, fitted, zero)
+        scale, zero, error = _better((fitted, zero, found), (scale, zero, error))
     if least is not None:
-        raised = np.maximum(scale, least.astype(np.float32).reshape(-1, 1, 1))
-        codes = np.where(raised > scale, quantize(rows, raised, zero, grid), codes)
-        scale = raised
-    flat = codes.reshape(channels, -1)[:, :inputs]
+        scale = np.maximum(scale, least.astype(np.float32).reshape(-1, 1, 1))
+    flat = quantize(rows, scale, zero, grid).reshape(channels, -1)[:, :inputs]
     return np.ascontiguousarray(flat.astype(np.int8 if grid.low < 0 else np.uint8)), scale[..., 0], zero[..., 0]
 
 
-def _error(
-    rows: np.ndarray, codes: np.ndarray, scale: np.ndarray, zero: np.ndarray, weight_of: np.ndarray
-) -> np.ndarray:
-    difference = rows - dequantize(codes, scale, zero)
-    return (weight_of * difference * difference).sum(-1, keepdims=True)
+def _tried(
+    rows: np.ndarray, grid: Grid, of: np.ndarray | None, scale: np.ndarray, zero: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """codes - zero as float32, and the weighted squared error of each row (.., 1); as `quantize`, but in float32
+    throughout, which is exact here and several times as fast."""
+    steps = rows / scale
+    np.rint(steps, out=steps)
+    if grid.symmetric:
+        np.clip(steps, np.float32(grid.low), np.float32(grid.high), out=steps)
+    else:
+        np.clip(steps, (grid.low - zero).astype(np.float32), (grid.high - zero).astype(np.float32), out=steps)
+    lost = steps * scale
+    np.subtract(rows, lost, out=lost)
+    np.multiply(lost, lost, out=lost)
+    if of is not None:
+        np.multiply(lost, of, out=lost)
+    return steps, lost.sum(-1, keepdims=True)
 
 
-def _keep_better(
-    rows: np.ndarray, grid: Grid, weight_of: np.ndarray, tried: tuple[np.ndarray, np.ndarray],
-    best: tuple[np.ndarray, np.ndarray, np.ndarray], error: np.ndarray,
-) -> np.ndarray:  # fmt: skip
-    """Put codes, scales and zero points of `tried` into `best` where they are better. The errors of what is there."""
-    codes, scale, zero = best
-    new = quantize(rows, *tried, grid)
-    new_error = _error(rows, new, *tried, weight_of)
-    better = new_error < error
-    np.copyto(codes, new, where=better)
-    np.copyto(scale, tried[0], where=better)
-    np.copyto(zero, tried[1], where=better)
-    return np.where(better, new_error, error)
+Candidate = tuple[np.ndarray, np.ndarray, np.ndarray]  # scales, zero points, errors, of every row
+
+
+def _better(new: Candidate, old: Candidate) -> Candidate:
+    """Of each row that with the smaller error."""
+    better = new[2] < old[2]
+    scale, zero, error = (np.where(better, a, b) for a, b in zip(new, old, strict=True))
+    return scale, zero, error
 
 
 def signal_to_noise(expected: np.ndarray, found: np.ndarray) -> float:

@@ -60,3 +60,16 @@ def test_what_it_refuses(model: ir.Model, feeds: list[dict[str, np.ndarray]]) ->
         list(evaluate(model, ["nothing"], feeds))
     with pytest.raises(InputError, match="onnxruntime cannot run the model on these inputs"):
         list(evaluate(model, ["y"], [{"x": np.zeros((1, 5), np.float32)}]))
+
+
+def test_codes_are_computed_as_they_stand(feeds: list[dict[str, np.ndarray]]) -> None:
+    """onnxruntime's optimizations would make products of bytes of it, which saturate on some machines."""
+    text = """<ir_version: 10, opset_import: ["" : 21]> g (float[B, 3] x) => (float[B, 2] z)
+    <float s = {0.01}, uint8 o = {128}, int8[3,2] w = {127, 127, 127, 127, -127, 127}, float[2] t = {0.5, 0.25}>
+    { c = QuantizeLinear (x, s, o) d = DequantizeLinear (c, s, o) v = DequantizeLinear <axis = 1> (w, t)
+      z = MatMul (d, v) }"""
+    model = ir.from_proto(parser.parse_model(text))
+    weights = np.array([[127, 127], [127, 127], [-127, 127]]) * np.array([0.5, 0.25])
+    for number, _, found in evaluate(model, ["z"], feeds):
+        codes = np.clip(np.rint(feeds[number]["x"] / np.float32(0.01)) + 128, 0, 255)
+        np.testing.assert_allclose(found, (codes - 128) * 0.01 @ weights, rtol=1e-4, atol=1e-4)
