@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from .base import DOMAIN, CustomOp
 from .linear_attention import LINEAR_ATTENTION
-from .masked_softmax import MASKED_SOFTMAX, SCALED_SOFTMAX, SELECTED_SOFTMAX
+from .masked_softmax import MASKED_SOFTMAX, SCALED_SOFTMAX, SELECTED_SOFTMAX, TEMPERED_SOFTMAX
 from .softplus_attention import REWEIGHTED_SOFTPLUS_ATTENTION, SOFTPLUS_ATTENTION
 from .stable_max import STABLE_MAX
 from .two_pass_softmax import TWO_PASS_SOFTMAX
@@ -16,12 +16,12 @@ from .two_pass_softmax import TWO_PASS_SOFTMAX
 OPERATORS: dict[tuple[str, str], CustomOp] = {
     op.identifier: op
     for op in (
-        TWO_PASS_SOFTMAX, SCALED_SOFTMAX, MASKED_SOFTMAX, SELECTED_SOFTMAX, SOFTPLUS_ATTENTION,
+        TWO_PASS_SOFTMAX, SCALED_SOFTMAX, MASKED_SOFTMAX, SELECTED_SOFTMAX, TEMPERED_SOFTMAX, SOFTPLUS_ATTENTION,
         REWEIGHTED_SOFTPLUS_ATTENTION, LINEAR_ATTENTION, STABLE_MAX,
     )
 }  # fmt: skip
 
 __all__ = [
     "DOMAIN", "LINEAR_ATTENTION", "MASKED_SOFTMAX", "OPERATORS", "REWEIGHTED_SOFTPLUS_ATTENTION", "SCALED_SOFTMAX",
-    "SELECTED_SOFTMAX", "SOFTPLUS_ATTENTION", "STABLE_MAX", "TWO_PASS_SOFTMAX", "CustomOp",
+    "SELECTED_SOFTMAX", "SOFTPLUS_ATTENTION", "STABLE_MAX", "TEMPERED_SOFTMAX", "TWO_PASS_SOFTMAX", "CustomOp",
 ]  # fmt: skip
