@@ -30,6 +30,7 @@ LARGEST_NORM = 1.0  # of all gradients together
 BETAS = (0.9, 0.95)
 DECAY = 0.1  # of matrices
 CHECKPOINT_EVERY = 50  # steps
+SAVED_EVERY = 20.0  # seconds after which a checkpoint is written earlier, where steps take long
 SAID_EVERY = 2.0  # seconds between two lines of progress
 
 log = logging.getLogger("graphwright")
@@ -82,10 +83,12 @@ def train(
         lr=plan.rate, betas=BETAS,
     )  # fmt: skip
     first, spent = _restore(plan, corpus, checkpoint, model, optimizer)
-    begun, said, recent = time.perf_counter() - spent, 0.0, float("nan")
+    now = saved = time.perf_counter()
+    begun, said, recent = now - spent, 0.0, float("nan")
     model.train()
     for step in range(first, plan.steps):
-        if step > first and step % CHECKPOINT_EVERY == 0:
+        if step > first and (step % CHECKPOINT_EVERY == 0 or now - saved >= SAVED_EVERY):
+            saved = now
             _save(plan, corpus, checkpoint, model, optimizer, step, time.perf_counter() - begun)
         windows = torch.from_numpy(_windows(plan, corpus.learned, step))
         for group in optimizer.param_groups:

@@ -5,6 +5,7 @@
     python -m graphwright.tools.bench_softmax --dtype float16   half precision, two bytes an element in memory
     python -m graphwright.tools.bench_softmax --quick           a few shapes, seconds
     python -m graphwright.tools.bench_softmax --columns         along an axis that is not the last
+    python -m graphwright.tools.bench_softmax --masked          of x · scale + mask, against Mul, Add and Softmax
     python -m graphwright.tools.bench_softmax --head            the 50 most likely of 151,936 words
 
 All run in one process on the same arrays, bound once, in turn; after each change of runner some runs are not timed.
@@ -42,7 +43,9 @@ MANY_ROWS = [
 ]  # fmt: skip
 # (outer, axis, inner): classes of an image, distances of a detector, attention over queries, two classes.
 COLUMNS = [(1, 21, 512 * 512), (1, 16, 33600), (12, 197, 197), (96, 64, 32), (1, 1024, 768), (4, 2, 10000),
-           (1, 20000, 64), (64, 10, 7)]  # fmt: skip
+           (1, 20000, 64), (64, 10, 7), (2, 40000, 3)]  # fmt: skip
+# (batch, heads, queries, keys), scaled and with a mask (batch, 1, 1, keys): sentences, patches of a picture, a text.
+MASKED = [(8, 12, 128, 128), (1, 12, 197, 197), (1, 8, 1024, 1024), (1, 32, 1, 4096)]
 HEAD, CHOSEN = 151_936, 50
 QUICK = [(1, 1 << 6), (1, 1 << 14), (1, 1 << 20), (1, 1 << 24), (1000, 49), (1024, 1 << 10)]
 BYTES = {"float32": 4, "float16": 2}
@@ -198,6 +201,37 @@ def measure_columns(shape: tuple[int, int, int], target: Target, threads: int, b
     return [str(d) for d in shape] + _compared(runners, threads, budget, math.prod(shape) * 1e-9)
 
 
+def measure_masked(shape: tuple[int, int, int, int], target: Target, threads: int, budget: float) -> list[str]:
+    """A line of the table for softmax(x / 8 + mask), a quarter of the keys hidden."""
+    import numpy as np
+    import tvm
+    from onnx import helper
+
+    from ..runtime.codegen import machine_code
+    from ..runtime.kernels.softmax_passes import Source
+    from ..runtime.kernels.two_pass_softmax import softmax
+
+    random, scale = np.random.default_rng(0), 0.125
+    x = aligned((random.standard_normal(shape) * 20).astype(np.float32))
+    hidden = random.random((shape[0], 1, 1, shape[3])) < 0.25
+    mask = aligned(np.where(hidden, -1e9, 0).astype(np.float32))
+    y = aligned(np.empty_like(x))
+    source = Source(scale, "float32", (True, False, False, True))
+    function = softmax(shape, target.isa, target.caches, threads, name="softmax", source=source)
+    compiled = machine_code(tvm.IRModule({"softmax": function}), target)["softmax"]
+    nodes = [
+        helper.make_node("Mul", ["x", "c"], ["s"]), helper.make_node("Add", ["s", "mask"], ["a"]),
+        helper.make_node("Softmax", ["a"], ["y"], axis=-1),
+    ]  # fmt: skip
+    feeds = {"x": x, "mask": mask}
+    model = one_node(nodes, feeds, {"c": np.array(scale, np.float32)})
+    arrays = [tvm.runtime.from_dlpack(array) for array in (x, mask, y)]
+    runners: dict[str, Runner] = {
+        "onnxruntime": OnnxRuntime(model, feeds, threads), "ours": partial(compiled, *arrays)
+    }  # fmt: skip
+    return [str(d) for d in shape] + _compared(runners, threads, budget, math.prod(shape) * 1e-9)
+
+
 def measure_head(target: Target, threads: int, budget: float) -> list[str]:
     """The line for the head of a language model: logits -> the greatest probabilities and their places."""
     import numpy as np
@@ -267,6 +301,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=BYTES, default="float32", help="of the rows and their results")
     kinds = parser.add_mutually_exclusive_group()
     kinds.add_argument("--columns", action="store_true", help="softmax along an axis that is not the last")
+    kinds.add_argument("--masked", action="store_true", help="softmax of scaled and masked scores")
     kinds.add_argument("--head", action="store_true", help=f"the {CHOSEN} greatest probabilities of {HEAD} logits")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args(arguments)
@@ -279,6 +314,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print_head(target, options.threads, ["outer", "axis", "inner", *compared], "; ns per element")
         for columns in COLUMNS:
             print_row(measure_columns(columns, target, options.threads, budget))
+        return 0
+    if options.masked:
+        print_head(target, options.threads, ["batch", "heads", "queries", "keys", *compared], "; ns per element")
+        for scores in MASKED:
+            print_row(measure_masked(scores, target, options.threads, budget))
         return 0
     if options.head:
         print_head(target, options.threads, compared, "; µs")

@@ -9,26 +9,35 @@ import numpy as np
 import onnx_ir as ir
 
 from .. import graph
-from ..ops import MASKED_SOFTMAX, SCALED_SOFTMAX, SELECTED_SOFTMAX, CustomOp
+from ..ops import MASKED_SOFTMAX, SCALED_SOFTMAX, SELECTED_SOFTMAX, TEMPERED_SOFTMAX, CustomOp
 
 FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
 @dataclass(frozen=True)
 class Source:
-    """softmax(x · scale), with a mask added or, of booleans, where it is true and else -inf."""
+    """softmax(x · scale), with a mask added or, of booleans, where it is true and else -inf; or softmax(x · factor).
+
+    factor: known at run time, the same for all elements of a row. divided: it is softmax(x / factor) instead.
+    """
 
     x: ir.Value
-    scale: float
-    mask: ir.Value | None
+    scale: float = 1.0
+    mask: ir.Value | None = None
+    factor: ir.Value | None = None
+    divided: bool = False
 
     @property
     def operator(self) -> CustomOp:
+        if self.factor is not None:
+            return TEMPERED_SOFTMAX
         if self.mask is None:
             return SCALED_SOFTMAX
         return SELECTED_SOFTMAX if self.mask.dtype == ir.DataType.BOOL else MASKED_SOFTMAX
 
     def __str__(self) -> str:
+        if self.factor is not None:
+            return f"{self.x.name} {'/' if self.divided else '*'} {self.factor.name}"
         scaled = f"{self.x.name}" if self.scale == 1 else f"{self.x.name} * {self.scale:.6g}"
         if self.mask is None:
             return scaled
@@ -55,7 +64,32 @@ def source_of(value: ir.Value) -> Source | None:
         if sides:  # of two whole tensors the one that is scaled
             inner, mask = next((side for side in sides if _unscaled(side[0], whole)[1] != 1), sides[0])
     x, scale = _unscaled(inner, whole)
-    return None if mask is None and scale == 1 else Source(x, scale, mask)
+    return _tempered(whole) if mask is None and scale == 1 else Source(x, scale, mask)
+
+
+def _tempered(whole: ir.Value) -> Source | None:
+    """`whole` as a tensor of its shape times or through a number for each row, or one for all.
+
+    The pass multiplies with 1 / divisor. That of a small float may be no number of its type, or badly rounded.
+    """
+    node = _only_used(whole, "Mul", "Div")
+    if node is None or (node.op_type == "Div" and whole.dtype != ir.DataType.FLOAT):
+        return None
+    first, second = node.inputs
+    for x, factor in ((first, second),) if node.op_type == "Div" else ((first, second), (second, first)):
+        if x is not None and factor is not None and graph.same_shape(x, whole) and _of_rows(factor, whole):
+            return Source(x, factor=factor, divided=node.op_type == "Div")
+    return None
+
+
+def _of_rows(factor: ir.Value, whole: ir.Value) -> bool:
+    """Whether a value broadcasts to the whole tensor and is the same along its last axis."""
+    if factor.shape is None or whole.shape is None or factor.dtype != whole.dtype:
+        return False
+    dims, sizes = list(whole.shape)[::-1], list(factor.shape)[::-1]
+    if len(sizes) > len(dims) or (sizes and sizes[0] != 1):
+        return False
+    return all(size == 1 or graph.same_dim(size, dim) for size, dim in zip(sizes, dims, strict=False))
 
 
 def _unscaled(value: ir.Value, whole: ir.Value) -> tuple[ir.Value, float]:

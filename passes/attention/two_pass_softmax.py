@@ -9,6 +9,7 @@ import onnx_ir as ir
 
 from ..base import Contract, Pass, PassContext, PassReport
 from ..graph import (
+    Names,
     Scope,
     all_nodes,
     attribute,
@@ -21,7 +22,7 @@ from ..graph import (
     scopes,
     site,
 )
-from ..ops import MASKED_SOFTMAX, SCALED_SOFTMAX, SELECTED_SOFTMAX
+from ..ops import MASKED_SOFTMAX, SCALED_SOFTMAX, SELECTED_SOFTMAX, TEMPERED_SOFTMAX
 from ..ops.masked_softmax import OPSET as FOLDED
 from ..ops.two_pass_softmax import (
     NARROW_ROW,
@@ -68,7 +69,8 @@ class TwoPassSoftmax(Pass):
         y = Softmax (m)
 
     A constant scale, by Mul or Div, and a mask are taken in as the softmax reads x, so that their results are never
-    written: ScaledSoftmax without a mask, SelectedSoftmax where Where chooses between x and -inf. They must be along
+    written: ScaledSoftmax without a mask, SelectedSoftmax where Where chooses between x and -inf, and without a mask
+    TemperedSoftmax where the factor, one number or one for each row, is known at run time only. They must be along
     the last axis, of opset 15 or later, used nowhere else, and the mask known to broadcast to x.
 
     The operator's body is Softmax itself: the file stays plain ONNX and runs at full speed everywhere.
@@ -94,21 +96,23 @@ class TwoPassSoftmax(Pass):
             raise ValueError(f"min_row is {self.min_row}, must be at least 0")
 
     def run(self, model: ir.Model, ctx: PassContext) -> PassReport:
-        report = self.report()
+        report, names = self.report(), Names(model)
         opset = model.graph.opset_imports.get("", ALL_AXES)
         for scope in list(scopes(model)):
             if scope.function is not None and scope.function.domain == TWO_PASS_SOFTMAX.domain:
                 continue
             for node in list(scope.graph):
-                self._visit(node, scope, opset, ctx, report)
+                self._visit(node, scope, opset, ctx, report, names)
         if report.changes:
             used = {(node.domain, node.op_type) for node in all_nodes(model)}
-            for operator in (TWO_PASS_SOFTMAX, SCALED_SOFTMAX, MASKED_SOFTMAX, SELECTED_SOFTMAX):
+            for operator in (TWO_PASS_SOFTMAX, SCALED_SOFTMAX, MASKED_SOFTMAX, SELECTED_SOFTMAX, TEMPERED_SOFTMAX):
                 if operator.identifier in used:
                     operator.add_to(model)
         return report
 
-    def _visit(self, node: ir.Node, scope: Scope, opset: int, ctx: PassContext, report: PassReport) -> None:
+    def _visit(
+        self, node: ir.Node, scope: Scope, opset: int, ctx: PassContext, report: PassReport, names: Names
+    ) -> None:
         """Rewrite `node` if it is a softmax or ends a chain that is one. `opset` is the model's."""
         chain = _chain(node)
         if chain is None and not is_op(node, "Softmax"):
@@ -130,7 +134,7 @@ class TwoPassSoftmax(Pass):
             return
         unshifted = chain is not None and x is input_of(chain.exp, 0)
         source = source_of(x) if chain is None and axis == -1 and opset >= FOLDED else None
-        self._rewrite(node, x, axis, opset, source)
+        self._rewrite(node, x, axis, opset, source, names)
         if scope.function is not None:
             scope.function.opset_imports[TWO_PASS_SOFTMAX.domain] = TWO_PASS_SOFTMAX.version
         condition = f"; {WITHOUT_MAXIMUM}" if unshifted else f"; of {source}, which is not written" if source else ""
@@ -144,7 +148,9 @@ class TwoPassSoftmax(Pass):
         if isinstance(row, int) and row < self.min_row:
             raise _Refused(f"rows of {row} are shorter than min_row={self.min_row}")
 
-    def _rewrite(self, node: ir.Node, x: ir.Value, axis: int, opset: int, source: Source | None) -> None:
+    def _rewrite(
+        self, node: ir.Node, x: ir.Value, axis: int, opset: int, source: Source | None, names: Names
+    ) -> None:
         """Turn `node` itself into the operator, so that its output keeps name, type and users."""
         carry_type(x, node.outputs[0])
         before = [value for value in node.inputs if value is not None and value is not x]
@@ -153,10 +159,17 @@ class TwoPassSoftmax(Pass):
         operator = source.operator if source else TWO_PASS_SOFTMAX
         node.domain, node.op_type, node.version = operator.domain, operator.name, None
         node.attributes.clear()
-        node.attributes.add(ir.AttrFloat32("scale", source.scale) if source else ir.AttrInt64("axis", axis))
+        if source is None:
+            node.attributes.add(ir.AttrInt64("axis", axis))
+        elif source.factor is None:
+            node.attributes.add(ir.AttrFloat32("scale", source.scale))
         if self.form is not Form.AUTO:
             node.attributes.add(ir.AttrString("form", self.form.value))
-        inputs = [x] if source is None else [source.x] if source.mask is None else [source.x, source.mask]
+        inputs = [x] if source is None else [source.x]
+        if source is not None and source.mask is not None:
+            inputs.append(source.mask)
+        if source is not None and source.factor is not None:
+            inputs.append(_reciprocal(source.factor, node, names) if source.divided else source.factor)
         if source is not None:
             before.append(x)
         node.resize_inputs(len(inputs))
@@ -176,6 +189,18 @@ class TwoPassSoftmax(Pass):
         limit = (longest_column if columns else longest_in_cache)(ctx.caches)
         limit = NARROW_ROW if y.dtype in NARROW and not columns else limit
         return f"{where}by row length at run time, which is {row}: three-pass up to {limit} elements, two-pass above"
+
+
+def _reciprocal(value: ir.Value, before: ir.Node, names: Names) -> ir.Value:
+    """1 / value, by a node in front of `before`."""
+    name = names.fresh(f"{value.name}_reciprocal")
+    made = ir.node("Reciprocal", [value], name=name)
+    (result,) = made.outputs
+    result.name, result.type = name, value.type
+    result.shape = None if value.shape is None else value.shape.copy()
+    assert before.graph is not None
+    before.graph.insert_before(before, [made])
+    return result
 
 
 def _numpy_name(dtype: ir.DataType) -> str:

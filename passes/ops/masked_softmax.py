@@ -1,14 +1,17 @@
-"""Softmax over the last axis of a scaled and masked tensor, which is never written: three operators of one formula.
+"""Softmax over the last axis of a scaled and masked tensor, which is never written: four operators of one formula.
 
     graphwright.ScaledSoftmax <scale> (x)             softmax(x · scale)
     graphwright.MaskedSoftmax <scale> (x, mask)       softmax(x · scale + mask), mask of x's type
     graphwright.SelectedSoftmax <scale> (x, kept)     softmax(x · scale where kept, else -inf), kept of booleans
+    graphwright.TemperedSoftmax (x, factor)           softmax(x · factor), factor known at run time, of x's type
 
-mask and kept broadcast to x. A row of nothing but -inf is NaN, as in Softmax.
+mask, kept and factor broadcast to x, factor with a last axis of one element. A row of nothing but -inf is NaN, as in
+Softmax.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -27,7 +30,7 @@ _SCALED = """
     scale = CastLike (factor, x)
     scaled = Mul (x, scale)
 """
-# Name -> its inputs and what it makes of `scaled`. `form` is for kernels only.
+# Name -> its inputs and what it makes of `scaled`, or of all. `form` is for kernels only.
 _BODIES = {
     "ScaledSoftmax": ("x", "y = Softmax <axis = -1> (scaled)"),
     "MaskedSoftmax": ("x, mask", "masked = Add (scaled, mask)\n    y = Softmax <axis = -1> (masked)"),
@@ -39,19 +42,24 @@ _BODIES = {
     y = Softmax <axis = -1> (masked)""",
     ),
 }
+_TEMPERED = "    scaled = Mul (x, factor)\n    y = Softmax <axis = -1> (scaled)"
 
 
 def _function(name: str, opset: int) -> ir.Function:
     import onnx_ir as ir
     from onnx import parser
 
-    inputs, rest = _BODIES[name]
-    head = f'<domain: "{DOMAIN}", opset_import: ["": {opset}]>\n{name} <scale, form> ({inputs}) => (y)'
-    return ir.serde.deserialize_function(parser.parse_function(f"{head} {{{_SCALED}    {rest}\n}}"))
+    if name in _BODIES:
+        inputs, rest = _BODIES[name]
+        attributes, body = "scale, form", f"{_SCALED}    {rest}"
+    else:
+        inputs, attributes, body = "x, factor", "form", _TEMPERED
+    head = f'<domain: "{DOMAIN}", opset_import: ["": {opset}]>\n{name} <{attributes}> ({inputs}) => (y)'
+    return ir.serde.deserialize_function(parser.parse_function(f"{head} {{{body}\n}}"))
 
 
 def masked_softmax(x: np.ndarray, mask: np.ndarray | None = None, scale: float = 1.0, form: str = "auto") -> np.ndarray:
-    """The oracle of all three, float64; a mask of booleans selects, another is added."""
+    """The oracle of the first three, float64; a mask of booleans selects, another is added."""
     import numpy as np
 
     x = x.astype(np.float64) * scale
@@ -61,8 +69,16 @@ def masked_softmax(x: np.ndarray, mask: np.ndarray | None = None, scale: float =
     return softmax_reference(x)
 
 
-def _operator(name: str, cases: tuple[Case, ...]) -> CustomOp:
-    return CustomOp(name, VERSION, lambda opset: _function(name, opset), masked_softmax, cases, OPSET)
+def tempered_softmax(x: np.ndarray, factor: np.ndarray, form: str = "auto") -> np.ndarray:
+    """The oracle of TemperedSoftmax, float64."""
+    import numpy as np
+
+    with np.errstate(invalid="ignore"):
+        return softmax_reference(x.astype(np.float64) * factor.astype(np.float64))
+
+
+def _operator(name: str, cases: tuple[Case, ...], oracle: Callable[..., np.ndarray] = masked_softmax) -> CustomOp:
+    return CustomOp(name, VERSION, lambda opset: _function(name, opset), oracle, cases, OPSET)
 
 
 _MASKED = (
@@ -78,3 +94,16 @@ _MASKED = (
 SCALED_SOFTMAX = _operator("ScaledSoftmax", tuple(Case(c.shapes[:1], c.attributes, c.note) for c in _MASKED))
 MASKED_SOFTMAX = _operator("MaskedSoftmax", _MASKED)
 SELECTED_SOFTMAX = _operator("SelectedSoftmax", tuple(replace(case, booleans=(1,)) for case in _MASKED))
+TEMPERED_SOFTMAX = _operator(
+    "TemperedSoftmax",
+    (
+        Case(((1, 1), ()), note="one element, a scalar"),
+        Case(((3, 15), (1,)), note="one below a vector of 16, one number"),
+        Case(((2, 3, 17), (3, 1)), note="one above a vector of 16, a factor for each row of a matrix"),
+        Case(((2, 3, 4, 16), (2, 1, 4, 1)), note="factors that skip an axis"),
+        Case(((0, 8), (1,)), note="no rows"),
+        Case(((3, 4099), (3, 1)), note="three above a block"),
+        Case(((2, 40000), ()), {"form": "two-pass"}, note="the two-pass form"),
+    ),
+    tempered_softmax,
+)

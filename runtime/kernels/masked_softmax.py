@@ -10,7 +10,7 @@ from typing import Any
 
 from tvm import relax, tirx
 
-from ...passes.ops.masked_softmax import MASKED_SOFTMAX, SCALED_SOFTMAX, SELECTED_SOFTMAX
+from ...passes.ops.masked_softmax import MASKED_SOFTMAX, SCALED_SOFTMAX, SELECTED_SOFTMAX, TEMPERED_SOFTMAX
 from ...passes.ops.two_pass_softmax import Form
 from ..importing.site import ByBody, same
 from ..lowering import lowers
@@ -25,39 +25,66 @@ from .two_pass_softmax import COMPUTED, SYMBOL, softmax
 def lower(bb: relax.BlockBuilder, inputs: list[Any], attrs: dict[str, Any], target: Target) -> Any:
     """softmax(x · scale under a mask) through the kernel. Raises ByBody for what it is not for."""
     x, mask = inputs[0], inputs[1] if len(inputs) > 1 else None
-    dtype = str(x.ty.dtype.dtype)
-    if dtype not in COMPUTED:
-        raise ByBody(f"it is in {dtype}")
-    shape, scale = x.ty.shape, float(attrs["scale"])
-    if not isinstance(shape, relax.ShapeExpr) or not len(shape.values):
-        raise ByBody("its rank is not known")
+    scale = float(attrs["scale"])
     if scale == 0:
         raise ByBody("its scale is 0")
-    dims = list(shape.values)
+    dims = _rows(x)
     source, given = Source(scale), [x]
     if mask is not None:
         kind = str(mask.ty.dtype.dtype)
-        if kind not in (dtype, "bool"):
+        if kind not in (x.ty.dtype.dtype, "bool"):
             raise ByBody("its mask is neither of its type nor of booleans")
-        axes = _axes(dims, mask.ty.shape)
-        source = Source(scale, kind, axes)
-        full = [d if own else 1 for d, own in zip(dims, axes, strict=True)]
-        given.append(mask if len(mask.ty.shape.values) == len(dims) else bb.emit(relax.op.reshape(mask, full)))
+        axes = _axes("mask", dims, mask.ty.shape)
+        # A last axis of one element has nothing to broadcast.
+        if not axes[-1] and not same(dims[-1], 1):
+            raise ByBody("its mask is the same along a row")
+        source = Source(scale, kind, (*axes[:-1], True))
+        given.append(_of_rank(bb, mask, dims, source.axes))
+    return _called(bb, given, dims, attrs, target, source)
+
+
+@lowers(TEMPERED_SOFTMAX.identifier, kinds=("llvm",))
+def lower_tempered(bb: relax.BlockBuilder, inputs: list[Any], attrs: dict[str, Any], target: Target) -> Any:
+    """softmax(x · factor) through the kernel. Raises ByBody for what it is not for."""
+    x, factor = inputs
+    dims = _rows(x)
+    axes = _axes("factor", dims, factor.ty.shape)
+    if axes[-1]:
+        raise ByBody("its factor is not the same along a row")
+    given = [x, _of_rank(bb, factor, dims, axes)]
+    return _called(bb, given, dims, attrs, target, Source(axes=axes, factor=str(x.ty.dtype.dtype)))
+
+
+def _called(
+    bb: relax.BlockBuilder, inputs: list[Any], dims: list[Any], attrs: dict[str, Any], target: Target, source: Source
+) -> Any:
     sizes = [int(d) if isinstance(d, tirx.IntImm) else None for d in dims]
-    form = Form(attrs.get("form", Form.AUTO.value))
+    dtype, form = str(inputs[0].ty.dtype.dtype), Form(attrs.get("form", Form.AUTO.value))
     kernel = softmax(sizes, target.isa, target.caches, target.cores, form, source=source, types=(dtype, dtype))
-    return relax.call_tir(bb.add_func(kernel, SYMBOL), given, relax.TensorType(dims, dtype))
+    return relax.call_tir(bb.add_func(kernel, SYMBOL), inputs, relax.TensorType(dims, dtype))
 
 
-def _axes(dims: Sequence[Any], shape: Any) -> tuple[bool, ...]:
-    """Which axes of X the mask has. Raises ByBody where it is not known to broadcast to X, or lacks the last axis."""
+def _rows(x: Any) -> list[Any]:
+    """The sizes of X. Raises ByBody where the kernel is not for it."""
+    if x.ty.dtype.dtype not in COMPUTED:
+        raise ByBody(f"it is in {x.ty.dtype.dtype}")
+    if not isinstance(x.ty.shape, relax.ShapeExpr) or not len(x.ty.shape.values):
+        raise ByBody("its rank is not known")
+    return list(x.ty.shape.values)
+
+
+def _of_rank(bb: relax.BlockBuilder, value: Any, dims: list[Any], axes: Sequence[bool]) -> Any:
+    """A mask or factor with as many axes as X has."""
+    full = [d if own else 1 for d, own in zip(dims, axes, strict=True)]
+    return value if len(value.ty.shape.values) == len(dims) else bb.emit(relax.op.reshape(value, full))
+
+
+def _axes(what: str, dims: Sequence[Any], shape: Any) -> tuple[bool, ...]:
+    """Which axes of X a mask or factor has. Raises ByBody where it is not known to broadcast to X."""
     if not isinstance(shape, relax.ShapeExpr) or len(shape.values) > len(dims):
-        raise ByBody("its mask is not known to broadcast to it")
+        raise ByBody(f"its {what} is not known to broadcast to it")
     sizes = [tirx.const(1, "int64")] * (len(dims) - len(shape.values)) + list(shape.values)
-    axes = [not (isinstance(size, tirx.IntImm) and int(size) == 1) for size in sizes]
+    axes = tuple(not (isinstance(size, tirx.IntImm) and int(size) == 1) for size in sizes)
     if any(own and not same(size, dim) for own, size, dim in zip(axes, sizes, dims, strict=True)):
-        raise ByBody("a size of its mask is not known to be its own")
-    # A last axis of one element has nothing to broadcast.
-    if not axes[-1] and not same(dims[-1], 1):
-        raise ByBody("its mask is the same along a row")
-    return (*axes[:-1], True)
+        raise ByBody(f"a size of its {what} is not known to be its own")
+    return axes

@@ -7,6 +7,7 @@ of all `length` rows:
 registers: up to REGISTER_VECTORS rows: a vector is read from each of them, computed and written at once.
 scratch: the tile is copied into scratch memory that stays in the cache, whatever the distance of its rows is in X.
     There it takes the three passes; the last one writes Y. 1 read and 1 write of memory per element.
+interleaved: of many rows of fewer columns than a vector has lanes, see `softmax_interleaved`.
 pairs: of longer columns X is read twice, see `two_pass_softmax`. 2 reads and 1 write.
 
 Source of the pairs: Dukhan and Ablavatski, "The Two-Pass Softmax Algorithm", arXiv 2001.04438.
@@ -27,6 +28,7 @@ from ..target import InstructionSet
 from . import functions
 from .narrow_floats import NARROW
 from .rows import LANE_TERMS, Shape, Size, each_row, flat_kernel, number_of, tree
+from .softmax_interleaved import SHORT, interleaved
 from .softmax_passes import EMPTY, REGISTER_VECTORS, SoftmaxEmitter
 from .vectors import LINE, LOWEST, Buffer, Expr, Vectors
 
@@ -79,18 +81,31 @@ def softmax_columns(
 
             each_row(_product(count, blocks), _product(count, rows, columns) * WEIGHT, threads, index, task)
 
+        def tiles() -> None:
+            limit = 0 if form is Form.TWO_PASS and not log else longest_column(caches)
+            _when(
+                rows <= limit,
+                lambda: each(lambda first, some: kernel.scratch(first, some, width)),
+                lambda: each(kernel.plain if log or form is Form.THREE_PASS else kernel.pairs),
+            )
+
         if isinstance(rows, int) and rows <= REGISTER_VECTORS and form is not Form.TWO_PASS:
             _when(
                 large,
                 lambda: each(lambda first, some: kernel.scratch(first, some, width)),
                 lambda: each(kernel.registers),
             )
+        elif isinstance(columns, int) and columns < v.lanes and form is Form.AUTO:
+
+            def slices() -> None:
+                def task(number: Expr) -> None:
+                    interleaved(kernel.emitter, T.Bind(number * (rows * columns)), rows, columns, log)
+
+                each_row(count, _product(count, rows, columns) * WEIGHT, threads, index, task)
+
+            _when(rows >= SHORT * v.lanes, slices, tiles)
         else:
-            _when(
-                rows <= (0 if form is Form.TWO_PASS and not log else longest_column(caches)),
-                lambda: each(lambda first, some: kernel.scratch(first, some, width)),
-                lambda: each(kernel.plain if log or form is Form.THREE_PASS else kernel.pairs),
-            )
+            tiles()
 
     known = [d for d in shape if isinstance(d, int)]
     flops = 20 * math.prod(known) if len(known) == len(shape) else None

@@ -37,18 +37,23 @@ Scratch = tuple[Buffer, Expr]
 
 @dataclass(frozen=True)
 class Source:
-    """What softmax is of: X·scale, under a mask that comes behind X.
+    """What softmax is of: X·scale, under a mask that comes behind X; or X·factor, which comes behind X.
 
-    mask: its type, a float to add or bool to choose, None for no mask. axes: for each axis of X whether the mask has it
-    or is broadcast; the last one it has.
+    mask: its type, a float to add or bool to choose, None for no mask. factor: its type, None for none. axes: for each
+    axis of X whether mask or factor have it or are broadcast; the last one the mask has and the factor has not.
     """
 
     scale: float = 1.0
     mask: str | None = None
     axes: tuple[bool, ...] = ()
+    factor: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.factor is not None and (self.mask is not None or self.scale != 1):
+            raise ValueError("a factor of run time goes with neither a scale nor a mask")
 
     def merged(self, dims: Sequence[int | Expr]) -> list[tuple[int | Expr, bool]]:
-        """`axes` of a `Mask` for the sizes of X, neighbours of a kind multiplied."""
+        """Those in front of the last for the sizes of X, from the last to the first: neighbours of a kind as one."""
         found: list[tuple[int | Expr, bool]] = []
         for size, own in reversed(list(zip(dims[:-1], self.axes[:-1], strict=True))):
             if found and found[-1][1] == own:
@@ -56,6 +61,22 @@ class Source:
             elif not isinstance(size, int) or size != 1:
                 found.append((size, own))
         return found
+
+
+def _row_offset(row: Expr, axes: Sequence[tuple[int | Expr, bool]], stride: int | Expr) -> Expr | None:
+    """Where what belongs to a row of X begins in a tensor that has some of these `axes`; None where it has none.
+
+    stride: its elements of a row.
+    """
+    begin = None
+    for place, (size, own) in enumerate(axes):
+        last = place == len(axes) - 1
+        if own:
+            here = (row if last else tirx.floormod(row, size)) * stride
+            begin, stride = here if begin is None else begin + here, stride * size
+        if not last:
+            row = T.Bind(tirx.floordiv(row, size))
+    return begin
 
 
 @dataclass
@@ -72,14 +93,7 @@ class Mask:
 
     def at_row(self, row: Expr, start: Expr) -> None:
         """The mask's row of a row of X."""
-        begin, stride = None, self.length
-        for place, (size, own) in enumerate(self.axes):
-            last = place == len(self.axes) - 1
-            if own:
-                here = (row if last else tirx.floormod(row, size)) * stride
-                begin, stride = here if begin is None else begin + here, stride * size
-            if not last:
-                row = T.Bind(tirx.floordiv(row, size))
+        begin = _row_offset(row, self.axes, self.length)
         self.shift = T.Bind(-start if begin is None else begin - start)
 
     def applied(self, v: Vectors, x: Expr, scale: Expr, offset: Expr, part: Expr | None) -> Expr:
@@ -87,6 +101,21 @@ class Mask:
         if self.buffer.dtype == "bool":
             return v.select(x * scale, self.buffer, offset + self.shift, part)
         return T.Bind(v.fma(x, scale, v.load(self.buffer, offset + self.shift, part)))
+
+
+@dataclass
+class Factor:
+    """What X is multiplied with, one number for each of its rows or for several. axes: as of a `Mask`."""
+
+    buffer: Buffer
+    axes: Sequence[tuple[int | Expr, bool]]
+    value: Expr = None  # of the row, in every lane
+
+    def at_row(self, v: Vectors, row: Expr, first: Expr) -> None:
+        """The number of a row of X. first: offset 0."""
+        begin = _row_offset(row, self.axes, 1)
+        one = v.load(self.buffer, first if begin is None else T.Bind(begin), 1)
+        self.value = T.Bind(v.splat(v.total(one)))
 
 
 @dataclass
@@ -100,6 +129,7 @@ class SoftmaxEmitter:
     index: str = "int64"  # type of offsets
     x_scale: float = 1.0  # never 0
     mask: Mask | None = None
+    factor: Factor | None = None
 
     @property
     def narrow(self) -> bool:
@@ -109,6 +139,9 @@ class SoftmaxEmitter:
     def read(self, offset: Expr, part: Expr | None = None) -> Expr:
         """The vector at `offset` that softmax is of; -inf in the lanes behind `part`."""
         v = self.vectors
+        if self.factor is not None:
+            x = T.Bind(v.load(self.x, offset, part) * self.factor.value)
+            return x if part is None else v.ended(x, part)
         x = v.load(self.x, offset, part, math.copysign(math.inf, -self.x_scale))
         scale = v.splat(self.x_scale)
         if self.mask is None:
@@ -119,6 +152,8 @@ class SoftmaxEmitter:
         """From here on offsets are of the row of that number, whose first element is at `start`."""
         if self.mask is not None:
             self.mask.at_row(row, start)
+        if self.factor is not None:
+            self.factor.at_row(self.vectors, row, self.const(0))
 
     def sweep(self, count: int | Expr, group: int, body: Body, start: Expr = 0) -> None:
         """`body(offsets, part)` over `count` elements from `start`: `group` vectors at a time, then single ones,

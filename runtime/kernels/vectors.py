@@ -203,6 +203,10 @@ class Vectors:
         """The vector at `offset` of a buffer of uint16, the bits of numbers of type `kind`, float16 or bfloat16."""
         return T.Bind(T.call_extern(self.dtype, self._name(f"widen_{kind}"), buffer[self.at(offset)]))
 
+    def ended(self, x: Expr, count: Expr | int) -> Expr:
+        """The first `count` elements of x, -inf in the lanes behind them."""
+        return T.Bind(T.call_extern(self.dtype, self._name("ended"), x, _int32(count)))
+
     def select(self, x: Expr, kept: Buffer, offset: Expr, count: Expr | None = None) -> Expr:
         """x where the booleans at `offset` are true, else -inf; with `count` only so many are read."""
         count = T.int32(self.lanes) if count is None else _int32(count)
@@ -414,6 +418,11 @@ define {vector} @gw_select_{lanes}(ptr %p, i32 %n, {vector} %v) alwaysinline {{
   %b = call <{lanes} x i8> @llvm.masked.load.v{lanes}i8.p0(ptr align 1 %p, {mask} %m, <{lanes} x i8> zeroinitializer)
   %k = icmp ne <{lanes} x i8> %b, zeroinitializer
   %r = select {mask} %k, {vector} %v, {vector} <{lowest}>
+  ret {vector} %r
+}}
+define {vector} @gw_ended_{lanes}({vector} %v, i32 %n) alwaysinline {{
+  %m = call {mask} @gw_mask_{lanes}(i32 %n)
+  %r = select {mask} %m, {vector} %v, {vector} <{lowest}>
   ret {vector} %r
 }}
 define i32 @gw_store_{lanes}(ptr %p, i32 %n, {vector} %v) alwaysinline {{

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -18,29 +19,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx.inliner import inline_local_functions
 
+from .operators import attention_inputs, model_of, on_onnxruntime
+
 LOWEST = float(np.finfo(np.float32).min)
-
-
-def body(*arrays: np.ndarray) -> np.ndarray:
-    """The operator on onnxruntime."""
-    inputs = [ir.val(f"x{i}", ir.DataType.from_numpy(a.dtype), a.shape) for i, a in enumerate(arrays)]
-    node = ir.node(LINEAR_ATTENTION.name, inputs, domain=LINEAR_ATTENTION.domain)
-    node.outputs[0].name, node.outputs[0].dtype = "y", inputs[0].dtype
-    graph = ir.Graph(inputs, node.outputs, nodes=[node], name="g", opset_imports={"": 20})
-    model = ir.Model(graph, ir_version=10)
-    LINEAR_ATTENTION.add_to(model)
-    session = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString())
-    return session.run(None, {f"x{i}": a for i, a in enumerate(arrays)})[0]
-
-
-def tensors(b: int, h: int, rows: int, columns: int, d: int, seed: int = 0) -> list[np.ndarray]:
-    random = np.random.default_rng(seed)
-    shapes = ((b, h, rows, d), (b, h, columns, d), (b, h, columns, d))
-    return [random.standard_normal(s).astype(np.float32) for s in shapes] + [np.zeros((1, 1, 1, 1), np.float32)]
+body = functools.partial(on_onnxruntime, LINEAR_ATTENTION)
 
 
 def test_hidden_keys_are_as_if_they_were_not_there() -> None:
-    q, k, v, _ = tensors(2, 2, 5, 9, 8)
+    q, k, v, _ = attention_inputs(2, 2, 5, 9, 8)
     for low in (LOWEST, -np.inf, -1e4):
         mask = np.where(np.arange(9) < 6, 0, low).astype(np.float32)[None, None, None]
         expected = LINEAR_ATTENTION.reference(q, k[:, :, :6], v[:, :, :6], np.zeros((1, 1, 1, 1)))
@@ -48,7 +34,7 @@ def test_hidden_keys_are_as_if_they_were_not_there() -> None:
 
 
 def test_a_mask_of_numbers_weighs_keys() -> None:
-    q, k, v, _ = tensors(1, 2, 3, 4, 8)
+    q, k, v, _ = attention_inputs(1, 2, 3, 4, 8)
     mask = np.log(np.array([1, 2, 3, 0.5], np.float32))[None, None, None]
     twice = [0, 1, 1, 2, 2, 2]
     without = LINEAR_ATTENTION.reference(q, k[:, :, twice], v[:, :, twice], np.zeros((1, 1, 1, 1)))
@@ -60,7 +46,7 @@ def test_a_mask_of_numbers_weighs_keys() -> None:
 
 def test_special_rows() -> None:
     """No key seen: 0. All keys alike: their mean. NaN stays NaN, in its own row only."""
-    q, k, v, mask = tensors(1, 1, 4, 7, 8)
+    q, k, v, mask = attention_inputs(1, 1, 4, 7, 8)
     for low in (LOWEST, -np.inf):
         assert not body(q, k, v, np.full((1, 1, 1, 7), low, np.float32)).any()
     alike = np.broadcast_to(k[:, :, :1], k.shape).copy()
@@ -74,7 +60,7 @@ def test_special_rows() -> None:
 @pytest.mark.parametrize("scale", [0.0, 1e-3, 90.0, 1e4])
 def test_no_size_overflows(scale: float) -> None:
     """e^90 is no float32; the shares of rows far apart are 0 or 1, and a row of zeros is the mean."""
-    q, k, v, mask = tensors(1, 2, 6, 33, 8)
+    q, k, v, mask = attention_inputs(1, 2, 6, 33, 8)
     q, k = q * np.float32(scale), k * np.float32(scale)
     expected = LINEAR_ATTENTION.reference(q, k, v, mask)
     # A sum of two numbers rounds by 2^-24 of it, and the exponential makes a relative error of that.
@@ -83,7 +69,7 @@ def test_no_size_overflows(scale: float) -> None:
 
 
 def test_float16_is_computed_in_float32() -> None:
-    arrays = [x.astype(np.float16) for x in tensors(1, 2, 5, 5, 8)]
+    arrays = [x.astype(np.float16) for x in attention_inputs(1, 2, 5, 5, 8)]
     found = body(*arrays)
     assert found.dtype == np.float16
     np.testing.assert_allclose(found, LINEAR_ATTENTION.reference(*arrays), atol=4e-3)
@@ -91,7 +77,7 @@ def test_float16_is_computed_in_float32() -> None:
 
 def test_the_weights_are_those_of_the_formula() -> None:
     """By hand: sums of 2 cosh."""
-    q, k, _, mask = (x.astype(np.float64) for x in tensors(1, 1, 3, 5, 4))
+    q, k, _, mask = (x.astype(np.float64) for x in attention_inputs(1, 1, 3, 5, 4))
     weights = LINEAR_ATTENTION.reference(q, k, np.eye(5)[None, None], mask)[0, 0]
     for i in range(3):
         a = (2 * np.cosh(q[0, 0, i] + k[0, 0])).sum(-1)
@@ -101,13 +87,8 @@ def test_the_weights_are_those_of_the_formula() -> None:
 def test_nothing_is_as_large_as_queries_times_keys() -> None:
     """In any tensor of the body, by shape inference."""
     b, h, n, m, d = 2, 3, 251, 241, 4
-    inputs = [ir.val(x, ir.DataType.FLOAT, s) for x, s in
-              (("q", (b, h, n, d)), ("k", (b, h, m, d)), ("v", (b, h, m, d)), ("mask", (1, 1, 1, m)))]  # fmt: skip
-    node = ir.node(LINEAR_ATTENTION.name, inputs, domain=LINEAR_ATTENTION.domain)
-    node.outputs[0].name = "y"
-    model = ir.Model(ir.Graph(inputs, node.outputs, nodes=[node], name="g", opset_imports={"": 20}), ir_version=10)
-    LINEAR_ATTENTION.add_to(model)
-    node.outputs[0].dtype = ir.DataType.FLOAT
+    arrays = [*attention_inputs(b, h, n, m, d)[:3], np.zeros((1, 1, 1, m), np.float32)]
+    model = model_of(LINEAR_ATTENTION, arrays, {})
     proto = onnx.shape_inference.infer_shapes(inline_local_functions(ir.to_proto(model)))
     sizes = {
         v.name: np.prod([x.dim_value for x in v.type.tensor_type.shape.dim]) for v in proto.graph.value_info
@@ -118,7 +99,7 @@ def test_nothing_is_as_large_as_queries_times_keys() -> None:
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 3), st.integers(1, 9), st.integers(1, 20), st.integers(1, 9), st.integers(0, 1 << 16))
 def test_the_body_equals_its_oracle(h: int, rows: int, columns: int, d: int, seed: int) -> None:
-    q, k, v, _ = tensors(2, h, rows, columns, d, seed)
+    q, k, v, _ = attention_inputs(2, h, rows, columns, d, seed)
     random = np.random.default_rng(seed)
     mask = np.where(random.random((2, 1, 1, columns)) < 0.3, LOWEST, random.standard_normal()).astype(np.float32)
     expected = LINEAR_ATTENTION.reference(q, k, v, mask)
@@ -191,7 +172,7 @@ def test_compiled_it_is_the_same(rows: int, tmp_path: Path) -> None:
     onnx.save(ir.to_proto(parse(text.replace("N", str(rows)))), tmp_path / "m.onnx")
     out = tmp_path / "out"
     graphwright.optimize(tmp_path / "m.onnx", passes="linear-attention:recover=none", target="cpu", out=out)
-    q, k, _, mask = tensors(1, 2, rows, 33, 8)
+    q, k, _, mask = attention_inputs(1, 2, rows, 33, 8)
     root = np.float32(8**-0.25)
     expected = LINEAR_ATTENTION.reference(q * root, k * root, k, mask)
     np.testing.assert_allclose(graphwright.load(out).run(None, {"q": q, "k": k})[0], expected, atol=2e-6)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -15,15 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
+from .operators import on_onnxruntime
 
-def body(x: np.ndarray, axis: int = -1) -> np.ndarray:
-    """The operator on onnxruntime."""
-    inputs = [ir.val("x", ir.DataType.from_numpy(x.dtype), x.shape)]
-    node = ir.node(STABLE_MAX.name, inputs, {"axis": axis}, domain=STABLE_MAX.domain)
-    node.outputs[0].name, node.outputs[0].dtype = "y", inputs[0].dtype
-    model = ir.Model(ir.Graph(inputs, node.outputs, nodes=[node], name="g", opset_imports={"": 20}), ir_version=10)
-    STABLE_MAX.add_to(model)
-    return onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString()).run(None, {"x": x})[0]
+body = functools.partial(on_onnxruntime, STABLE_MAX, axis=-1)
 
 
 def test_shares_by_hand() -> None:

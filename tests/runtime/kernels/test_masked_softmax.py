@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
-from graphwright.passes.ops import MASKED_SOFTMAX, SCALED_SOFTMAX, SELECTED_SOFTMAX
-from graphwright.passes.ops.masked_softmax import masked_softmax
+from graphwright.passes.ops import MASKED_SOFTMAX, SCALED_SOFTMAX, SELECTED_SOFTMAX, TEMPERED_SOFTMAX
+from graphwright.passes.ops.masked_softmax import masked_softmax, tempered_softmax
 from graphwright.passes.ops.two_pass_softmax import Form
 from graphwright.runtime.target import Target
 from hypothesis import given, settings
@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 pytestmark = pytest.mark.tvm
 
-X86 = ["cpu-avx512", "cpu-avx2", "cpu-baseline"]
+# Of free sizes a kernel without masked loads takes seconds to compile; of fixed ones it is the same, less other forms.
+FREE = ["cpu-avx512", "cpu-avx2", pytest.param("cpu-baseline", marks=pytest.mark.slow)]
 TOLERANCE = 3e-6  # half the distance of float32 numbers at 20 and more, as of x - max
 INF, LOWEST = np.float32(np.inf), np.finfo(np.float32).min
 
@@ -26,14 +27,14 @@ Kernel = Callable[..., np.ndarray]
 @functools.cache
 def kernel(
     target: Target, shape: tuple[int | None, ...], axes: tuple[bool, ...] | None, kind: str | None, scale: float,
-    form: Form = Form.AUTO,
+    form: Form = Form.AUTO, factor: str | None = None,
 ) -> Kernel:  # fmt: skip
     import tvm
     from graphwright.runtime.codegen import machine_code
     from graphwright.runtime.kernels.softmax_passes import Source
     from graphwright.runtime.kernels.two_pass_softmax import softmax
 
-    source = Source(scale, kind, axes or ())
+    source = Source(scale, kind, axes or (), factor)
     function = softmax(shape, target.isa, target.caches, 2, form, name="softmax", source=source)
     compiled = machine_code(tvm.IRModule({"softmax": function}), target)["softmax"]
 
@@ -47,7 +48,7 @@ def kernel(
 
 
 def draw(shape: Sequence[int], spread: float = 20) -> np.ndarray:
-    return ((np.random.default_rng(sum(shape)).random(shape) - 0.5) * spread).astype(np.float32)
+    return np.asarray((np.random.default_rng(sum(shape)).random(shape) - 0.5) * spread, np.float32)
 
 
 def mask_of(shape: Sequence[int], kind: str) -> np.ndarray:
@@ -63,7 +64,7 @@ def mask_of(shape: Sequence[int], kind: str) -> np.ndarray:
         ("bqk", "bool", Form.TWO_PASS), ("hqk", "float32", Form.AUTO), ("bhqk", "float32", Form.AUTO),
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("name", X86)
+@pytest.mark.parametrize("name", FREE)
 def test_masks_of_every_shape(
     runnable: Callable[[str], Target], name: str, axes: str, kind: str, form: Form
 ) -> None:
@@ -73,10 +74,17 @@ def test_masks_of_every_shape(
         np.testing.assert_allclose(run(x, mask), masked_softmax(x, mask, 0.5), rtol=TOLERANCE, atol=1e-38)
 
 
-@pytest.mark.parametrize("length, axes, kind", [(17, "bk", "float32"), (2049, "bqk", "bool"), (300, "hqk", "float32")])
-def test_masks_of_fixed_shapes(length: int, axes: str, kind: str) -> None:
+@pytest.mark.parametrize(
+    "length, axes, kind, form",
+    [
+        (17, "bk", "float32", Form.AUTO), (7, "k", "bool", Form.AUTO), (2049, "bqk", "bool", Form.AUTO),
+        (300, "hqk", "float32", Form.AUTO), (4100, "bhqk", "float32", Form.TWO_PASS),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["cpu", "cpu-baseline"])
+def test_masks_of_fixed_shapes(name: str, length: int, axes: str, kind: str, form: Form) -> None:
     x, mask = masked((2, 3, 4, length), axes, kind)
-    run = kernel(Target.named("cpu"), x.shape, tuple(axis in axes for axis in "bhqk"), kind, 0.5)
+    run = kernel(Target.named(name), x.shape, tuple(axis in axes for axis in "bhqk"), kind, 0.5, form)
     np.testing.assert_allclose(run(x, mask), masked_softmax(x, mask, 0.5), rtol=TOLERANCE, atol=1e-38)
 
 
@@ -94,6 +102,19 @@ def test_scales_alone(scale: float, form: Form) -> None:
         x = draw((3, length))
         got = kernel(target, (None, None), None, None, scale, form)(x)
         np.testing.assert_allclose(got, masked_softmax(x, None, scale), rtol=TOLERANCE, atol=1e-38)
+
+
+@pytest.mark.parametrize("form", [Form.AUTO, Form.TWO_PASS])
+@pytest.mark.parametrize("axes, lengths", [("", (1, 7, 300)), ("b", (1, 8, 9, 65, 2049, 4100)), ("bq", (17, 2049))])
+def test_factors_of_run_time(axes: str, lengths: tuple[int, ...], form: Form) -> None:
+    """One number, or one for each row of some axes; 0 and less, infinite and no numbers among them."""
+    own = tuple(axis in axes for axis in "bhqk")
+    run = kernel(Target.named("cpu"), (None,) * 4, own, None, 1.0, form, "float32")
+    for length in lengths:
+        x = draw((3, 2, 4, length))
+        shape = [d if axis in axes else 1 for d, axis in zip(x.shape, "bhqk", strict=True)]
+        factors = np.resize([2, -1.5, 0, 0.01, INF, np.nan], shape).astype(np.float32)
+        np.testing.assert_allclose(run(x, factors), tempered_softmax(x, factors), rtol=TOLERANCE, atol=1e-38)
 
 
 @pytest.mark.parametrize("form", [Form.THREE_PASS, Form.TWO_PASS])
@@ -136,7 +157,9 @@ def test_hidden_elements_do_not_count(seed: int, rows: int, length: int, scale: 
     assert not got[:, ~kept].any()
 
 
-@pytest.mark.parametrize("operator", [SCALED_SOFTMAX, MASKED_SOFTMAX, SELECTED_SOFTMAX], ids=lambda o: o.name)
+@pytest.mark.parametrize(
+    "operator", [SCALED_SOFTMAX, MASKED_SOFTMAX, SELECTED_SOFTMAX, TEMPERED_SOFTMAX], ids=lambda o: o.name
+)
 def test_cases_through_the_lowering(operator) -> None:
     import tvm
     from graphwright.runtime.codegen import machine_code
@@ -148,9 +171,11 @@ def test_cases_through_the_lowering(operator) -> None:
     assert lower is not None
     for case in operator.cases:
         kind = "bool" if operator is SELECTED_SOFTMAX else "float32"
-        inputs = [draw(case.shapes[0]), *(mask_of(shape, kind) for shape in case.shapes[1:])]
-        for mask in inputs[1:]:
-            mask[..., :1] = 1
+        inputs = [draw(case.shapes[0])]
+        for shape in case.shapes[1:]:
+            inputs.append(draw(shape, 3) if operator is TEMPERED_SOFTMAX else mask_of(shape, kind))
+            if operator is not TEMPERED_SOFTMAX:
+                inputs[-1][..., :1] = 1
         builder = relax.BlockBuilder()
         given_ = [relax.Var(f"x{i}", relax.TensorType(v.shape, str(v.dtype))) for i, v in enumerate(inputs)]
         with builder.function("main", given_):

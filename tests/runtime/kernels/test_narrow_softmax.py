@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from graphwright.passes.ops import MASKED_SOFTMAX, SCALED_SOFTMAX, SELECTED_SOFTMAX, TWO_PASS_SOFTMAX
-from graphwright.passes.ops.masked_softmax import masked_softmax
+from graphwright.passes.ops.masked_softmax import masked_softmax, tempered_softmax
 from graphwright.passes.ops.two_pass_softmax import NARROW_ROW, Form
 from graphwright.runtime.target import Target
 from hypothesis import given, settings
@@ -180,6 +180,7 @@ def test_columns(kind: str, form: Form) -> None:
             close(run(x), reference(x, 1))
     for shape in [(2, 40, 77), (2, 41, 77), (2, 5, 301)]:
         close(columns(tiny, shape, (kind, kind), form)(draw(kind, *shape)), reference(draw(kind, *shape), 1))
+    close(columns(target, (2, 301, 3), (kind, kind))(draw(kind, 2, 301, 3)), reference(draw(kind, 2, 301, 3), 1))
     for length in SPECIAL_LENGTHS[1:]:
         x = np.ascontiguousarray(specials(kind, length).T)[None]
         close(run(x), reference(x, 1))
@@ -217,6 +218,17 @@ def test_scales_and_masks(kind: str, mask: str | None, form: Form) -> None:
         given = given if mask in (None, "bool") else given.astype(NUMPY[mask])
         inputs = (x, given) if mask else (x,)
         close(run(*inputs), masked_softmax(x, given if mask else None, 0.5))
+
+
+@pytest.mark.parametrize("kind", ["float16", "bfloat16"])
+def test_factors_of_run_time(kind: str) -> None:
+    from graphwright.runtime.kernels.softmax_passes import Source
+
+    source = Source(axes=(True, False, False), factor=kind)
+    for length in (7, 65, BLOCK + 1):
+        x, factors = draw(kind, 3, 2, length), np.array([[[0.5]], [[-1.5]], [[np.nan]]], NUMPY[kind])
+        run = rows(Target.named("cpu"), x.shape, (kind, kind), source=source)
+        close(run(x, factors), tempered_softmax(x, factors))
 
 
 @settings(max_examples=60, deadline=None)

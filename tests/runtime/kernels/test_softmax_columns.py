@@ -169,6 +169,31 @@ def test_special_columns(runnable: Callable[[str], Target], name: str, form: For
             assert np.isnan(got[0][:, [2, 4, 5, 6]]).all() and not np.isnan(got[0][:, [0, 1, 3, 13, 14]]).any()
 
 
+@pytest.mark.parametrize("name", X86)
+def test_many_rows_of_fewer_columns_than_lanes(runnable: Callable[[str], Target], name: str) -> None:
+    """They are read as whole vectors; the last rows, fewer than a vector has lanes, as parts of vectors."""
+    target = runnable(name)
+    lanes = target.isa.lanes()
+    first = 8 * lanes
+    for columns in (1, 3, lanes - 1):
+        for length in (first, first + 1, 256 * lanes + lanes - 1, 600 * lanes):
+            check(kernel(target, (2, length, columns)), draw(2, length, columns))
+    for log in (False, True):
+        run = kernel(target, ("a", "b", 3), log=log)
+        for length in (1, 9, first - 1, first, first + 1, first + lanes - 1, 256 * lanes, 257 * lanes + 2):
+            check(run, draw(3, length, 3), log)
+
+
+@pytest.mark.parametrize("declared", [(1, 300, 3), ("a", "b", 3)])
+def test_special_columns_of_few(declared: tuple[int | str, ...]) -> None:
+    """No column takes from its neighbours in the same vector, whose order they share with it."""
+    x = specials(300)
+    run = kernel(Target.named("cpu"), declared)
+    for column in range(0, 15, 3):
+        part = np.ascontiguousarray(x[:, :, column : column + 3])
+        np.testing.assert_allclose(run(part), reference(part), rtol=TOLERANCE, atol=1.2e-38)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     st.integers(0, 2**32 - 1), st.integers(1, 3), st.integers(1, 300), st.integers(1, 140), st.floats(0, 80),

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir as ir
-import onnxruntime
 import pytest
 from graphwright.passes.attention.sites import block_of
 from graphwright.passes.attention.softplus_attention import SoftplusAttention
@@ -21,26 +20,14 @@ from graphwright.passes.weights import load_weights, save_weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from .operators import attention_inputs, on_onnxruntime
+
 LOWEST = float(np.finfo(np.float32).min)
 BOTH = pytest.mark.parametrize("operator", [SOFTPLUS_ATTENTION, REWEIGHTED_SOFTPLUS_ATTENTION], ids=lambda o: o.name)
 
 
 def body(operator: CustomOp, arrays: list[np.ndarray], attributes: dict[str, Any]) -> np.ndarray:
-    """The operator on onnxruntime."""
-    inputs = [ir.val(f"x{i}", ir.DataType.from_numpy(a.dtype), a.shape) for i, a in enumerate(arrays)]
-    node = ir.node(operator.name, inputs, attributes, domain=operator.domain)
-    node.outputs[0].name, node.outputs[0].dtype = "y", inputs[0].dtype
-    graph = ir.Graph(inputs, node.outputs, nodes=[node], name="g", opset_imports={"": 20})
-    model = ir.Model(graph, ir_version=10)
-    operator.add_to(model)
-    session = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString())
-    return session.run(None, {f"x{i}": a for i, a in enumerate(arrays)})[0]
-
-
-def tensors(b: int, h: int, rows: int, columns: int, d: int, seed: int = 0) -> list[np.ndarray]:
-    random = np.random.default_rng(seed)
-    shapes = ((b, h, rows, d), (b, h, columns, d), (b, h, columns, d))
-    return [random.standard_normal(s).astype(np.float32) for s in shapes] + [np.zeros((1, 1, 1, 1), np.float32)]
+    return on_onnxruntime(operator, *arrays, **attributes)
 
 
 def options(operator: CustomOp, **more: int) -> dict[str, int]:
@@ -49,7 +36,7 @@ def options(operator: CustomOp, **more: int) -> dict[str, int]:
 
 @BOTH
 def test_hidden_keys_are_as_if_they_were_not_there(operator: CustomOp) -> None:
-    q, k, v, _ = tensors(2, 2, 5, 9, 8)
+    q, k, v, _ = attention_inputs(2, 2, 5, 9, 8)
     for low in (LOWEST, -np.inf, -1e5):
         mask = np.where(np.arange(9) < 6, 0, low).astype(np.float32)[None, None, None]
         found = body(operator, [q, k, v, mask], options(operator))
@@ -60,7 +47,7 @@ def test_hidden_keys_are_as_if_they_were_not_there(operator: CustomOp) -> None:
 @BOTH
 def test_special_rows(operator: CustomOp) -> None:
     """No key seen: 0. All keys alike: their mean. A query of zeros: the mean. NaN stays NaN, in its own row only."""
-    q, k, v, mask = tensors(1, 1, 4, 7, 8)
+    q, k, v, mask = attention_inputs(1, 1, 4, 7, 8)
     none = body(operator, [q, k, v, np.full((1, 1, 1, 7), LOWEST, np.float32)], options(operator))
     assert not none.any()
     alike = np.broadcast_to(k[:, :, :1], k.shape).copy()
@@ -84,7 +71,7 @@ def test_scores_far_below_zero_do_not_make_nan(operator: CustomOp) -> None:
 
 
 def test_a_large_power_does_not_overflow() -> None:
-    q, k, v, mask = tensors(1, 1, 1, 2000, 8)
+    q, k, v, mask = attention_inputs(1, 1, 1, 2000, 8)
     k[0, 0, 5] = q[0, 0, 0]
     found = body(REWEIGHTED_SOFTPLUS_ATTENTION, [q, k, v, mask], {"causal": 0, "power": 64})
     np.testing.assert_allclose(found[0, 0, 0], v[0, 0, 5], atol=1e-2)
@@ -92,7 +79,7 @@ def test_a_large_power_does_not_overflow() -> None:
 
 @BOTH
 def test_float16_is_computed_in_float32(operator: CustomOp) -> None:
-    arrays = [x.astype(np.float16) for x in tensors(1, 2, 5, 5, 8)]
+    arrays = [x.astype(np.float16) for x in attention_inputs(1, 2, 5, 5, 8)]
     found = body(operator, arrays, options(operator, causal=1))
     assert found.dtype == np.float16
     np.testing.assert_allclose(found, operator.reference(*arrays, **options(operator, causal=1)), atol=4e-3)
@@ -100,7 +87,7 @@ def test_float16_is_computed_in_float32(operator: CustomOp) -> None:
 
 def test_the_weights_of_lssar_are_those_of_the_formula() -> None:
     """By hand: the first three rows keep all keys, later ones those above the mean."""
-    q, k, _, mask = (x.astype(np.float64) for x in tensors(1, 1, 6, 6, 4))
+    q, k, _, mask = (x.astype(np.float64) for x in attention_inputs(1, 1, 6, 6, 4))
     weights = REWEIGHTED_SOFTPLUS_ATTENTION.reference(q, k, np.eye(6)[None, None], mask, causal=1, power=2)[0, 0]
     for i in range(6):
         cosine = k[0, 0, : i + 1] @ q[0, 0, i] / np.linalg.norm(k[0, 0, : i + 1], axis=-1) / np.linalg.norm(q[0, 0, i])
@@ -118,7 +105,7 @@ def test_the_weights_of_lssar_are_those_of_the_formula() -> None:
 def test_bodies_equal_their_oracles(
     h: int, rows: int, columns: int, d: int, causal: int, power: int, seed: int
 ) -> None:  # fmt: skip
-    arrays = tensors(2, h, rows, columns, d, seed)
+    arrays = attention_inputs(2, h, rows, columns, d, seed)
     random = np.random.default_rng(seed)
     arrays[3] = np.where(random.random((2, 1, 1, columns)) < 0.3, LOWEST, random.standard_normal()).astype(np.float32)
     for operator, attributes in (
