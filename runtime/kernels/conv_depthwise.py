@@ -5,8 +5,9 @@
         for kernel row, for channel i of a group, for input pixel under the tile
           tile[pixel] += x[i] · w[kernel row][i][kernel column]   for each pixel it is a tap of
 
-Groups of several channels, as many in as out, that lie in a vector are computed so as well: x[i] holds in every lane
-channel i of the lane's group, a shuffle of the pixel's vector; no lane meets another group's numbers.
+Groups of several channels that lie in a vector are computed so as well, and groups of several times as many outputs:
+x[i] holds in every lane channel i of the lane's group, a shuffle of the pixel's vector; no lane meets another group's
+numbers. One vector of inputs belongs to as many vectors of outputs as there are outputs for an input.
 
 A row whose taps are all inside the image in height has its kernel rows written out, with the weights in registers where
 they fit; rows at the border run a loop over those inside. Tiles at the left and right border have code of their own.
@@ -32,7 +33,7 @@ WRITTEN_OUT = 9  # taps up to which kernel rows are written out
 
 
 def pack(weight: np.ndarray, spec: ConvSpec, isa: InstructionSet, tile: ConvTile) -> np.ndarray:
-    """(C, C / groups, kernel height, kernel width) weights as the kernel reads them, one axis."""
+    """(O, I / groups, kernel height, kernel width) weights as the kernel reads them, one axis."""
     lanes = Vectors(isa).lanes
     steps = weight.transpose(0, 2, 1, 3).reshape(spec.out_channels, -1)
     padded = axis(steps, 0, spec.out_blocks(lanes) * lanes)
@@ -53,6 +54,7 @@ class DepthwiseEmitter:
     def __init__(self, emission: Emission, tile: ConvTile) -> None:
         self.e, self.spec, self.lanes = emission, emission.spec, emission.lanes
         self.steps = self.spec.each * self.spec.kernel[1]  # weights of a kernel row
+        self.multiple, self.part = self.spec.out_channels // self.spec.in_channels, 0
         columns = self.spec.out_size[1]
         widths = split_evenly(columns, -(-columns // (tile.width or widest(emission.vectors.isa, self.spec))))
         starts = itertools.accumulate(widths, initial=0)
@@ -84,7 +86,7 @@ class DepthwiseEmitter:
 
     def emit(self) -> None:
         e, spec = self.e, self.spec
-        blocks, height = spec.out_blocks(self.lanes), spec.out_size[0]
+        blocks, height = spec.in_blocks(self.lanes), spec.out_size[0]
         batch = e.batch()
         row_blocks = self.row_blocks(blocks * (spec.batch or 1))
         each = -(-height // row_blocks)
@@ -99,12 +101,25 @@ class DepthwiseEmitter:
             n = T.Bind(plane // e.const(blocks)) if spec.batch != 1 else e.const(0)
             block = T.Bind(plane % e.const(blocks)) if spec.batch != 1 else plane
             image = T.Bind(plane * e.const(math.prod(spec.in_size) * self.lanes))
-            steps = spec.taps * spec.each
-            weights = T.Bind(block * e.const(steps * self.lanes))
-            held = self.weights(weights, steps) if steps <= WRITTEN_OUT else None
-            with e.serial(rows) as i:
-                row = T.Bind(first + i)
-                self.row(n, block, image, weights, held, row)
+            if self.multiple == 1:
+                self.block(n, block, image, first, rows)
+                return
+            for part in range(self.multiple):
+                self.part = part
+                out = T.Bind(block * e.const(self.multiple) + e.const(part))
+                if spec.out_blocks(self.lanes) == blocks * self.multiple:
+                    self.block(n, out, image, first, rows)
+                else:  # the last vector of inputs is not full
+                    with T.If(out < e.const(spec.out_blocks(self.lanes))), T.Then():
+                        self.block(n, out, image, first, rows)
+
+    def block(self, n: Expr, block: Expr, image: Expr, first: Expr, rows: int | Expr) -> None:
+        """Rows of one vector of outputs, the one number `part` of those that read their inputs."""
+        e, steps = self.e, self.spec.taps * self.spec.each
+        weights = T.Bind(block * e.const(steps * self.lanes))
+        held = self.weights(weights, steps) if steps <= WRITTEN_OUT else None
+        with e.serial(rows) as i:
+            self.row(n, block, image, weights, held, T.Bind(first + i))
 
     def row_blocks(self, planes: int) -> int:
         """Into how many parts the rows are cut so that threads have even shares."""
@@ -186,14 +201,16 @@ class DepthwiseEmitter:
     def kernel_row(self, acc: Accumulators, start: int, width: int, at: Expr, row: list[Expr]) -> None:
         """Add the products of one kernel row: each input pixel is read once for a channel of its group."""
         spec, each = self.spec, self.spec.each
+        outputs = each * self.multiple  # of a group
         uses: dict[int, list[tuple[int, int]]] = {}  # input column -> (output pixel, kernel column)
         for kw in range(spec.kernel[1]):
             for j in range(*self.columns(start, width, kw)):
                 uses.setdefault(j * spec.strides[1] + kw * spec.dilations[1], []).append((j, kw))
         for i, column in itertools.product(range(each), sorted(uses)):
             value = T.Bind(self.e.x[self.e.vectors.at(at + column * self.lanes)])
-            if each > 1:
-                order = [tirx.const(lane // each * each + i, "int32") for lane in range(self.lanes)]
+            if outputs > 1:
+                lanes = range(self.part * self.lanes, (self.part + 1) * self.lanes)
+                order = [tirx.const(lane // outputs * each + i, "int32") for lane in lanes]
                 value = T.Bind(tirx.Shuffle([value], order))
             for j, kw in uses[column]:
                 acc.add_product(0, j, value, row[i * spec.kernel[1] + kw])

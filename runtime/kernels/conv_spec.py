@@ -55,9 +55,10 @@ class ConvSpec:
         return self.in_channels // self.groups
 
     def in_vectors(self, lanes: int) -> bool:
-        """Whether groups, of as many outputs as inputs, are smaller than a vector and lie in it: depthwise ones do."""
+        """Whether groups, of as many outputs as inputs or a multiple, are smaller than a vector and their inputs lie in
+        one: those of depthwise ones do."""
         whole = self.each == 1 or (self.each < lanes and lanes % self.each == 0)
-        return self.groups > 1 and self.in_channels == self.out_channels and whole
+        return self.groups > 1 and whole and self.out_channels % self.in_channels == 0
 
     @property
     def multiply_adds(self) -> int:
