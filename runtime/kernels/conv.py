@@ -57,7 +57,7 @@ def supported(spec: ConvSpec, isa: InstructionSet) -> str | None:
 def choose_algorithm(spec: ConvSpec, isa: InstructionSet, caches: Caches) -> tuple[str, str]:
     """(algorithm, why), the reason usable in a report."""
     if spec.in_vectors(Vectors(isa).lanes):
-        return "depthwise", f"groups of {spec.each} channels lie in a vector"
+        return "depthwise", f"groups of {spec.each} input channels lie in a vector"
     if spec.data != "float32":
         return "direct", "8-bit numbers"
     if refusal := winograd.refusal(spec):

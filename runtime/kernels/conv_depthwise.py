@@ -5,8 +5,9 @@
         for kernel row, for channel i of a group, for input pixel under the tile
           tile[pixel] += x[i] · w[kernel row][i][kernel column]   for each pixel it is a tap of
 
-Groups of several channels, as many in as out, that lie in a vector are computed so as well: x[i] holds in every lane
-channel i of the lane's group, a shuffle of the pixel's vector; no lane meets another group's numbers.
+Groups of several channels that lie in a vector are computed so as well, and groups of several times as many outputs:
+x[i] holds in every lane channel i of the lane's group, a shuffle of the pixel's vector; no lane meets another group's
+numbers. One vector of inputs belongs to as many vectors of outputs as there are outputs for an input.
 
 A row whose taps are all inside the image in height has its kernel rows written out, with the weights in registers where
 they fit; rows at the border run a loop over those inside. Tiles at the left and right border have code of their own.
@@ -36,7 +37,7 @@ COPY = 96 << 10  # bytes of a copy of the input of 8-bit numbers, about: in the 
 
 
 def pack(weight: np.ndarray, spec: ConvSpec, isa: InstructionSet, tile: ConvTile) -> np.ndarray:
-    """(C, C / groups, kernel height, kernel width) weights as the kernel reads them, one axis."""
+    """(O, I / groups, kernel height, kernel width) weights as the kernel reads them, one axis."""
     dot = dot_of(Vectors(isa), spec.data)
     lanes, height = dot.vectors.lanes, spec.kernel[0]
     rows = weight.transpose(0, 2, 1, 3).reshape(spec.out_channels, height, -1)
@@ -60,6 +61,7 @@ class DepthwiseEmitter:
         self.e, self.dot, self.lanes = emission, emission.dot, emission.lanes
         self.spec = rows_in_groups(emission.spec, self.dot.group) if self.copies else emission.spec
         self.steps = self.spec.each * self.spec.kernel[1]  # weights of a kernel row
+        self.multiple, self.part = self.spec.out_channels // self.spec.in_channels, 0
         columns = self.spec.out_size[1]
         most = tile.width or widest(emission.vectors.isa, self.spec, self.dot.spare)
         widths = split_evenly(columns, -(-columns // most))
@@ -96,7 +98,7 @@ class DepthwiseEmitter:
 
     def emit(self) -> None:
         e, spec = self.e, self.spec
-        blocks, height = spec.out_blocks(self.lanes), spec.out_size[0]
+        blocks, height = spec.in_blocks(self.lanes), spec.out_size[0]
         batch = e.batch()
         row_blocks = self.row_blocks(blocks * (spec.batch or 1))
         each = -(-height // row_blocks)
@@ -111,12 +113,26 @@ class DepthwiseEmitter:
             n = T.Bind(plane // e.const(blocks)) if spec.batch != 1 else e.const(0)
             block = T.Bind(plane % e.const(blocks)) if spec.batch != 1 else plane
             image = T.Bind(plane * e.const(math.prod(e.spec.in_size) * self.lanes))
-            steps = spec.taps * spec.each
-            weights = T.Bind(block * e.const(steps * self.dot.width))
-            held = self.weights(weights, steps) if steps <= WRITTEN_OUT else None
-            for source, start, count in self.sources(image, first, rows, each):
-                with e.serial(count) as i:
-                    self.row(n, block, source, weights, held, T.Bind(start + i))
+            if self.multiple == 1:
+                self.block(n, block, image, first, rows, each)
+                return
+            for part in range(self.multiple):
+                self.part = part
+                out = T.Bind(block * e.const(self.multiple) + e.const(part))
+                if spec.out_blocks(self.lanes) == blocks * self.multiple:
+                    self.block(n, out, image, first, rows, each)
+                else:  # the last vector of inputs is not full
+                    with T.If(out < e.const(spec.out_blocks(self.lanes))), T.Then():
+                        self.block(n, out, image, first, rows, each)
+
+    def block(self, n: Expr, block: Expr, image: Expr, first: Expr, rows: int | Expr, most: int) -> None:
+        """Rows of one vector of outputs, the one number `part` of those that read their inputs; at most `most`."""
+        e, steps = self.e, self.spec.taps * self.spec.each
+        weights = T.Bind(block * e.const(steps * self.dot.width))
+        held = self.weights(weights, steps) if steps <= WRITTEN_OUT else None
+        for source, start, count in self.sources(image, first, rows, most):
+            with e.serial(count) as i:
+                self.row(n, block, source, weights, held, T.Bind(start + i))
 
     def sources(
         self, image: Expr, first: Expr, rows: int | Expr, most: int
@@ -220,14 +236,16 @@ class DepthwiseEmitter:
     ) -> None:
         """Add the products of one kernel row: each input pixel is read once for a channel of its group."""
         spec, each = self.spec, self.spec.each
+        outputs = each * self.multiple  # of a group
         uses: dict[int, list[tuple[int, int]]] = {}  # input column -> (output pixel, kernel column)
         for kw in range(spec.kernel[1]):
             for j in range(*self.columns(start, width, kw)):
                 uses.setdefault(j * spec.strides[1] + kw * spec.dilations[1], []).append((j, kw))
         for i, column in itertools.product(range(each), sorted(uses)):
             value = self.dot.each(source.buffer, at + column * self.lanes)
-            if each > 1:
-                order = [tirx.const(lane // each * each + i, "int32") for lane in range(self.lanes)]
+            if outputs > 1:
+                lanes = range(self.part * self.lanes, (self.part + 1) * self.lanes)
+                order = [tirx.const(lane // outputs * each + i, "int32") for lane in lanes]
                 value = T.Bind(tirx.Shuffle([value], order))
             for j, kw in uses[column]:
                 acc.add(0, j, value, row[i * spec.kernel[1] + kw])

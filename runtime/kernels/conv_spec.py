@@ -72,10 +72,13 @@ class ConvSpec:
         return self.in_channels // self.groups
 
     def in_vectors(self, lanes: int) -> bool:
-        """Whether groups, of as many outputs as inputs, are smaller than a vector and lie in it: depthwise ones do. Of
-        8-bit numbers no others."""
-        whole = self.each == 1 or (self.data == "float32" and self.each < lanes and lanes % self.each == 0)
-        return self.groups > 1 and self.in_channels == self.out_channels and whole
+        """Whether groups, of as many outputs as inputs or a multiple, are smaller than a vector and their inputs lie in
+        one: those of depthwise ones do. Of 8-bit numbers no others."""
+        if self.groups == 1 or self.out_channels % self.in_channels:
+            return False
+        if self.data != "float32":
+            return self.each == 1 and self.out_channels == self.in_channels
+        return self.each == 1 or (self.each < lanes and lanes % self.each == 0)
 
     @property
     def multiply_adds(self) -> int:
