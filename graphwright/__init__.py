@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from graphwright.runtime.artifact import Artifact
     from graphwright.runtime.driver import Result
     from graphwright.runtime.generator import Generator
+    from graphwright.runtime.generator_folder import GeneratorFolder
     from graphwright.runtime.session import Session
     from graphwright.runtime.target import Target
 
@@ -61,6 +62,14 @@ def optimize(model: Any, passes: str | Pipeline = "", **options: Any) -> Result:
 
 def compile(
     model: Any, target: str | Target = "cpu", out: str | os.PathLike[str] | None = None, **options: Any
-) -> Result:
-    """`optimize` with the exact default passes only: see there for the options."""
+) -> Result | GeneratorFolder:
+    """`optimize` with the exact default passes only: see there for the options. A generator folder becomes another, in
+    which both graphs are artifacts, for `Generator`: `graphwright.runtime.generator_build.compile_generator`."""
+    if isinstance(model, str | os.PathLike):
+        from graphwright.runtime.generator_folder import is_generator
+
+        if is_generator(model):
+            from graphwright.runtime.generator_build import compile_generator
+
+            return compile_generator(model, out, target=target, **options)
     return optimize(model, target=target, out=out, **options)

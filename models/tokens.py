@@ -65,8 +65,10 @@ def from_gguf(fields: Mapping[str, Any]) -> Tokenizer:
             f"{', '.join(map(repr, CUTS))}"
         )
     vocabulary = {token: index for index, token in enumerate(fields["tokens"])}
-    merges = [tuple(merge.split(" ")) for merge in fields.get("merges", [])]
+    if len(vocabulary) < len(fields["tokens"]):
+        raise ModelError("the file's tokenizer is damaged (a token is listed twice)")
     try:
+        merges = [tuple(merge.split(" ")) for merge in fields.get("merges", [])]
         tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
     except Exception as error:  # of that package's own, which has no narrower class
         raise ModelError(f"the file's tokenizer is damaged ({error})") from error

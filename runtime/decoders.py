@@ -43,6 +43,15 @@ def decoder(folder: GeneratorFolder, backend: str, threads: int | None) -> Decod
     return kind(folder, threads)
 
 
+def _call(folder: GeneratorFolder, ids: Sequence[int], position: int) -> tuple[str, Sequence[int]]:
+    """The part that takes a call, and the tokens that it is given. Fewer than decode takes are filled up where the
+    cache has rows for that: what is written behind the call's own tokens is never read."""
+    about = folder.about
+    if len(ids) <= about.decode_tokens <= about.capacity - position:
+        return DECODE, [*ids, *[ids[-1]] * (about.decode_tokens - len(ids))]
+    return PREFILL, ids
+
+
 def _feeds(part: str, ids: Sequence[int], position: int, wanted: Sequence[int]) -> dict[str, np.ndarray]:
     feeds = {"input_ids": np.array([ids], np.int64), "position": np.array([position], np.int64)}
     if part == PREFILL:
@@ -73,7 +82,7 @@ class OnnxruntimeDecoder:
     def extend(self, ids: Sequence[int], position: int, wanted: Sequence[int]) -> Logits:
         import onnxruntime as ort
 
-        part = DECODE if len(ids) == self.folder.about.decode_tokens else PREFILL
+        part, ids = _call(self.folder, ids, position)
         session, binding = self._bound(part)
         for name, array in _feeds(part, ids, position, wanted).items():
             binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
@@ -139,7 +148,7 @@ class CompiledDecoder:
         pass  # rows from `position` on are never read
 
     def extend(self, ids: Sequence[int], position: int, wanted: Sequence[int]) -> Logits:
-        part = DECODE if len(ids) == self.folder.about.decode_tokens else PREFILL
+        part, ids = _call(self.folder, ids, position)
         results = self._session(part).run(RESULTS, _feeds(part, ids, position, wanted), state=self._cache)
         return _rows(part, results, wanted)
 

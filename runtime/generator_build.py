@@ -10,12 +10,14 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from ..passes.errors import OutputError
+from ..passes.errors import OutputError, UsageError
 from .artifact import Workplace
 from .decoders import OnnxruntimeDecoder
 from .generator_folder import DECODE, DESCRIPTION, PARTS, PREFILL, TOKENIZER, GeneratorFolder
 from .sharing import share_weights
+from .target import Target
 
+ONE_MODEL = ("pins", "calibration", "dry_run")
 READ_TOKENS = 64  # of the text that the cache of a check comes from
 LENGTHS = (40, 7)  # of prefill's calls in a check
 
@@ -76,19 +78,29 @@ def rewrite(
 
 
 def compile_generator(
-    path: str | os.PathLike[str], out: str | os.PathLike[str], *, overwrite: bool = False, **options: Any
-) -> GeneratorFolder:
-    """`driver.optimize` on both graphs of a generator in ONNX form, with its options; by default for this host.
+    path: str | os.PathLike[str], out: str | os.PathLike[str] | None = None, *, target: str | Target = "cpu",
+    overwrite: bool = False, **options: Any,
+) -> GeneratorFolder:  # fmt: skip
+    """`driver.optimize` on both graphs of a generator in ONNX form, with its options but for those of ONE_MODEL.
 
-    Raises what reading, rewriting and compiling raise; then nothing is left behind.
+    out: by default beside the folder, with the target's name behind its own.
+
+    Raises what reading, rewriting and compiling raise, UsageError for a compiled folder; then nothing is left behind.
     """
     from . import driver
 
+    for name in ONE_MODEL:
+        if options.get(name):
+            raise UsageError(f"{name} is for one model; a generator's parts have inputs of their own")
     source = GeneratorFolder.load(path)
-    options = {"target": "cpu", **options}
+    if source.compiled:
+        raise UsageError(f"{path}: is compiled; give the folder that `graphwright export` wrote")
+    if out is None:
+        whole = source.root.absolute()
+        out = whole.with_name(f"{whole.name}.{target if isinstance(target, str) else target.name}")
 
     def optimize(part: str, to: Path) -> object:
-        return driver.optimize(source.model(part), out=to, calibration=feeds[part], **options)
+        return driver.optimize(source.model(part), out=to, target=target, calibration=feeds[part], **options)
 
     feeds = check_feeds(source, options.get("threads"))
     rewrite(source, Path(out), optimize, compiles=True, overwrite=overwrite)

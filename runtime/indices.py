@@ -93,4 +93,11 @@ def _extents(node: ir.Node, index: int, extent: Extent) -> list[int | None]:
         return [extent(table, node.attributes.get_int("time_axis", 0))]
     if index == 4 and node.op_type in RECURRENT:
         return [extent(table, node.attributes.get_int("layout", 0))]
+    if index == 2 and node.op_type == "TensorScatter":
+        axis, update = node.attributes.get_int("axis", -2), node.inputs[1]
+        size, steps = extent(table, axis), extent(update, axis) if update is not None else None
+        if size is None or node.attributes.get_string("mode", "linear") == "circular":
+            return [size]
+        # The update begins there and must end within the cache; one of unknown length may be half as long.
+        return [max(1, size - (size // 2 if steps is None else steps) + 1)]
     return []

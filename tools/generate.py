@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from graphwright.passes.errors import InputError, UsageError
 
+from .generators import capacity_option
 from .shell import Command, progress, threads_option, verbosity, verbosity_options
 
 if TYPE_CHECKING:
@@ -18,9 +19,10 @@ if TYPE_CHECKING:
 
 def generate_text(
     model: str, prompt: str, write: Callable[[str], None], *, backend: str | None = None, threads: int | None = None,
-    **options: Any,
+    capacity: int | None = None, **options: Any,
 ) -> tuple[Stats, int]:  # fmt: skip
-    """Write the text behind the prompt piece by piece; return its figures and the capacity.
+    """Write the text behind the prompt piece by piece; return its figures and the capacity. capacity: of a model that
+    is exported first.
 
     `options` are those of `Generator.tokens`. Raises a GraphwrightError.
     """
@@ -29,7 +31,7 @@ def generate_text(
 
     from .generators import ready
 
-    folder = ready(model, backend, threads)
+    folder = ready(model, backend, threads, capacity)
     runtime_alone()
     generator = Generator(folder, threads=threads, backend=backend)
     pieces = generator.generate(prompt, **options)
@@ -76,6 +78,7 @@ def figures(stats: Stats) -> str:
 @click.option("--chat", is_flag=True, help="The prompt is a message, written by the model's chat template.")
 @click.option("--backend", type=click.Choice(["tvm", "onnxruntime"]),
               help="tvm where the folder is compiled and for what is kept in the cache, unless given.")  # fmt: skip
+@capacity_option
 @threads_option
 @verbosity_options
 def command(model: str, prompt: str | None, prompt_file: str | None, **options: Any) -> None:

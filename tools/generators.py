@@ -1,13 +1,16 @@
 """Generators for commands: a folder as it is, or what `export` and `compile` make of a model, made once and kept.
 
-The kept ones lie in the folder `generators` of the assets' cache under a name that holds a hash of everything they
-follow from: the model's files, the options, the target and graphwright's own code.
+The kept ones lie in the folder `generators` of the assets' cache under a name that holds hashes of everything they
+follow from: the model's files, the options, this host and graphwright's own code.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import glob
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +23,14 @@ from .shell import progress, verbosity
 
 if TYPE_CHECKING:
     from .config import Settings
+
+_IN_USE: dict[Path, int] = {}  # kept generators that this process runs -> its lock
+
+
+capacity_option = click.option(
+    "--capacity", type=click.IntRange(2), metavar="N",
+    help="Tokens that the cache holds, of a name, a .gguf file or a Hugging Face folder; as for export.",
+)  # fmt: skip
 
 
 def is_generator(path: str) -> bool:
@@ -63,43 +74,52 @@ def optimize_folder(settings: Settings) -> dict[str, Any]:
     return {"model": settings.model, "output": None if settings.dry_run else str(out), "parts": parts}
 
 
-def ready(model: str, backend: str | None, threads: int | None = None) -> Path:
+def ready(model: str, backend: str | None, threads: int | None = None, capacity: int | None = None) -> Path:
     """The generator folder for a run of `model` on `backend`, made and kept first where there is none.
 
     model: a generator folder, or what `export` takes. backend: tvm needs a compiled folder; None is tvm for what is
-    kept, and a folder as it is. Raises what exporting and compiling raise.
+    kept, and a folder as it is. capacity: of what is exported. What is kept stays as long as this process runs. Raises
+    what exporting and compiling raise, UsageError for another capacity than a folder has.
     """
-    from graphwright.runtime.generator_build import compile_generator
-    from graphwright.runtime.generator_folder import GeneratorFolder
-
-    from .export import export_generator
-
     if is_generator(model):
+        from graphwright.runtime.generator_folder import GeneratorFolder
+
         folder = GeneratorFolder.load(model)
+        if capacity not in (None, folder.about.capacity):
+            raise UsageError(
+                f"--capacity {capacity}: {model} was exported with {folder.about.capacity}; export the model again"
+            )
         if folder.compiled or backend != "tvm":
             return folder.root
         files = sorted(path for path in folder.root.iterdir() if path.is_file())
     else:
         files = model_files(model)
-    compiles = backend != "onnxruntime"
-    name = Path(model).absolute().name if Path(model).exists() else model
-    place = kept_place(name, files, compiles)
+    place = kept_place(model, files, backend != "onnxruntime", capacity)
     with _alone(place):
-        if place.exists():
-            return place
-        if verbosity() >= 0:
-            what = "exporting and compiling" if compiles else "exporting"
-            click.echo(f"{what} {model}, once; it is kept in {place}", err=True)
-        with progress() as say, tempfile.TemporaryDirectory(prefix=".export-", dir=place.parent) as scratch:
-            if not compiles:
-                export_generator(model, place, say=say)
-                return place
-            source = Path(model)
-            if not is_generator(model):
-                source = Path(scratch) / "model"
-                export_generator(model, source, say=say)
-            compile_generator(source, place, threads=threads, progress=say)
+        if not place.exists():
+            if verbosity() >= 0:
+                what = "exporting" if backend == "onnxruntime" else "exporting and compiling"
+                click.echo(f"{what} {model}, once; it is kept in {place}", err=True)
+            _make(model, place, backend != "onnxruntime", threads, capacity)
+            _remove_replaced(place)
+        _keep(place)
     return place
+
+
+def _make(model: str, place: Path, compiles: bool, threads: int | None, capacity: int | None) -> None:
+    from graphwright.runtime.generator_build import compile_generator
+
+    from .export import export_generator
+
+    with progress() as say, tempfile.TemporaryDirectory(prefix=".export-", dir=place.parent) as scratch:
+        if not compiles:
+            export_generator(model, place, capacity=capacity, say=say)
+            return
+        source = Path(model)
+        if not is_generator(model):
+            source = Path(scratch) / "model"
+            export_generator(model, source, capacity=capacity, say=say)
+        compile_generator(source, place, threads=threads, progress=say)
 
 
 def model_files(model: str) -> list[Path]:
@@ -108,7 +128,7 @@ def model_files(model: str) -> list[Path]:
     from graphwright.passes.errors import did_you_mean
 
     if model in generators.NAMED:
-        asset = generators.NAMED[model]
+        asset = generators.NAMED[model].asset
         path = assets.find(asset) if asset else Path(generators.__file__).with_name("gpt_moby")
     else:
         path = Path(model)
@@ -121,21 +141,25 @@ def model_files(model: str) -> list[Path]:
     return [path]
 
 
-def kept_place(name: str, files: list[Path], compiles: bool) -> Path:
-    """Where the generator made of these files is kept."""
+def kept_place(model: str, files: list[Path], compiles: bool, capacity: int | None = None) -> Path:
+    """Where the generator made of a model with these files is kept: under the model's name, a hash of which model and
+    what it is made for, and one of what it is made of and by. Of two that differ in the last the older is replaced.
+    """
     import json
 
     from blake3 import blake3
     from graphwright.models.assets import cache_folder
-    from graphwright.runtime.target import Target
+    from graphwright.runtime.target import host_traits
 
-    key = blake3()
+    path = Path(model).absolute()
+    name, which = (path.name, str(path.resolve())) if path.exists() else (model, model)
+    purpose = blake3(json.dumps([which, capacity, host_traits() if compiles else None], sort_keys=True).encode())
+    origin = blake3(json.dumps(_versions()).encode())
     for file in [*files, *_own_sources()]:
         digest = blake3(max_threads=blake3.AUTO).update_mmap(file).hexdigest()
-        key.update(f"{file.name} {digest}\n".encode())
-    key.update(json.dumps([_versions(), Target.named("cpu").to_json() if compiles else None], sort_keys=True).encode())
+        origin.update(f"{file.name} {digest}\n".encode())
     kind = "compiled" if compiles else "onnx"
-    return cache_folder() / "generators" / f"{name}-{kind}-{key.hexdigest()[:16]}"
+    return cache_folder() / "generators" / f"{name}-{kind}-{purpose.hexdigest()[:8]}-{origin.hexdigest()[:16]}"
 
 
 def _own_sources() -> list[Path]:
@@ -157,24 +181,62 @@ def _versions() -> list[str]:
 @contextlib.contextmanager
 def _alone(place: Path) -> Iterator[None]:
     """Inside, no other process makes what is kept there; one that comes later waits."""
-    import fcntl
-
     from graphwright.passes.errors import OutputError
 
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
-        lock = os.open(place.parent / f".{place.name}.lock", os.O_RDWR | os.O_CREAT, 0o666)
+        lock = _locked(_lock_of(place, "making"), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if lock is None:
+            if verbosity() >= 0:
+                click.echo("waiting for another process that makes the same generator", err=True)
+            lock = _locked(_lock_of(place, "making"), fcntl.LOCK_EX)
     except OSError as error:
         raise OutputError(
             f"{place.parent}: cannot be written ({error.strerror}); set GRAPHWRIGHT_CACHE to another folder"
         ) from error
+    assert lock is not None  # it was waited for
     try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if verbosity() >= 0:
-                click.echo("waiting for another process that makes the same generator", err=True)
-            fcntl.flock(lock, fcntl.LOCK_EX)
         yield
     finally:
+        os.close(lock)
+
+
+def _lock_of(place: Path, what: str) -> Path:
+    return place.parent / f".{place.name}.{what}"
+
+
+def _locked(path: Path, how: int) -> int | None:
+    """A file descriptor with a lock; None where another process holds one and `how` does not wait."""
+    while True:
+        lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(lock, how)
+            if path.exists() and os.path.samestat(os.fstat(lock), path.stat()):
+                return lock
+        except BlockingIOError:
+            os.close(lock)
+            return None
+        except BaseException:
+            os.close(lock)
+            raise
+        os.close(lock)  # it was removed with what it guarded while we waited
+
+
+def _keep(place: Path) -> None:
+    """Let no process remove what is kept there until this one ends."""
+    if place not in _IN_USE:
+        lock = _locked(_lock_of(place, "used"), fcntl.LOCK_SH)
+        assert lock is not None  # it was waited for
+        _IN_USE[place] = lock
+
+
+def _remove_replaced(place: Path) -> None:
+    """Remove the generators that this one was made in the place of, those in use excepted."""
+    stem = place.name.rpartition("-")[0]
+    for old in place.parent.glob(f"{glob.escape(stem)}-{'[0-9a-f]' * 16}"):
+        if old == place or (lock := _locked(_lock_of(old, "used"), fcntl.LOCK_EX | fcntl.LOCK_NB)) is None:
+            continue
+        shutil.rmtree(old, ignore_errors=True)
+        for what in ("making", "used"):
+            _lock_of(old, what).unlink(missing_ok=True)
         os.close(lock)

@@ -22,8 +22,8 @@ from .shell import (
 
 
 def list_models() -> list[dict[str, Any]]:
-    """Every model of the table: what it is, its sizes, and whether its files are fetched."""
-    from graphwright.models import assets, registry
+    """Every model of the table: what it is, its sizes, if its files are fetched, and if `generate` takes it."""
+    from graphwright.models import assets, generators, registry
 
     rows = []
     for name in registry.names():
@@ -39,9 +39,21 @@ def list_models() -> list[dict[str, Any]]:
                 "sizes": dict(entry.sizes),
                 "options": {key: str(value) for key, value in entry.options.items()},
                 "fetched": all(assets.has(asset) for asset in wanted),
+                "generates": name in generators.NAMED,
             }
         )
-    return rows
+    return [*rows, *(_generator_row(name) for name in generators.NAMED if name not in registry.names())]
+
+
+def _generator_row(name: str) -> dict[str, Any]:
+    """A model that only `graphwright export` and `generate` take."""
+    from graphwright.models import assets, generators
+
+    entry = generators.NAMED[name]
+    return {
+        "name": name, "description": entry.description, "licence": entry.licence, "source": entry.source, "inputs": {},
+        "sizes": {}, "options": {}, "fetched": entry.asset is None or assets.has(entry.asset), "generates": True,
+    }  # fmt: skip
 
 
 def inspect_model(path: Path) -> dict[str, Any]:
@@ -77,8 +89,10 @@ def _value(value: Any) -> dict[str, Any]:
 
 def fetch_models(name: str) -> list[Path]:
     """Put what a model (or all of them) needs into the cache. Raises AssetError."""
-    from graphwright.models import registry
+    from graphwright.models import generators, registry
 
+    if name not in registry.names() and (named := generators.NAMED.get(name)):
+        return [] if named.asset is None else registry.fetch(named.asset)
     names = registry.names() if name == "all" else [name]
     with progress() as say:
         files: list[Path] = []
@@ -146,7 +160,10 @@ def _inputs(inputs: dict[str, list[Any]], sizes: dict[str, int]) -> str:
 @verbosity_options
 def fetch_command(name: str) -> None:
     """Put a model's weights and sample inputs into the cache, checked by their sha256."""
-    for path in fetch_models(name):
+    files = fetch_models(name)
+    if not files:
+        click.echo(f"{name} comes along; there is nothing to fetch", err=True)
+    for path in files:
         click.echo(path)
 
 
@@ -158,7 +175,10 @@ def fetch_command(name: str) -> None:
 @verbosity_options
 def export_command(name: str, output: str, options: tuple[str, ...], overwrite: bool) -> None:
     """Write a model as an ONNX file."""
-    from graphwright.models import registry
+    from graphwright.models import generators, registry
+
+    if name in generators.NAMED and name not in registry.names():
+        raise UsageError(f"{name} is a generator of text, not one file; run `graphwright export {name} -o DIR`")
 
     with progress() as say:
         say(f"export {name}")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from graphwright.passes.errors import InputError, UsageError
 
+from .generators import capacity_option
 from .shell import Command, format_options, print_json, threads_option, verbosity, verbosity_options
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ Told = Callable[[int, int], None]
 def judge_text(
     model: str, file: str, *, length: int | None = None, max_tokens: int | None = None, skip_characters: int = 0,
     tokenizer: str | None = None, backend: str | None = None, threads: int | None = None,
-    progress: Told = lambda done, total: None,
+    capacity: int | None = None, progress: Told = lambda done, total: None,
 ) -> dict[str, Any]:  # fmt: skip
     """Perplexity of a text file, from a character on. model: what `generators.ready` takes, or an ONNX file or artifact
     from tokens (1, s) to logits (1, s, V). Raises a GraphwrightError.
@@ -36,6 +37,8 @@ def judge_text(
     text = _read(Path(file), skip_characters)
     start = time.perf_counter()
     if _is_plain(Path(model)):
+        if capacity is not None:
+            raise UsageError("--capacity is for a model that is exported first; this one has no cache")
         from .opened import opened
 
         with opened(model, backend, threads=threads) as ready:
@@ -49,7 +52,7 @@ def judge_text(
 
         if tokenizer is not None:
             raise UsageError("--tokenizer is for an ONNX file or an artifact; a generator has its own")
-        folder = made(model, backend, threads)
+        folder = made(model, backend, threads, capacity)
         runtime_alone()
         generator = Generator(folder, threads=threads, backend=backend)
         start = time.perf_counter()
@@ -157,6 +160,7 @@ def progress_bar() -> Iterator[Told]:
 @click.option("--skip-characters", type=click.IntRange(min=0), default=0, metavar="N", help="Begin behind these.")
 @click.option("--tokenizer", metavar="FILE.json", help="Of an ONNX file or an artifact.")
 @click.option("--backend", type=click.Choice(["tvm", "onnxruntime"]), help="What runs the model.")
+@capacity_option
 @threads_option
 @format_options
 @verbosity_options

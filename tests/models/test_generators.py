@@ -230,6 +230,15 @@ def test_a_hugging_face_folder_gives_the_model_back(sizes: llama.Sizes, shards: 
     assert found.special_tokens == {"eos_token": "E", "bos_token": "B"} and found.context == 24
 
 
+def test_weights_beyond_float16_are_refused_before_they_become_infinite(tmp_path: Path) -> None:
+    model = decoders.DECODERS["grouped"]()
+    with torch.no_grad():
+        model.layers[1].down.weight[0, 0] = -7e4
+    (tmp_path / "m").mkdir()
+    with pytest.raises(UsageError, match="has 7e\\+04, more than float16 holds; take bfloat16"):
+        generators.write(decoders.checkpoint(model), tmp_path / "m", weights="float16")
+
+
 def test_bfloat16_weights_are_widened(tmp_path: Path) -> None:
     model = decoders.small_llama(decoders.GROUPED)
     found = huggingface.load(write_folder(tmp_path / "m", model, dtype=torch.bfloat16))

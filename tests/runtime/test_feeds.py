@@ -44,6 +44,26 @@ def test_every_symbol_gets_two_sizes() -> None:
     assert [one["x"].dtype for one in made] == [np.float32] * 2 and made[0]["ids"].dtype == np.int64
 
 
+@pytest.mark.parametrize("mode, limit", [("linear", 20), ("circular", 24)])
+def test_an_update_of_a_cache_ends_within_it(mode: str, limit: int) -> None:
+    """5 rows of 24: the last place that they may begin at is 19."""
+    cached = model(
+        "(float[1,2,24,8] past, float[1,2,5,8] rows, int64[1] position) => (float[1,2,24,8] present) "
+        f'{{ present = TensorScatter<axis = -2, mode = "{mode}">(past, rows, position) }}'
+    )
+    position = next(value for value in cached.graph.inputs if value.name == "position")
+    assert index_range(position) == (0, limit)
+
+
+def test_positions_of_a_generator_are_ones_that_it_takes(tiny_generator: Any) -> None:
+    for part in ("prefill", "decode"):
+        loaded = ir.load(tiny_generator.root / f"{part}.onnx")
+        made = feeds(loaded, sets=2)
+        assert made
+        for one in made:
+            assert 0 <= one["position"][0] <= 96 - one["input_ids"].shape[1]
+
+
 def renamed(model: ir.Model, names: dict[str, str]) -> ir.Model:
     """The model with other names of sizes, which the parser has no syntax for."""
     for value in (*model.graph.inputs, *model.graph.outputs):

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from graphwright.passes.errors import ArtifactError, GraphwrightError, InputError, OutputError, UsageError
+from graphwright.runtime import decoders
 from graphwright.runtime import generator as module
 from graphwright.runtime.decoders import CompiledDecoder, OnnxruntimeDecoder
 from graphwright.runtime.generator import Generator, pieces
@@ -18,6 +19,8 @@ from graphwright.runtime.generator_build import check_feeds, compile_generator
 from graphwright.runtime.generator_folder import DECODE, PREFILL, GeneratorFolder, load_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import graphwright
 
 PROMPT = list(b"Call me Ishmael.")
 END, BEGIN, USER, ANSWER = range(256, 260)
@@ -76,6 +79,49 @@ def test_a_call_may_overwrite_what_the_cache_held(every_backend: Generator, tiny
     logits, _, _ = decoder.extend([70], 2, [0])
     expected = tiny_generator.logits([5, 6, 70])[-1]
     np.testing.assert_allclose(logits[0], expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+
+
+def test_a_decode_graph_of_several_tokens_takes_single_ones(
+    make_generator: Callable[..., Any], tiny_generator: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Filled up while the cache has rows for that; the last ones go through prefill."""
+    several = Generator(make_several(make_generator(capacity=30, stop_tokens=[]).root, 4))
+    parts: list[str] = []
+    feeds = decoders._feeds
+    monkeypatch.setattr(decoders, "_feeds", lambda part, *rest: (parts.append(part), feeds(part, *rest))[1])
+    assert list(several.tokens(PROMPT, max_tokens=50)) == greedy(tiny_generator, PROMPT, 15)
+    # Behind the prompt of 16, calls at 16 to 26 have four rows before the end.
+    assert parts == [PREFILL, *[DECODE] * 11, *[PREFILL] * 3]
+
+
+def make_several(root: Path, count: int) -> Path:
+    """A decode graph of `count` tokens a call: prefill's, of a fixed length, with the logits of all."""
+    import onnx
+
+    model = onnx.load(root / "prefill.onnx")
+    wanted = next(i for i in model.graph.input if i.name == "wanted")
+    model.graph.input.remove(wanted)
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.arange(count), "wanted"))
+    model.graph.input[0].type.tensor_type.shape.dim[1].dim_value = count
+    for output in model.graph.output[:3]:
+        output.type.tensor_type.shape.dim[1].dim_value = count
+    onnx.save(model, root / "decode.onnx")
+    about = json.loads((root / "generator.json").read_text())
+    (root / "generator.json").write_text(json.dumps({**about, "decode_tokens": count}))
+    return root
+
+
+def test_the_python_api_compiles_a_generator(tiny_generator: Any, tmp_path: Path) -> None:
+    """Refusals come before anything is compiled."""
+    for name, value in (("pins", {"x": (1,)}), ("calibration", {"x": []}), ("dry_run", True)):
+        with pytest.raises(UsageError, match=f"{name} is for one model; a generator's parts have inputs"):
+            graphwright.compile(tiny_generator.root, out=tmp_path / "out", **{name: value})
+    assert not list(tmp_path.iterdir())
+    done = graphwright.compile(tiny_generator.root, out=tmp_path / "out")
+    assert done.compiled
+    assert list(Generator(done.root).tokens(PROMPT, max_tokens=3)) == greedy(tiny_generator, PROMPT, 3)
+    with pytest.raises(UsageError, match="is compiled; give the folder that `graphwright export` wrote"):
+        graphwright.compile(done.root)
 
 
 def test_onnxruntime_writes_into_the_cache_it_was_given(generator: Generator) -> None:

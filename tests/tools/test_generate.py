@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -252,24 +253,58 @@ def test_a_generator_is_compiled_once(
     assert generators.ready(str(tiny_generator.root), None) == tiny_generator.root
 
 
+def test_another_capacity_is_another_generator(cli: Cli, cache: Path, tiny_generator: Any) -> None:
+    options = ["-p", "Call", "-n", 90, "--backend", "onnxruntime"]
+    for capacity, stored in ((32, 32), (None, 512)):
+        chosen = [] if capacity is None else ["--capacity", capacity]
+        result = cli("generate", "gpt-moby", *options, *chosen)
+        assert ("stopped: the cache is full (32 tokens)" in result.stderr) == (capacity == 32)
+        found = [json.loads(path.read_text())["capacity"] for path in cache.glob("generators/*/generator.json")]
+        assert stored in found
+    assert sorted(found) == [32, 512]
+    result = cli("generate", tiny_generator.root, "-p", "x", "--capacity", 12, expect=2)
+    assert "was exported with 96; export the model again" in result.stderr
+    cli("generate", tiny_generator.root, "-p", "x", "-n", 1, "--capacity", 96)
+
+
+def test_a_new_generator_of_a_model_takes_the_place_of_the_old_one(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one of another purpose stays, and one that a process uses."""
+    monkeypatch.setattr(generators, "_make", lambda model, place, *_: (place.mkdir(), (place / "big").touch()))
+    file = tmp_path / "a.gguf"
+    file.write_bytes(b"one")
+    first, other = (generators.ready(str(file), "onnxruntime", capacity=capacity) for capacity in (None, 8))
+    file.write_bytes(b"two")
+    second = generators.ready(str(file), "onnxruntime")
+    assert first.exists() and second.exists(), "this process may still run the first"
+    os.close(generators._IN_USE.pop(first))
+    file.write_bytes(b"three")
+    third = generators.ready(str(file), "onnxruntime")
+    assert {path.name for path in third.parent.iterdir() if path.is_dir()} == {p.name for p in (other, second, third)}
+    assert not list(third.parent.glob(f".{first.name}*"))
+
+
 def test_a_kept_generator_follows_from_its_files_and_what_it_is_made_for(tmp_path: Path, cache: Path) -> None:
     file = tmp_path / "a.gguf"
     file.write_bytes(b"one")
-    places = {generators.kept_place("a", [file], compiles) for compiles in (False, True)}
+    places = {generators.kept_place(str(file), [file], compiles) for compiles in (False, True)}
+    places |= {generators.kept_place(str(file), [file], False, capacity) for capacity in (64, 128)}
     file.write_bytes(b"two")
-    places.add(generators.kept_place("a", [file], False))
-    assert len(places) == 3 and generators.kept_place("a", [file], False) in places
+    places.add(generators.kept_place(str(file), [file], False))
+    assert len(places) == 5 and generators.kept_place(str(file), [file], False) in places
 
 
-def test_finding_what_is_kept_does_not_import_torch() -> None:
-    """It would take longer than loading a small model."""
-    code = "from graphwright.tools import generators; import graphwright.models.generators, sys\n"
-    code += "from graphwright.passes.errors import GraphwrightError\n"
-    code += "for name in ('smollm2', 'gpt-moby'):\n"
-    code += "    try: generators.kept_place(name, generators.model_files(name), True)\n"
-    code += "    except GraphwrightError: pass\nprint('torch' in sys.modules)"
+def test_running_what_is_kept_imports_neither_torch_nor_a_compiler(cache: Path, compiled_generator: Path) -> None:
+    """They would take longer than loading a small model, and more memory."""
+    place = generators.kept_place("gpt-moby", generators.model_files("gpt-moby"), True)
+    shutil.copytree(compiled_generator, place)
+    code = "import contextlib, sys; from graphwright.tools.cli import main\n"
+    code += "with contextlib.suppress(SystemExit): main(['generate', 'gpt-moby', '-p', 'Call', '-n', '3', '-q'])\n"
+    code += "print(sorted({'torch', 'onnx', 'onnx_ir', 'onnxruntime', 'tvm.relax'} & set(sys.modules)))\n"
+    code += "print('libtvm_compiler' in open('/proc/self/maps').read())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"
+    assert done.stdout.splitlines()[-2:] == ["[]", "False"]
 
 
 def test_a_process_waits_for_one_that_makes_the_same(
@@ -279,9 +314,9 @@ def test_a_process_waits_for_one_that_makes_the_same(
     import threading
 
     files = sorted(path for path in tiny_generator.root.iterdir() if path.is_file())
-    place = generators.kept_place("tiny", files, True)
+    place = generators.kept_place(str(tiny_generator.root), files, True)
     place.parent.mkdir(parents=True)
-    lock = os.open(place.parent / f".{place.name}.lock", os.O_RDWR | os.O_CREAT)
+    lock = os.open(generators._lock_of(place, "making"), os.O_RDWR | os.O_CREAT)
     fcntl.flock(lock, fcntl.LOCK_EX)
     found: list[Path] = []
     waiter = threading.Thread(target=lambda: found.append(generators.ready(str(tiny_generator.root), "tvm")))
