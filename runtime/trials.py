@@ -174,7 +174,7 @@ class ProductTrial(Trial):
 
     @property
     def second_type(self) -> str:
-        return "float32" if self.spec.itemsize == 4 else "uint16"
+        return "float32" if self.spec.weights == "float32" else "uint16"
 
     def flops(self) -> float:
         return self.spec.flops

@@ -67,6 +67,7 @@ class ConvSpec:
         stride = 1 if self.kernel[axis] == 1 else self.strides[axis]
         return (self.out_size[axis] - 1) * stride + (self.kernel[axis] - 1) * self.dilations[axis] + 1, stride
 
+    @property
     def each(self) -> int:
         """Input channels of a group."""
         return self.in_channels // self.groups
