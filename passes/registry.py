@@ -43,6 +43,7 @@ PASSES: dict[str, str] = {
     "linear-attention": "graphwright.passes.attention.linear_attention:LinearAttention",
     "stablemax": "graphwright.passes.attention.stablemax:Stablemax",
     "dynaquant": "graphwright.passes.quantize.dynaquant:DynaQuant",
+    "block-activations": "graphwright.passes.quantize.block_activations:BlockActivations",
 }
 
 # Formulas in small operators become the standard's large ones: larger patterns may hold what smaller ones find.

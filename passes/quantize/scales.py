@@ -7,6 +7,7 @@ from functools import lru_cache
 
 import numpy as np
 
+FEW_STEPS = 16  # of a grid below which scales of blocks are numbers that float16 holds too: a fifth of all bytes else
 SMALLEST = 2.0**-100  # of a scale: smaller ones stand for a tensor of zeros
 WIDE_SHRINKS = np.linspace(1.0, 0.4, 31)  # factors on the range of a row that the search tries, with few codes
 SHRINKS = np.linspace(1.0, 0.8, 11)  # and with many, of which a large number costs less
@@ -110,6 +111,12 @@ def fit_weights(
     return Codes(codes, scale, zero, block)
 
 
+def in_half(scale: np.ndarray) -> np.ndarray:
+    """The nearest numbers that float16 holds, as float32; those below its normal ones stay as they are."""
+    half = scale.astype(np.float16)
+    return np.where((half >= np.finfo(np.float16).tiny) & np.isfinite(half), half.astype(np.float32), scale)
+
+
 def _fit_rows(
     weights: np.ndarray, grid: Grid, block: int, importance: np.ndarray | None, search: bool, least: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -143,6 +150,8 @@ def _fit_rows(
         fitted = np.where(fitted > SMALLEST, fitted, scale)
         _, found = _tried(rows, grid, of, fitted, zero)
         scale, zero, error = _better((fitted, zero, found), (scale, zero, error))
+    if block and grid.steps < FEW_STEPS:
+        scale = in_half(scale)
     if least is not None:
         scale = np.maximum(scale, least.astype(np.float32).reshape(-1, 1, 1))
     flat = quantize(rows, scale, zero, grid).reshape(channels, -1)[:, :inputs]
