@@ -164,6 +164,8 @@ DEPTHWISE = {
     "one-dimensional": spec_of((20, 20), (1, 33), (1, 3), pads=(0, 1, 0, 1), groups=20),
     "batch 2": spec_of((40, 40), (12, 12), (3, 3), pads=same(3), groups=40, batch=2),
     "pads wider than the kernel": spec_of((16, 16), (5, 6), (3, 3), pads=(4, 5, 4, 3), groups=16),
+}
+PAIRS = {
     "groups of 2": spec_of((22, 22), (9, 13), (3, 3), pads=same(3), groups=11),
     "groups of 2, 1x1": spec_of((16, 16), (5, 7), (1, 1), groups=8),
 }
@@ -198,10 +200,10 @@ def test_direct(runnable: Callable[[str], Target], name: str, case: str) -> None
     check(DIRECT[case], runnable(name), algorithm="direct")
 
 
-@pytest.mark.parametrize("case", DEPTHWISE)
+@pytest.mark.parametrize("case", [*DEPTHWISE, *PAIRS])
 @pytest.mark.parametrize("name", X86)
 def test_depthwise(runnable: Callable[[str], Target], name: str, case: str) -> None:
-    check(DEPTHWISE[case], runnable(name), algorithm="depthwise")
+    check((DEPTHWISE | PAIRS)[case], runnable(name), algorithm="depthwise")
 
 
 @pytest.mark.parametrize("case", NARROW)
