@@ -100,7 +100,7 @@ def test_greedy_text_is_torchs(smollm2: Path, likeliest: Callable[[list[int]], l
         assert len(text) == 64 or expected[-1] in generator.folder.about.stop_tokens
         total += len(text)
     print(f"{len(PROMPTS)} prompts, {total} tokens")
-    assert total > 60 * len(PROMPTS)  # few are stopped
+    assert total > 50 * len(PROMPTS)  # few are stopped
 
 
 @pytest.mark.qemu
