@@ -116,7 +116,7 @@ class Generator:
                     raise UsageError(f"{self.folder.root}: the model has no chat template; leave out --chat")
                 messages = [{"role": "user", "content": prompt}]
                 prompt = render(about.chat_template, messages, about.special_tokens)
-            ids = list(self.tokenizer.encode(prompt, add_special_tokens=False).ids)
+            ids = self._ids(prompt)
             if about.add_bos is not None and not chat:
                 ids.insert(0, about.add_bos)
         else:
@@ -127,6 +127,13 @@ class Generator:
             if not 0 <= token < about.vocabulary:
                 raise InputError(f"the prompt has a token {token}; expected 0 to {about.vocabulary - 1}")
         return ids
+
+    def _ids(self, text: str) -> list[int]:
+        try:
+            text.encode("utf-8")  # lone surrogates, which bytes of a command line become that are no UTF-8
+        except UnicodeEncodeError as error:
+            raise InputError(f"the text has a character that is none ({error.reason}); expected UTF-8") from error
+        return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
 
     def _run(self, ids: list[int], sampler: Sampler, max_tokens: int) -> Iterator[int]:
         stops, start = set(self.folder.about.stop_tokens), time.perf_counter()
@@ -167,7 +174,7 @@ class Generator:
         """
         if length > self.capacity:
             raise UsageError(f"length is {length} and the cache holds {self.capacity} tokens; give a smaller --length")
-        ids = list(self.tokenizer.encode(text, add_special_tokens=False).ids) if isinstance(text, str) else list(text)
+        ids = self._ids(text) if isinstance(text, str) else list(text)
         return measure(ids[:max_tokens], length, self._losses, progress)
 
     def _losses(self, window: Sequence[int]) -> Iterator[np.ndarray]:

@@ -217,6 +217,26 @@ def test_tokens_that_do_not_exist_are_refused(generator: Generator) -> None:
             generator.tokens([1, token])
 
 
+def test_a_text_that_is_no_unicode_is_refused(generator: Generator) -> None:
+    for run in (generator.tokens, lambda text: generator.perplexity(text, length=8)):
+        with pytest.raises(InputError, match=r"the text has a character that is none .*; expected UTF-8"):
+            run("ab\udcff")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 1e-300}, {"temperature": 5e-324}, {"temperature": 1e300}, {"temperature": 1.0, "top_p": 1e-300},
+        {"temperature": 1.0, "top_k": 10**9}, {"temperature": 1.0, "top_k": 200, "top_p": 1.0},
+    ],
+)  # fmt: skip
+def test_extreme_options_give_a_text_that_its_seed_decides(generator: Generator, options: dict[str, Any]) -> None:
+    once, again = (list(generator.tokens(PROMPT, max_tokens=6, seed=10**30, **options)) for _ in range(2))
+    assert once == again and len(once) == 6 and all(0 <= token < 260 for token in once)
+    if options["temperature"] < 1e-299 or options.get("top_p", 1) < 1e-299:
+        assert once == list(generator.tokens(PROMPT, max_tokens=6))
+
+
 def test_perplexity_is_the_definition(every_backend: Generator, tiny_generator: Any) -> None:
     """Windows of 40 tokens, the last of 20; each token from those before it in its window."""
     ids = list(np.random.default_rng(0).integers(0, 256, 100))

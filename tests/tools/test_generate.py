@@ -21,6 +21,7 @@ from click.testing import CliRunner, Result
 from graphwright.runtime.generator import Generator
 from graphwright.tools import generators
 from graphwright.tools.cli import main
+from graphwright.tools.shell import PIPE_CLOSED
 from onnx import numpy_helper, parser
 
 Cli = Callable[..., Result]
@@ -94,6 +95,25 @@ def test_a_mistake_is_one_line(tiny_generator: Any, options: list[str], code: in
     result = CliRunner().invoke(main, ["generate", str(tiny_generator.root), *options])
     assert result.exit_code == code and result.stdout == ""
     assert result.stderr.startswith(message) and result.stderr.count("\n") == 1
+
+
+def test_a_reader_that_goes_away_ends_the_text(make_generator: Callable[..., Any]) -> None:
+    root = make_generator(capacity=200_000, stop_tokens=[]).root
+    command = [sys.executable, "-c", "from graphwright.tools.cli import main; main()"]
+    command += ["generate", str(root), "-p", "Call", "-n", "190000"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.read(1)
+    process.stdout.close()
+    assert process.wait(timeout=120) == PIPE_CLOSED
+    assert process.stderr.read() == b""
+
+
+def test_bytes_that_are_no_text_are_one_line(tiny_generator: Any) -> None:
+    command = [sys.executable, "-c", "from graphwright.tools.cli import main; main()"]
+    done = subprocess.run([*command, "generate", str(tiny_generator.root), "-p", b"a\xff"], capture_output=True)
+    assert done.returncode == 1 and done.stdout == b"" and done.stderr.count(b"\n") == 1
+    assert done.stderr.startswith(b"error: the text has a character that is none")
 
 
 def test_something_that_is_no_model_of_text(cache: Path, tmp_path: Path) -> None:
