@@ -82,10 +82,12 @@ _NARROW_FLOAT16 = """
   %q = or {whole} %i, %s
   %r = trunc {whole} %q to {short}
 """
-# take and give: a whole vector. load and store: the first n elements, as of float32.
-_ACCESS = """
+_WIDENING = """
 define {vector} @gw_widen_{kind}_{lanes}({short} %h) alwaysinline {{{widen}  ret {vector} %r
 }}
+"""
+# take and give: a whole vector. load and store: the first n elements, as of float32.
+_ACCESS = """
 define {short} @gw_narrow_{kind}_{lanes}({vector} %v) alwaysinline {{{narrow}  ret {short} %r
 }}
 define {vector} @gw_take_{kind}_{lanes}(ptr %p) alwaysinline {{
@@ -127,21 +129,27 @@ define i32 @gw_to_aligned_{kind}_{lanes}(ptr %p) alwaysinline {{
   ret i32 %r
 }}
 """
-_DECLARED = """
-declare {short} @llvm.masked.load.v{lanes}i16.p0(ptr, {mask}, {short})
-declare void @llvm.masked.store.v{lanes}i16.p0({short}, ptr, {mask})
-"""
 
 
-def functions_for(kinds: set[str], isa: InstructionSet, lanes: int) -> str:
-    """The text for these of NARROW; empty for none."""
-    words = {
+def _words(lanes: int) -> dict[str, str | int]:
+    return {
         "lanes": lanes, "vector": f"<{lanes} x float>", "whole": f"<{lanes} x i32>", "short": f"<{lanes} x i16>",
         "mask": f"<{lanes} x i1>", "align": 2 * lanes, "below": 2 * lanes - 1,
     }  # fmt: skip
-    float16 = (_WIDEN_HALF, _NARROW_HALF) if isa.half else (_WIDEN_FLOAT16, _NARROW_FLOAT16)
-    text = _DECLARED.format(**words) if kinds else ""
-    for kind in sorted(kinds):
-        widen, narrow = float16 if kind == "float16" else (_WIDEN_BFLOAT16, _NARROW_BFLOAT16)
-        text += _ACCESS.format(kind=kind, widen=widen.format(**words), narrow=narrow.format(**words), **words)
-    return text
+
+
+def widening(isa: InstructionSet, lanes: int) -> str:
+    """Functions that make float32 of vectors of each type of NARROW."""
+    words = _words(lanes)
+    texts = {"float16": _WIDEN_HALF if isa.half else _WIDEN_FLOAT16, "bfloat16": _WIDEN_BFLOAT16}
+    return "".join(
+        _WIDENING.format(kind=kind, widen=text.format(**words), **words) for kind, text in texts.items()
+    )
+
+
+def functions_for(kinds: set[str], isa: InstructionSet, lanes: int) -> str:
+    """What reads and writes tensors of these of NARROW, beside `widening`; empty for none. `Vectors` declares accesses
+    of 16 bits under a mask."""
+    words = _words(lanes)
+    texts = {"float16": _NARROW_HALF if isa.half else _NARROW_FLOAT16, "bfloat16": _NARROW_BFLOAT16}
+    return "".join(_ACCESS.format(kind=kind, narrow=texts[kind].format(**words), **words) for kind in sorted(kinds))

@@ -18,7 +18,7 @@ from tvm import tirx
 from tvm.tirx.script import builder as T
 
 from ..target import InstructionSet
-from .narrow_floats import NARROW, functions_for
+from .narrow_floats import NARROW, functions_for, widening
 
 LN2 = float.fromhex("0x1.62E42FEFA39EFp-1")
 LOG2E = float.fromhex("0x1.715476p+0")
@@ -337,8 +337,7 @@ class Vectors:
             text += _CHOOSE.format(name=name, word=word, lanes=lanes, vector=vector, mask=mask)
         for name, word in (("above", "ogt"), ("above_or_nan", "ugt")):
             text += _ABOVE.format(name=name, word=word, lanes=lanes, vector=vector, mask=mask)
-        text += _LOWEST_BIT + _WIDEN_BFLOAT16.format(lanes=lanes, vector=vector)
-        text += (_WIDEN_FLOAT16 if self.isa.half else _WIDEN_FLOAT16_BITS).format(lanes=lanes, vector=vector)
+        text += _LOWEST_BIT + widening(self.isa, lanes)
         if self.isa.dot_int8 == "pairs":
             text += _PAIRS_SSE2 if lanes == 4 else _PAIRS.format(lanes=lanes, twice=2 * lanes)
         if self.isa.lookup:
@@ -494,44 +493,6 @@ define i32 @gw_{name}_{lanes}({vector} %a, {vector} %b) alwaysinline {{
   %m = bitcast {mask} %c to i{lanes}
   %r = zext i{lanes} %m to i32
   ret i32 %r
-}}
-"""
-
-_WIDEN_BFLOAT16 = """
-define {vector} @gw_widen_bfloat16_{lanes}(<{lanes} x i16> %v) alwaysinline {{
-  %w = zext <{lanes} x i16> %v to <{lanes} x i32>
-  %s = shl <{lanes} x i32> %w, splat (i32 16)
-  %r = bitcast <{lanes} x i32> %s to {vector}
-  ret {vector} %r
-}}
-"""
-
-_WIDEN_FLOAT16 = """
-define {vector} @gw_widen_float16_{lanes}(<{lanes} x i16> %v) alwaysinline {{
-  %h = bitcast <{lanes} x i16> %v to <{lanes} x half>
-  %r = fpext <{lanes} x half> %h to {vector}
-  ret {vector} %r
-}}
-"""
-
-# Exponent and mantissa of a float16 in their places of a float32 are 2^112 times too small, numbers below the normal
-# ones included; infinity and NaN get the greatest exponent.
-_WIDEN_FLOAT16_BITS = """
-define {vector} @gw_widen_float16_{lanes}(<{lanes} x i16> %v) alwaysinline {{
-  %w = zext <{lanes} x i16> %v to <{lanes} x i32>
-  %m = and <{lanes} x i32> %w, splat (i32 32767)
-  %s = xor <{lanes} x i32> %w, %m
-  %p = shl <{lanes} x i32> %m, splat (i32 13)
-  %f = bitcast <{lanes} x i32> %p to {vector}
-  %n = fmul {vector} %f, splat (float 0x46F0000000000000)
-  %b = bitcast {vector} %n to <{lanes} x i32>
-  %c = icmp uge <{lanes} x i32> %m, splat (i32 31744)
-  %o = or <{lanes} x i32> %b, splat (i32 2139095040)
-  %x = select <{lanes} x i1> %c, <{lanes} x i32> %o, <{lanes} x i32> %b
-  %t = shl <{lanes} x i32> %s, splat (i32 16)
-  %y = or <{lanes} x i32> %x, %t
-  %r = bitcast <{lanes} x i32> %y to {vector}
-  ret {vector} %r
 }}
 """
 
