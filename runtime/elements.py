@@ -404,8 +404,12 @@ def collapsed(tree: Tree, extents: Sequence[Size]) -> tuple[Tree, tuple[Size, ..
 def check_vectors(tree: Tree, extents: Sequence[Size], lanes: int) -> None:
     """Raises NotElementwise when the last axis cannot be walked through in vectors."""
     last = extents[-1] if extents else 1
-    if not (isinstance(last, int) and last % lanes == 0) and _divides_integers(tree):
+    filled = bool(extents) and isinstance(last, int) and last % lanes == 0
+    if not filled and _divides_integers(tree):
         raise NotElementwise("lanes that do not exist would be divided by 0")
+    if not filled and "int64" in (tree.dtype, *(load.dtype for load in leaves(tree))):
+        # TVM's analysis of index sets fails on vectors of some int64 expressions.
+        raise NotElementwise("its last axis does not fill vectors of int64")
     for load in leaves(tree):
         if load.strides and load.strides[-1] not in (0, 1) and last != 1:
             raise NotElementwise("its last axis is not contiguous in every input")
