@@ -14,7 +14,8 @@ HALVES = np.arange(8, dtype=np.float32) * 32 + 0.5  # between two steps of 1
 
 def tried(body: str, x: np.ndarray, out: str = "uint8") -> Trial:
     text = f'<ir_version: 10, opset_import: ["" : 21]> g (float[8] x) => ({out}[8] y) <float s = {{1.0}}> {{ {body} }}'
-    return trial(ir.from_proto(parser.parse_model(text)), PassContext(calibration={"x": [x]}))
+    model = ir.from_proto(parser.parse_model(text))
+    return trial(model, PassContext(calibration={"x": [x]}), model.clone)
 
 
 @pytest.mark.parametrize("body, more", [("y = QuantizeLinear (x, s)", True), ("y = Cast <to = 2> (x)", False)])
