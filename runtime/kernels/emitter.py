@@ -157,8 +157,12 @@ class TreeEmitter:
             if tree.op == "select":
                 result = T.Select(*args)
                 result = result if tree.dtype == "bool" else T.Bind(result)
+            elif tree.op == "cast" and tree.args[0].dtype == "bool" and tree.dtype != "bool":
+                # Nor numbers that are cast from them.
+                result = T.Bind(T.Select(args[0], self._constant(1, tree.dtype), self._constant(0, tree.dtype)))
             elif tree.op == "cast":
-                result = T.Bind(T.Cast(f"{tree.dtype}x{v.lanes}", args[0]))
+                result = T.Cast(f"{tree.dtype}x{v.lanes}", args[0])
+                result = result if tree.dtype == "bool" else T.Bind(result)
             elif tree.op in OPERATIONS:
                 # TVM cannot bind vectors of truth values.
                 result = OPERATIONS[tree.op](*args)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -374,3 +374,15 @@ def test_softmax_along_another_axis(op: str) -> None:
         assert model.kernels == {kernel}
         sizes = {"b": 2, "n": 11, "h": 5, "w": 6}
         model.check({"x": draw(*(sizes.get(d) or int(d) for d in dims.split(",")))})
+
+
+def test_integers_that_are_compared_become_numbers(compile_model: Callable[..., Any]) -> None:
+    """As one-hot rows are made: a vector of truth values, which TVM cannot bind, nor what is cast from it."""
+    text = """g (int32[4,1] x) => (float[4,16] y, int32[4,16] z) {
+        e = Equal (x, r)
+        y = Cast <to = 1> (e)
+        l = Less (x, r)
+        z = Cast <to = 6> (l)
+    }"""
+    compiled = compile_model(text, r=np.arange(16, dtype=np.int32).reshape(1, 16))
+    compiled.check({"x": np.array([[0], [3], [15], [16]], np.int32)})
