@@ -24,9 +24,8 @@ class BlockActivations(Pass):
         Y = MatMul (X, W)                                               Y = MatMul (X8, W)
 
     BlockQuantize rounds each block of X to 255 steps, by a scale that follows X, so nothing is calibrated. Its body is
-    standard ONNX. Compiled kernels multiply the codes by these whole numbers, which on CPUs is about twice as fast for
-    one row as unpacking the codes into floats. Run it behind dynaquant:weights=4:activations=none, or on a file that
-    comes with such weights.
+    standard ONNX. Compiled kernels multiply the codes of a few rows by these whole numbers, in integers. Run it behind
+    dynaquant:weights=4:activations=none, or on a file that comes with such weights.
     Left alone: weights of 8 bits, blocks of fewer than 8 or more than 1024, data of another type than float32, products
     inside bodies of If, Loop, Scan and functions.
 

@@ -14,10 +14,10 @@ from ...passes.ops.block_quantize import BLOCK_QUANTIZE
 from ..elements import expression, product, size_of
 from ..importing.site import ByBody
 from ..lowering import lowers
-from ..target import Target
+from ..target import InstructionSet, Target
 from ..templates import Body, anchor, template
 from .gemm_blocks import BlockSpec, FewRows, ManyRows, Weights, integer_form, pack, steps_of_block
-from .gemm_spec import GemmSpec, choose_tile
+from .gemm_spec import GemmSpec, GemmTile, choose_tile, tiles
 from .products import row_store, rows_of
 from .rows import count_of, each_row, flat_kernel, number_of, sweep
 from .vectors import Vectors
@@ -42,6 +42,11 @@ class BlockWeight:
     bits: int
 
 
+def panel_tile(rows: int | None, columns: int, panel: int, isa: InstructionSet) -> GemmTile:
+    """The best tile that is as wide as a panel of so many vectors."""
+    return next(t for t in tiles(rows, columns, isa, Vectors(isa).lanes) if t.vectors == panel)
+
+
 @template("block-product")
 def block_product(parameters: dict[str, Any], body: Body) -> None:
     """A (..., M, K) by a matrix of blocks. parameters: the fields of BlockSpec, and the vectors of a panel."""
@@ -54,7 +59,7 @@ def block_product(parameters: dict[str, Any], body: Body) -> None:
         FewRows(v, spec, panel, a, weights, finish, target.cores, body.index).emit()
         return
     product_spec = GemmSpec(spec.rows, spec.inner, spec.columns)
-    tile = replace(choose_tile(spec.rows, spec.columns, target.isa, v.lanes), vectors=panel, depth=0)
+    tile = panel_tile(spec.rows, spec.columns, panel, target.isa)
     fields = (v, product_spec, tile, rows, spec.inner, 1, a, None, finish, target.cores, target.caches, body.index)
     ManyRows(weights, *fields).emit()
 

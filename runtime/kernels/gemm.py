@@ -85,17 +85,17 @@ class GemmEmitter:
 
             self._any_panel(cuts, panel, lambda chosen: self._panel(chosen, chunk, per_chunk, item))
 
-    def _any_panel(self, cuts: Sequence[tuple[int, int]], number: Expr, body: Callable[[_Panel], None]) -> None:
+    def _any_panel(self, cuts: Sequence[tuple[int, int]], number: Expr, body: Callable[[Panel], None]) -> None:
         """`body` of panel `number`; the last one may have fewer columns."""
         spec, lanes = self.spec, self.vectors.lanes
         uneven = cuts[-1][1] < self.tile.vectors or spec.columns % lanes != 0
         full = len(cuts) - uneven
 
         def whole() -> None:
-            body(_Panel(number, self.tile.vectors, None))
+            body(Panel(number, self.tile.vectors, None))
 
         def last() -> None:
-            body(_Panel(self.const(full), cuts[-1][1], spec.columns % lanes or None))
+            body(Panel(self.const(full), cuts[-1][1], spec.columns % lanes or None))
 
         if not uneven:
             whole()
@@ -144,7 +144,7 @@ class GemmEmitter:
                 waiting = T.Bind(turn * const(per_chunk * each))
                 part = _Part(start, steps, depth, sums, waiting, number > const(0), number < const(parts - 1))
 
-                def body(panel: _Panel, chunk: Expr = chunk, part: _Part = part) -> None:
+                def body(panel: Panel, chunk: Expr = chunk, part: _Part = part) -> None:
                     self._panel(panel, chunk, per_chunk, const(0), part)
 
                 self._any_panel(cuts, T.Bind(first + turn), body)
@@ -178,7 +178,7 @@ class GemmEmitter:
         return -(-tiles // per_chunk), per_chunk
 
     def _panel(
-        self, panel: _Panel, chunk: Expr, per_chunk: int, item: Expr, part: _Part | None = None
+        self, panel: Panel, chunk: Expr, per_chunk: int, item: Expr, part: _Part | None = None
     ) -> None:
         """All row tiles of one chunk against one panel, or a part of the depth of it."""
         height, const = self.tile.rows, self.const
@@ -243,7 +243,7 @@ class GemmEmitter:
         repeat(inner - streams * length, UNROLL, lambda k: step(self.const(streams * length) + k), self.index)
 
     def _tile(
-        self, height: int, panel: _Panel, row: Expr, item: Expr, part: _Part | None = None,
+        self, height: int, panel: Panel, row: Expr, item: Expr, part: _Part | None = None,
         turn: tuple[Expr, int] | None = None,
     ) -> None:
         """`height` rows of one panel, from the first product, or from the sums so far, to the epilogue.
@@ -336,7 +336,7 @@ class _Part:
 
 
 @dataclass(frozen=True)
-class _Panel:
+class Panel:
     """Columns that one tile covers. lanes: how many of the last vector exist, None for all."""
 
     number: Expr

@@ -20,18 +20,14 @@ import numpy as np
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
+from ...passes.ops.block_quantize import SMALLEST, STEPS
 from ..target import InstructionSet
 from .dots import IntegerDot
-from .gemm import GemmEmitter, _Panel
+from .gemm import PARALLEL, Finish, GemmEmitter, Panel
 from .gemm_spec import panels
 from .vectors import ROUND, Buffer, Expr, Vectors
 
-Finish = Callable[[Expr, Expr, Expr, "int | None"], None]
-
-PARALLEL = 1 << 17  # multiply-adds below which a second thread costs more than it gives
 CARRY = 32  # steps whose products of 4 bits and 8 bits 16 bits hold
-SMALLEST = 1e-30  # largest element of a block below which it is taken for this
-STEPS = 127  # the greatest number of a block of A
 ROUND_BITS = 0x4B400000  # of ROUND
 AHEAD = 4096  # bytes of a panel that are asked for before they are read
 
@@ -40,7 +36,8 @@ AHEAD = 4096  # bytes of a panel that are asked for before they are read
 class BlockSpec:
     """Sizes of a product with weights in blocks. rows: None when known at run time. block: steps of k of one scale, a
     multiple of 32 / bits. bits: of a code: 2, 4 or 8. zeros: each block of a column has a zero point; without them it
-    is the middle, 2^(bits - 1). scales: type that they are stored in."""
+    is the middle, 2^(bits - 1). scales: type that they are stored in. integer: blocks of A become bytes, which meet the
+    codes in integers; for a few rows."""
 
     rows: int | None
     inner: int
@@ -416,7 +413,7 @@ class ManyRows(GemmEmitter):
         with (T.parallel if self._parallel() else T.serial)(const(len(cuts))) as number:
             self.b = T.alloc_buffer((spec.inner * self.tile.vectors * v.lanes,), "float32", scope="global")
 
-            def body(panel: _Panel) -> None:
+            def body(panel: Panel) -> None:
                 self.weights.unpack(v, panel.number, self.tile.vectors, panel.vectors, self.b, self.index)
                 with T.serial(const(chunks)) as chunk:
                     self._panel(panel, chunk, per_chunk, const(0))
@@ -426,7 +423,7 @@ class ManyRows(GemmEmitter):
     def panel_start(self, column: Expr) -> Expr:
         return self.const(0)
 
-    def _tile(self, height: int, panel: _Panel, row: Expr, item: Expr, part: Any = None, turn: Any = None) -> None:
+    def _tile(self, height: int, panel: Panel, row: Expr, item: Expr, part: Any = None, turn: Any = None) -> None:
         """Nothing is asked for ahead: the panel is in a cache."""
         super()._tile(height, panel, row, item)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -29,7 +28,7 @@ def spec(rows: int | None, inner: int, columns: int, block: int = 32, **fields: 
 
 def function(s: Any, target: Target, name: str, threads: int) -> Any:
     """A kernel (a, words, scales, [zeros,] y) over flat buffers; rows are y's where the spec leaves them open."""
-    from graphwright.runtime.kernels.block_products import FEW
+    from graphwright.runtime.kernels.block_products import FEW, panel_tile
     from graphwright.runtime.kernels.gemm_blocks import FewRows, ManyRows, Weights
     from graphwright.runtime.kernels.gemm_spec import GemmSpec, choose_tile
     from graphwright.runtime.kernels.vectors import Vectors
@@ -64,7 +63,7 @@ def function(s: Any, target: Target, name: str, threads: int) -> Any:
                 if s.rows is not None and s.rows <= FEW:
                     FewRows(v, s, panel, a, weights, store, threads).emit()
                 else:
-                    tile = dataclasses.replace(choose_tile(s.rows, s.columns, target.isa, v.lanes), vectors=panel)
+                    tile = panel_tile(s.rows, s.columns, panel, target.isa)
                     product = GemmSpec(s.rows, s.inner, s.columns)
                     rows = m if s.rows is None else s.rows
                     fields = (v, product, tile, rows, s.inner, 1, a, None, store, threads, target.caches)
