@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -61,7 +62,7 @@ def peaks(target: Target, threads: int) -> Peaks:
     sizes = {  # name -> (bytes worked on, capacity)
         "L2": (threads * caches.l2 // 2, threads * caches.l2),
         "L3": (caches.last_level // 2, caches.last_level),
-        "memory": (max(4 * caches.last_level, 128 << 20), 1 << 62),
+        "memory": (_beyond_caches(target), 1 << 62),
     }
     levels = [
         Level(name, capacity, _bandwidth("read", target, threads, nbytes), _bandwidth("copy", target, threads, nbytes))
@@ -71,6 +72,18 @@ def peaks(target: Target, threads: int) -> Peaks:
     return Peaks(threads, _flops(target, threads), tuple(levels))
 
 
+def reading(target: Target, threads: int) -> tuple[Callable[[], object], int]:
+    """A call that reads from memory as fast as this machine can, and the bytes that it reads: to be timed beside
+    something else. The process must have that number of threads set already.
+    """
+    return _probe("read", target, threads, _beyond_caches(target))
+
+
+def _beyond_caches(target: Target) -> int:
+    """Bytes that no cache holds."""
+    return max(4 * target.caches.last_level, 128 << 20)
+
+
 def _flops(target: Target, threads: int) -> float:
     from .kernels import probes
 
@@ -78,11 +91,17 @@ def _flops(target: Target, threads: int) -> float:
     lanes = max(4, target.isa.lanes())
     work = 2.0 * threads * steps * probes.ACCUMULATORS * lanes
     probe = probes.multiply_adds(target.isa, threads, steps)
-    return work / _fastest(probe, target, (probes.ACCUMULATORS + 1) * lanes, threads * lanes)
+    return work / _fastest(_runner(probe, target, (probes.ACCUMULATORS + 1) * lanes, threads * lanes))
 
 
 def _bandwidth(what: str, target: Target, threads: int, nbytes: int) -> float:
     """nbytes: of all arrays that the probe touches."""
+    run, moved = _probe(what, target, threads, nbytes)
+    return moved / _fastest(run)
+
+
+def _probe(what: str, target: Target, threads: int, nbytes: int) -> tuple[Callable[[], object], int]:
+    """A call that takes about SECONDS or one pass over nbytes, and the bytes that it moves."""
     from .kernels import probes
 
     arrays = 2 if what == "copy" else 1
@@ -91,12 +110,12 @@ def _bandwidth(what: str, target: Target, threads: int, nbytes: int) -> float:
     size = max(part, nbytes // 4 // arrays // part * part)
     repeats = max(1, int(SECONDS * 50e9 / (size * 4 * arrays)))
     probe = getattr(probes, what)(target.isa, threads, size, repeats)
-    outputs = size if what == "copy" else threads * lanes
-    return size * 4.0 * arrays * repeats / _fastest(probe, target, size, outputs)
+    run = _runner(probe, target, size, size if what == "copy" else threads * lanes)
+    return run, size * 4 * arrays * repeats
 
 
-def _fastest(function: Any, target: Target, inputs: int, outputs: int) -> float:
-    """Seconds of a call: the second fastest, which neither another program nor one lucky reading moves."""
+def _runner(function: Any, target: Target, inputs: int, outputs: int) -> Callable[[], object]:
+    """A call of a probe on arrays of so many float32."""
     import numpy as np
     import tvm
 
@@ -105,10 +124,15 @@ def _fastest(function: Any, target: Target, inputs: int, outputs: int) -> float:
     run = machine_code(tvm.IRModule({"probe": function}), target)["probe"]
     x = tvm.runtime.tensor(np.arange(inputs, dtype=np.float32) % 7 / 8)  # below 1: sums stay finite
     y = tvm.runtime.tensor(np.zeros(outputs, np.float32))
-    run(x, y)
+    return lambda: run(x, y)
+
+
+def _fastest(run: Callable[[], object]) -> float:
+    """Seconds of a call: the second fastest, which neither another program nor one lucky reading moves."""
+    run()
     times = []
     for _ in range(CALLS):
         start = time.perf_counter()
-        run(x, y)
+        run()
         times.append(time.perf_counter() - start)
     return sorted(times)[1]

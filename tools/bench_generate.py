@@ -32,6 +32,7 @@ def weight_bytes(path: Path) -> int:
     """Bytes of the weights that one run of an ONNX file reads: all but tables that only Gather takes rows from, as they
     are stored or widened by a Cast."""
     import onnx
+    import onnx_ir as ir
 
     graph = onnx.load(path, load_external_data=False).graph
     casts = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "Cast"}
@@ -43,8 +44,7 @@ def weight_bytes(path: Path) -> int:
     total = 0
     for tensor in graph.initializer:
         if readers.get(tensor.name, {"Gather"}) != {"Gather"}:
-            bits = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
-            total += math.prod(tensor.dims) * bits
+            total += -(-math.prod(tensor.dims) * ir.DataType(tensor.data_type).bitwidth // 8)
     return total
 
 
@@ -74,38 +74,51 @@ def measure(compiled: GeneratorFolder, source: GeneratorFolder, threads: int, se
     """One row for each of `calls`. Raises AssertionError when the two disagree."""
     import numpy as np
 
+    from ..passes.io import load
     from ..runtime.decoders import decoder
     from ..runtime.generator_folder import DECODE
     from ..runtime.measure import Spread
-    from ..runtime.peaks import peaks
+    from ..runtime.peaks import reading
     from ..runtime.target import Target
+    from ..runtime.wavering import LEAST, quantizes
 
     ours, theirs = (
         calls(folder, decoder(folder, backend, threads))
         for folder, backend in ((compiled, "tvm"), (source, "onnxruntime"))
     )
-    most = peaks(Target.named("cpu"), threads)
-    bandwidth = most.levels[-1].read
+    read, read_bytes = reading(Target.named("cpu"), threads)
+    limit = LEAST if quantizes(load(source.model(DECODE))) else 1e-4
     nbytes = weight_bytes(source.model(DECODE))
     cached = 8 * math.prod(source.about.cache_shape[1:]) // source.about.capacity * source.about.layers
-    rows = []
+    errors = {}
     for name, call in ours.items():
         expected, got = theirs[name]()[0], call()[0]
-        error = float(np.abs(got - expected).max() / np.abs(expected).max())
-        assert error < 1e-4, f"{name}: the backends differ by {error:.1e} of the largest logit"
-        times = medians(take_turns({"ours": call, "onnxruntime": theirs[name]}, SETTLE if threads > 1 else 0, seconds))
-        row = {
-            "call": name,
-            "milliseconds": Spread.of([1e3 * t for t in times["ours"]]).to_json(),
-            "onnxruntime": Spread.of([1e3 * t for t in times["onnxruntime"]]).to_json(),
-            "ratio": Spread.of([b / a for a, b in zip(times["ours"], times["onnxruntime"], strict=True)]).to_json(),
-            "error": error,
-        }
-        if name.startswith("token"):
-            least = (nbytes + cached * int(name.rpartition(" ")[2])) / bandwidth
-            row["least_milliseconds"] = 1e3 * least
-            row["of_limit"] = Spread.of([least / t for t in times["ours"]]).to_json()
-        rows.append(row)
+        errors[name] = float(np.abs(got - expected).max() / np.abs(expected).max())
+        assert errors[name] < limit, f"{name}: the backends differ by {errors[name]:.1e} of the largest logit"
+    rows = []
+    tokens = [name for name in ours if name.startswith("token")]
+    for group in ([name for name in ours if name not in tokens], tokens):
+        runners: dict[tuple[str, str], Callable[[], object]] = {("memory", ""): read}
+        for name in group:
+            runners |= {("ours", name): ours[name], ("theirs", name): theirs[name]}
+        times = medians(take_turns(runners, SETTLE if threads > 1 else 0, seconds * len(group)))
+        for name in group:
+            own, other = times["ours", name], times["theirs", name]
+            row = {
+                "call": name,
+                "milliseconds": Spread.of([1e3 * t for t in own]).to_json(),
+                "onnxruntime": Spread.of([1e3 * t for t in other]).to_json(),
+                "ratio": Spread.of([b / a for a, b in zip(own, other, strict=True)]).to_json(),
+                "error": errors[name],
+            }
+            if name in tokens:
+                share = (nbytes + cached * int(name.rpartition(" ")[2])) / read_bytes
+                least = [share * t for t in times["memory", ""]]
+                row["least_milliseconds"] = Spread.of([1e3 * t for t in least]).to_json()
+                row["of_limit"] = Spread.of([a / b for a, b in zip(least, own, strict=True)]).to_json()
+                first = times["ours", tokens[0]]
+                row["growth"] = Spread.of([b / a - 1 for a, b in zip(first, own, strict=True)]).to_json()
+            rows.append(row)
     return rows
 
 
@@ -129,7 +142,7 @@ def line(row: dict[str, Any]) -> list[str]:
     if "of_limit" not in row:
         return [*cells, "", ""]
     share = "{median:.0%} [{low:.0%}, {high:.0%}]".format(**row["of_limit"])
-    return [*cells, f"{row['least_milliseconds']:.2f}", share]
+    return [*cells, f"{row['least_milliseconds']['median']:.2f}", share]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -150,9 +163,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print_row(["---"] * len(HEADER))
     for row in rows:
         print_row(line(row))
-    tokens = [row["milliseconds"]["median"] for row in rows if row["call"].startswith("token")]
-    if len(tokens) > 1:
-        print(f"A token takes {tokens[-1] / tokens[0] - 1:+.0%} from position {POSITIONS[0]} to {POSITIONS[-1]}.")
+    growth = "{median:+.0%} [{low:+.0%}, {high:+.0%}]"
+    if "growth" in rows[-1]:
+        print(f"From position {POSITIONS[0]}, the last call takes {growth.format(**rows[-1]['growth'])} longer.")
     print("The process holds {held:.0f} MB; weights {weights:.0f}, cache {cache:.0f}, 1.15 x weights + cache + 60: "
           "{allowed:.0f}.".format(**{name: value / 1e6 for name, value in held.items()}))  # fmt: skip
     if options.json:

@@ -28,9 +28,21 @@ def test_a_table_counts_only_where_more_than_rows_of_it_are_read(tied: bool, nar
     assert weight_bytes(tmp_path / "m.onnx") == head.nbytes + (table.nbytes if tied else 0)
 
 
+def test_codes_of_four_bits_count_half_a_byte(tmp_path: Path) -> None:
+    codes = helper.make_tensor("codes", TensorProto.INT4, [64, 33], bytes(64 * 33 // 2), raw=True)
+    scale = numpy_helper.from_array(np.ones((2, 33), np.float32), "scale")
+    nodes = [
+        helper.make_node("DequantizeLinear", ["codes", "scale"], ["weight"], axis=0, block_size=32),
+        helper.make_node("MatMul", ["x", "weight"], ["y"]),
+    ]
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, n]) for name, n in (("x", 64), ("y", 33)))
+    onnx.save(helper.make_model(helper.make_graph(nodes, "g", [x], [y], [codes, scale])), tmp_path / "m.onnx")
+    assert weight_bytes(tmp_path / "m.onnx") == 64 * 33 // 2 + 4 * 2 * 33
+
+
 def test_a_row_without_a_limit_has_empty_cells() -> None:
     spread = {"median": 1.0, "low": 0.5, "high": 2.0}
     row = {"call": "x", "milliseconds": spread, "onnxruntime": spread, "ratio": spread}
     assert line(row) == ["x", "1.00 [0.50, 2.00]", "1.00", "1.00 [0.50, 2.00]", "", ""]
-    limited = line({**row, "least_milliseconds": 0.9, "of_limit": spread})
+    limited = line({**row, "least_milliseconds": {**spread, "median": 0.9}, "of_limit": spread})
     assert limited[-2:] == ["0.90", "100% [50%, 200%]"]
