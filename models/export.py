@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import logging
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -13,6 +15,7 @@ if TYPE_CHECKING:
     import torch
 
 OPSET = 20  # the first with Gelu
+SCOPES = "pkg.torch.onnx.name_scopes"  # of a node: the modules around it and its own name, as a Python list
 
 
 def from_torch(
@@ -25,6 +28,7 @@ def from_torch(
     *,
     opset: int = OPSET,
     translations: Mapping[Any, Any] | None = None,
+    by_module: bool = False,
 ) -> ir.Model:
     """The module in evaluation mode as ONNX.
 
@@ -32,6 +36,8 @@ def from_torch(
     `largest` its bound, if it has one. `example` must have a size of at least 2 there, because a size of 1 is taken
     to be constant.
     `translations` gives operators of torch that the exporter does not know, each as a function of onnxscript.
+    `by_module` names values after the module that computes them, such as decoder.layers.0.norm.Mul, so that two graphs
+    of the same modules agree in the names of what they share.
     """
     import torch
     from torch.utils._pytree import tree_map
@@ -54,7 +60,27 @@ def from_torch(
         )
     if program is None:
         raise RuntimeError("torch.onnx.export returned no program")
+    if by_module:
+        _name_by_module(program.model)
     return _cleaned(program.model, name)
+
+
+def _name_by_module(model: ir.Model) -> None:
+    """MODULE.OPERATOR for what a node computes, with a number behind it from the second such node of a module on."""
+    outputs = set(model.graph.outputs)
+    seen: Counter[str] = Counter()
+    module = ""
+    for node in model.graph:
+        scopes = node.metadata_props.get(SCOPES)
+        if scopes is not None:  # the exporter's own rewriting leaves some without; they follow what they are made for
+            module = ([""] + [m for m in ast.literal_eval(scopes)[:-1] if not m.startswith("_")])[-1]
+        stem = f"{module}.{node.op_type}" if module else node.op_type
+        name = f"{stem}_{seen[stem]}" if seen[stem] else stem
+        seen[stem] += 1
+        node.name = name
+        for i, value in enumerate(node.outputs):
+            if value not in outputs:
+                value.name = f"{name}.{i}" if i else name
 
 
 def _cleaned(model: ir.Model, name: str) -> ir.Model:

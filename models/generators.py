@@ -160,6 +160,7 @@ def _graph(module: Any, decode_tokens: int) -> ir.Model:
         {"tokens": module.capacity},
         opset=decoding.OPSET,
         translations=decoding.TRANSLATIONS,
+        by_module=True,
     )
     model, _ = Pipeline.parse("recognise-rms-norm").run(model, in_place=True)
     model.ir_version = IR_VERSION

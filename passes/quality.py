@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
+
+from .graph import is_op
 
 MOST_JUDGED = 256  # samples that quality is measured on
 EVERY = 10  # of so many samples one is held out
@@ -20,6 +23,17 @@ def held_out(count: int) -> list[int]:
 def judged(count: int) -> list[int]:
     """Indices of the samples that quality is measured on: those held out, or all when none are."""
     return (held_out(count) or list(range(count)))[:MOST_JUDGED]
+
+
+def caches(model: ir.Model) -> set[str]:
+    """Outputs that hold what a model is given again, with a few rows replaced: the rows show in what it makes of them.
+    """
+    made = {value.name or "": value.producer() for value in model.graph.outputs}
+    return {
+        name
+        for name, node in made.items()
+        if node is not None and is_op(node, "TensorScatter") and node.inputs[0] in model.graph.inputs
+    }
 
 
 def counts(value: Any) -> bool:

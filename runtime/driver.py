@@ -22,7 +22,7 @@ from ..passes.base import Contract, PassContext, PassReport, TrainingJob, Weight
 from ..passes.errors import ModelError, TargetError, VerificationError
 from ..passes.graph import site
 from ..passes.pipeline import Observer, Pipeline
-from . import verify as checks
+from . import verify as verification
 from .compare import Verdict
 from .evaluator import evaluate
 from .feeds import Unfed
@@ -56,7 +56,7 @@ class Result:
     path: Path | None = None
     verdict: Verdict | None = None
     unverified: str = ""
-    quality: checks.Quality | None = None
+    quality: verification.Quality | None = None
     tuned: Tuned | None = None
 
 
@@ -116,6 +116,8 @@ def optimize(
     out: str | os.PathLike[str] | None = None,
     pins: Mapping[str, Sequence[int]] | None = None,
     calibration: Mapping[str, Sequence[np.ndarray]] | None = None,
+    checks: Mapping[str, Sequence[np.ndarray]] | None = None,
+    learned: Path | None = None,
     seed: int = 0,
     max_drop: float | None = None,
     verify: bool = True,
@@ -132,7 +134,9 @@ def optimize(
     model: path of an ONNX file, or an `onnx_ir.Model` (left untouched). passes: a pipeline string. preset: the passes
     that run before them; by default "compile" with a target and "default" without. out: ONNX file, or artifact
     folder with a target; by default beside the model, and nowhere for an `onnx_ir.Model` without a target. pins:
-    input name -> shape. calibration: input name -> arrays, one a sample. max_drop: error budget of lossy passes.
+    input name -> shape. calibration: input name -> arrays, one a sample. checks: the same, inputs that the result is
+    checked on in the place of those. learned: what files of learned passes are called after in the place of out.
+    max_drop: error budget of lossy passes.
     threads: of the check and of the artifact's own; None for all. trainer: fits learned passes;
     `graphwright.models.fit.train`. tune: minutes in which tiles of kernels are measured
     before the model is compiled with the best ones; what was found in earlier runs is used, and 0 measures nothing.
@@ -153,19 +157,19 @@ def optimize(
     name = where.name if where else original.graph.name or "model"
     ctx = PassContext(
         pins=pins or {}, calibration=calibration, target=goal.name if goal else None, seed=seed, max_drop=max_drop,
-        progress=progress, dry_run=dry_run, trainer=trainer, output=path, overwrite=overwrite,
+        progress=progress, dry_run=dry_run, trainer=trainer, output=learned or path, overwrite=overwrite,
         evaluator=functools.partial(evaluate, threads=threads or 0), **({"caches": goal.caches} if goal else {}),
     )  # fmt: skip
     pipeline.check_needs(ctx)
     unverified = "" if verify and not dry_run else "--no-verify"
-    if (node := checks.random_node(original)) is not None:
+    if (node := verification.random_node(original)) is not None:
         unverified = f"{node.op_type} gives other numbers every run"
     again = (lambda: io.load(where)) if where is not None else (lambda: original)
     tried, verdict = None, None
     if not unverified:
         progress("reference")
         try:
-            tried = checks.trial(original, ctx, again, threads or 0)
+            tried = verification.trial(original, ctx, again, threads or 0, checks)
         except Unfed as error:
             if pins and error.only_sizes:  # the model may take other shapes, so the pins are to blame
                 raise
@@ -188,15 +192,15 @@ def optimize(
     quality = None
     if tried is not None:
         progress("verify")
-        verdict = checks.verify(tried, rewritten, again, pipeline, reports, ctx, threads or 0)
+        verdict = verification.verify(tried, rewritten, again, pipeline, reports, ctx, threads or 0)
         changed = [step for step, report in zip(pipeline, reports, strict=True) if report.changes]
         if any(step.contract is Contract.LEARNED for step in changed):
             progress("quality")
-            quality = checks.measure_quality(again(), rewritten, pipeline, ctx, threads or 0)
+            quality = verification.measure_quality(again(), rewritten, pipeline, ctx, threads or 0)
             if quality is not None:
                 quality.check()
         if any(step.contract.limit is None for step in changed) and goal is not None:
-            tried = checks.retold(tried, rewritten, threads or 0)
+            tried = verification.retold(tried, rewritten, threads or 0)
     if goal is None:
         if writes:
             progress("save")

@@ -10,14 +10,16 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from ..passes.errors import OutputError, UsageError
+from ..passes.errors import InputError, OutputError, UsageError
 from .artifact import Workplace
 from .decoders import OnnxruntimeDecoder
 from .generator_folder import DECODE, DESCRIPTION, PARTS, PREFILL, TOKENIZER, GeneratorFolder
 from .sharing import share_weights
 from .target import Target
 
-ONE_MODEL = ("pins", "calibration", "dry_run")
+ONE_MODEL = ("pins", "checks", "learned", "dry_run")
+CALIBRATION_LENGTH = 512  # tokens of a calibration sample, if the cache holds so many
+MOST_WANTED = 64  # of its tokens' logits
 READ_TOKENS = 64  # of the text that the cache of a check comes from
 LENGTHS = (40, 7)  # of prefill's calls in a check
 
@@ -57,6 +59,38 @@ def _read_cache(folder: GeneratorFolder, threads: int | None, rng: np.random.Gen
     return {name: np.take(rows, places, 2) for name, rows in decoder.cache().items()}
 
 
+def text_samples(folder: GeneratorFolder, path: Path) -> Feeds:
+    """Input name of prefill -> samples: windows of a text, each read into an empty cache.
+
+    Raises InputError for a file that is no text or holds less than a window.
+    """
+    if path.suffix != ".txt":
+        raise InputError(f"{path}: is no .txt file; a generator is calibrated on a text")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read as text ({error}); expected UTF-8") from error
+    length = min(CALIBRATION_LENGTH, folder.about.capacity)
+    ids = np.array(folder.tokenizer().encode(text, add_special_tokens=False).ids, np.int64)
+    count = len(ids) // length
+    if not count:
+        raise InputError(f"{path}: holds {len(ids)} tokens; expected {length} or more, the length of a sample")
+    wanted = np.unique(np.linspace(0, length - 1, min(MOST_WANTED, length)).astype(np.int64))
+    empty = np.zeros(folder.about.cache_shape, np.float32)
+    return {
+        "input_ids": list(ids[: count * length].reshape(count, 1, length)),
+        "position": [np.zeros(1, np.int64)] * count,
+        "wanted": [wanted] * count,
+        **{f"past_{name}": [empty] * count for name in folder.about.cache_names},
+    }
+
+
+def replayed(pipeline: str) -> dict[str, Any]:
+    """Options with which decode becomes what prefill became by this pipeline: what was learned of one is taken for the
+    other, so that they go on sharing their weights."""
+    return {"passes": pipeline, "preset": "none", "calibration": None, "max_drop": None}
+
+
 def rewrite(
     source: GeneratorFolder, out: Path, optimize: Callable[[str, Path], Written], *, compiles: bool,
     overwrite: bool = False,
@@ -79,16 +113,19 @@ def rewrite(
 
 def compile_generator(
     path: str | os.PathLike[str], out: str | os.PathLike[str] | None = None, *, target: str | Target = "cpu",
-    overwrite: bool = False, **options: Any,
+    overwrite: bool = False, calibration: str | os.PathLike[str] | None = None, **options: Any,
 ) -> GeneratorFolder:  # fmt: skip
     """`driver.optimize` on both graphs of a generator in ONNX form, with its options but for those of ONE_MODEL.
 
-    out: by default beside the folder, with the target's name behind its own.
+    out: by default beside the folder, with the target's name behind its own. calibration: a text (.txt), on whose
+    windows prefill is calibrated; decode takes over what was learned, which is in files called after `out`.
 
     Raises what reading, rewriting and compiling raise, UsageError for a compiled folder; then nothing is left behind.
     """
     from . import driver
 
+    if not isinstance(calibration, str | os.PathLike | None):
+        raise UsageError(f"calibration is {type(calibration).__name__}; a generator takes the path of a .txt file")
     for name in ONE_MODEL:
         if options.get(name):
             raise UsageError(f"{name} is for one model; a generator's parts have inputs of their own")
@@ -99,9 +136,18 @@ def compile_generator(
         whole = source.root.absolute()
         out = whole.with_name(f"{whole.name}.{target if isinstance(target, str) else target.name}")
 
-    def optimize(part: str, to: Path) -> object:
-        return driver.optimize(source.model(part), out=to, target=target, calibration=feeds[part], **options)
+    def optimize(part: str, to: Path) -> driver.Result:
+        given = {"calibration": samples, **options}
+        if samples is not None and part == DECODE:
+            given |= replayed(pipelines[PREFILL])
+        result = driver.optimize(
+            source.model(part), out=to, target=target, checks=feeds[part], learned=Path(out), **given
+        )
+        pipelines[part] = str(result.pipeline)
+        return result
 
+    pipelines: dict[str, str] = {}
+    samples = None if calibration is None else text_samples(source, Path(calibration))
     feeds = check_feeds(source, options.get("threads"))
     rewrite(source, Path(out), optimize, compiles=True, overwrite=overwrite)
     return GeneratorFolder.load(out)

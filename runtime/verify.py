@@ -9,13 +9,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
 from ..passes.base import Contract, LearnedPass, Pass, PassContext, PassReport
 from ..passes.errors import BudgetError, InputError, ModelError, VerificationError
 from ..passes.graph import all_nodes
 from ..passes.pipeline import Pipeline
-from ..passes.quality import Drops, counts, held_out, judged
+from ..passes.quality import Drops, caches, counts, held_out, judged
 from ..passes.quantize.dynaquant import DynaQuant
 from .compare import (
     Moved,
@@ -83,22 +84,26 @@ class Trial:
         return moved_by_rounding(self.original(), self.feeds)
 
 
-def trial(model: ir.Model, ctx: PassContext, original: Callable[[], ir.Model], threads: int = 0) -> Trial:
-    """Run the original on calibration inputs, or on made-up ones of two sizes for every dimension not pinned.
+def trial(
+    model: ir.Model, ctx: PassContext, original: Callable[[], ir.Model], threads: int = 0,
+    checks: Mapping[str, Sequence[np.ndarray]] | None = None,
+) -> Trial:  # fmt: skip
+    """Run the original on `checks`, on calibration inputs, or on made-up ones of two sizes for every free dimension.
 
-    original: gives the model again, however it was rewritten meanwhile.
+    original: gives the model again, however it was rewritten meanwhile. checks: input name -> arrays, one a sample.
     """
     def again() -> Runner:
         return Reference(original(), threads=threads).run
 
     reference = Reference(model, threads=threads)
-    if ctx.calibration:
-        count = min(2, min(len(values) for values in ctx.calibration.values()))
-        feeds = [{name: values[i] for name, values in ctx.calibration.items()} for i in range(count)]
+    if given := checks or ctx.calibration:
+        source = "calibration" if given is ctx.calibration else "given inputs"
+        count = min(2, min(len(values) for values in given.values()))
+        feeds = [{name: values[i] for name, values in given.items()} for i in range(count)]
         for one in feeds:
-            check_names(one, model, "calibration")
+            check_names(one, model, source)
         expected = [reference.run(one) for one in feeds]
-        return Trial(feeds, expected, "calibration", again, *_traits(model, threads))
+        return Trial(feeds, expected, source, again, *_traits(model, threads))
     found = made_up(model, reference.run, pins=ctx.pins, seed=ctx.seed)
     source = f"random, seed {ctx.seed}"
     feeds, expected = [one for one, _ in found], [outputs for _, outputs in found]
@@ -236,19 +241,21 @@ def measure_quality(
 ) -> Quality | None:
     """Run both on the calibration inputs that nothing was learned from, or on all when they are few.
 
-    None without calibration inputs. Only the outputs that the learned passes name count, by default all of floats.
+    None without calibration inputs. Only the outputs that the learned passes name count, by default all of floats
+    but caches.
     """
     if not ctx.calibration:
         return None
     count = min(len(values) for values in ctx.calibration.values())
     indices = judged(count)
     named = {name for step in pipeline if isinstance(step, LearnedPass | DynaQuant) for name in step.outputs}
+    left_out = set() if named else caches(original)
     old, new = Reference(original, threads=threads), Reference(model, threads=threads)
     drops = Drops()
     for i in indices:
         feeds = {name: values[i] for name, values in ctx.calibration.items()}
         expected, found = old.run(feeds), new.run(feeds)
         for name, value in expected.items():
-            if counts(value) and (not named or name in named):
+            if counts(value) and name not in left_out and (not named or name in named):
                 drops.add(name, value, found[name], feeds)
     return Quality(drops.means(), len(indices), bool(held_out(count)), ctx.max_drop)

@@ -44,14 +44,14 @@ def optimize_folder(settings: Settings) -> dict[str, Any]:
 
     Raises a GraphwrightError; then nothing is left behind.
     """
-    from graphwright.runtime.generator_build import check_feeds, rewrite
-    from graphwright.runtime.generator_folder import PARTS, GeneratorFolder
+    from graphwright.runtime.generator_build import check_feeds, replayed, rewrite, text_samples
+    from graphwright.runtime.generator_folder import DECODE, PARTS, PREFILL, GeneratorFolder
 
-    from .optimize import optimize_file
+    from .optimize import Inputs, optimize_file
 
     assert settings.model is not None  # its folder was looked at
-    if settings.pin or settings.calibration:
-        raise UsageError("--pin and --calibration are for one model; a generator's parts have inputs of their own")
+    if settings.pin or settings.tokenizer:
+        raise UsageError("--pin and --tokenizer are for one model; a generator has sizes and a tokenizer of its own")
     source = GeneratorFolder.load(settings.model)
     if source.compiled:
         raise UsageError(f"{settings.model}: is compiled; give the folder that `graphwright export` wrote")
@@ -63,9 +63,16 @@ def optimize_folder(settings: Settings) -> dict[str, Any]:
         if settings.report is not None:
             report = Path(settings.report)
             change["report"] = str(report.with_name(f"{report.stem}.{part}{report.suffix}"))
-        done = optimize_file(settings.model_copy(update=change), feeds[part] if feeds else None)
+        learns = samples is not None and part == PREFILL
+        if samples is not None and part == DECODE and not settings.dry_run:
+            change |= replayed(pipelines[PREFILL])
+        inputs = Inputs(samples if learns else None, feeds[part] if feeds else None, out)
+        done = optimize_file(settings.model_copy(update=change), inputs)
+        pipelines[part] = done["pipeline"]
         return {**done, "output": None if settings.dry_run else str(out / to.name)}
 
+    pipelines: dict[str, str] = {}
+    samples = text_samples(source, Path(settings.calibration)) if settings.calibration else None
     feeds = check_feeds(source, settings.threads) if settings.verify and not settings.dry_run else None
     if settings.dry_run:
         parts = {part: optimize(part, out) for part in PARTS}

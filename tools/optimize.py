@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 from graphwright.passes.errors import OutputError, UsageError
@@ -44,10 +44,18 @@ def optimize_model(settings: Settings) -> dict[str, Any]:
     return optimize_file(settings)
 
 
-def optimize_file(settings: Settings, feeds: Mapping[str, Sequence[np.ndarray]] | None = None) -> dict[str, Any]:
+class Inputs(NamedTuple):
+    """In the place of what the settings say. calibration, checks, learned: as for `driver.optimize`."""
+
+    calibration: Mapping[str, Sequence[np.ndarray]] | None
+    checks: Mapping[str, Sequence[np.ndarray]] | None
+    learned: Path
+
+
+def optimize_file(settings: Settings, inputs: Inputs | None = None) -> dict[str, Any]:
     """Do what the settings say and return what was done, as `summary.summarize` describes it.
 
-    feeds: in the place of the settings' calibration. Raises a GraphwrightError; then nothing is left behind.
+    Raises a GraphwrightError; then nothing is left behind.
     """
     from graphwright.models.trainer import train
     from graphwright.passes import io
@@ -83,7 +91,7 @@ def optimize_file(settings: Settings, feeds: Mapping[str, Sequence[np.ndarray]] 
             target=settings.target,
             out=out,
             pins=settings.pin,
-            calibration=_calibration(settings, model) if feeds is None else feeds,
+            **(inputs._asdict() if inputs else {"calibration": _calibration(settings, model)}),
             seed=settings.seed,
             max_drop=settings.max_drop,
             verify=settings.verify,

@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ..base import Evaluator
-from ..quality import Drops, counts
+from ..quality import Drops, caches, counts
 from .calibrate import Feeds
 
 HELD_BYTES = 256 << 20  # of the original's outputs that are kept between measurements
@@ -27,7 +27,8 @@ class Judge:
     ) -> None:
         self._feeds, self._evaluator, self._original = list(feeds), evaluator, original
         values = [value for value in original.graph.outputs if not value.is_graph_input()]
-        self.names = [v.name or "" for v in values if not outputs or v.name in outputs]
+        left_out = set() if outputs else caches(original)
+        self.names = [v.name or "" for v in values if v.name not in left_out and (not outputs or v.name in outputs)]
         self._held: dict[tuple[int, str], np.ndarray] = {}
         self._complete = False
 

@@ -113,9 +113,11 @@ def make_several(root: Path, count: int) -> Path:
 
 def test_the_python_api_compiles_a_generator(tiny_generator: Any, tmp_path: Path) -> None:
     """Refusals come before anything is compiled."""
-    for name, value in (("pins", {"x": (1,)}), ("calibration", {"x": []}), ("dry_run", True)):
+    for name, value in (("pins", {"x": (1,)}), ("checks", {"x": []}), ("dry_run", True)):
         with pytest.raises(UsageError, match=f"{name} is for one model; a generator's parts have inputs"):
             graphwright.compile(tiny_generator.root, out=tmp_path / "out", **{name: value})
+    with pytest.raises(UsageError, match=r"calibration is dict; a generator takes the path of a \.txt file"):
+        graphwright.compile(tiny_generator.root, out=tmp_path / "out", calibration={"x": []})
     assert not list(tmp_path.iterdir())
     done = graphwright.compile(tiny_generator.root, out=tmp_path / "out")
     assert done.compiled

@@ -236,7 +236,43 @@ def test_a_dry_run_writes_nothing(cli: Cli, tiny_generator: Any, tmp_path: Path)
 
 def test_what_is_for_one_model_is_refused(cli: Cli, tiny_generator: Any) -> None:
     result = cli("compile", tiny_generator.root, "--pin", "position=1", expect=2)
-    assert "--pin and --calibration are for one model" in result.stderr
+    assert "--pin and --tokenizer are for one model" in result.stderr
+
+
+def initializers(path: Path) -> dict[bytes, str]:
+    model = onnx.load(path)
+    return {onnx.numpy_helper.to_array(tensor).tobytes(): tensor.name for tensor in model.graph.initializer}
+
+
+@pytest.mark.parametrize("weights", ["weights=4:activations=none", "weights=8"])
+def test_a_text_calibrates_both_parts_alike(
+    cli: Cli, tiny_generator: Any, text: Path, tmp_path: Path, weights: str
+) -> None:
+    out = tmp_path / "out"
+    result = cli("optimize", tiny_generator.root, "--passes", f"dynaquant:{weights}", "--calibration", text, "-o", out,
+                 "--json")  # fmt: skip
+    done = json.loads(result.stdout)
+    prefill, decode = (done["parts"][part]["pipeline"] for part in ("prefill", "decode"))
+    assert prefill == decode and f"plan={out}.dynaquant.npz" in prefill
+    assert {path.name for path in tmp_path.iterdir()} == {text.name, "out", "out.dynaquant.npz"}
+    large = [{data for data in initializers(out / f"{part}.onnx") if len(data) > 256} for part in ("prefill", "decode")]
+    assert large[0] == large[1]
+    assert len(list(Generator(out).tokens(PROMPT, max_tokens=9))) == 9
+
+
+def test_a_bad_calibration_of_a_generator_is_refused(cli: Cli, tiny_generator: Any, tmp_path: Path) -> None:
+    command = ["optimize", tiny_generator.root, "--passes", "dynaquant", "-o", tmp_path / "out", "--calibration"]
+    short, binary = tmp_path / "short.txt", tmp_path / "binary.txt"
+    short.write_text("Call me")
+    binary.write_bytes(b"\xff\xfe\x00")
+    for path, message in (
+        (tmp_path / "x.npz", "is no .txt file; a generator is calibrated on a text"),
+        (tmp_path / "none.txt", "cannot be read as text"),
+        (short, "the length of a sample"),
+        (binary, "cannot be read as text"),
+    ):
+        assert message in cli(*command, path, expect=1).stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_compiled_generator_generates(cli: Cli, compiled_generator: Path, tiny_generator: Any, text: Path) -> None:
