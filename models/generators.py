@@ -30,8 +30,6 @@ SCHEMA_VERSION = 1
 DESCRIPTION, TOKENIZER, WEIGHTS = "generator.json", "tokenizer.json", "weights.data"
 PREFILL, DECODE = "prefill.onnx", "decode.onnx"
 TYPES = ("float32", "float16", "bfloat16")
-LARGE = 4096  # bytes; smaller tensors stay in the ONNX files
-ALIGNMENT = 4096  # of tensors in weights.data, so that each can be mapped
 USUAL_CAPACITY = 2048
 IR_VERSION = 12  # of opset 24
 
@@ -94,6 +92,7 @@ def write(
     Raises UsageError for sizes that the model does not have, and for weights beyond the type.
     """
     import torch
+    from graphwright.passes.shared_weights import SharedWeights
 
     from . import decoding
 
@@ -105,13 +104,13 @@ def write(
     if weights not in TYPES:
         raise UsageError(f"weights are {weights!r}, expected one of {', '.join(TYPES)}")
     decoder = checkpoint.decoder
-    store = _Store(folder / WEIGHTS)
+    shared = SharedWeights(folder / WEIGHTS)
     for file, kind in ((PREFILL, decoding.Prefill), (DECODE, decoding.Decode)):
         say(f"export {file}")
         with torch.inference_mode():
             model = _graph(kind(decoder, capacity), decode_tokens)
         _narrow(model, weights)
-        store.put(model)
+        shared.put(model)
         _save(model, folder / file)
     sizes = decoder.sizes
     about = {
@@ -175,13 +174,14 @@ def _narrow(model: ir.Model, weights: str) -> None:
     import ml_dtypes
     import numpy as np
     import onnx_ir as ir
+    from graphwright.passes import wire
 
     if weights == "float32":
         return
     kind = ir.DataType[weights.upper()]
     for value in list(model.graph.initializers.values()):
         tensor = value.const_value
-        if tensor is None or tensor.dtype != ir.DataType.FLOAT or len(tensor.shape) < 2 or tensor.nbytes < LARGE:
+        if tensor is None or tensor.dtype != ir.DataType.FLOAT or len(tensor.shape) < 2 or tensor.nbytes < wire.LARGE:
             continue
         if all(node.op_type == "RotaryEmbedding" for node, _ in value.uses()):
             continue
@@ -198,43 +198,6 @@ def _narrow(model: ir.Model, weights: str) -> None:
         cast.outputs[0].name = value.name
         model.graph.register_initializer(narrow)
         model.graph.insert_before(model.graph[0], cast)
-
-
-class _Store:
-    """weights.data while it is written: tensors of equal bytes are stored once, whatever the graph calls them."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.offsets, self.end = path, dict[bytes, int](), 0
-        path.touch()
-
-    def put(self, model: ir.Model) -> None:
-        """Move the large tensors of the graph into the file."""
-        import onnx_ir as ir
-
-        for name, value in model.graph.initializers.items():
-            tensor = value.const_value
-            if tensor is None or tensor.nbytes < LARGE:
-                continue
-            value.const_value = ir.ExternalTensor(
-                self.path.name, self._offset(tensor), tensor.nbytes, tensor.dtype,
-                shape=ir.Shape(tensor.shape.numpy()), name=name, base_dir=self.path.parent,
-            )  # fmt: skip
-
-    def _offset(self, tensor: ir.TensorProtocol) -> int:
-        from blake3 import blake3
-        from graphwright.passes import io
-
-        digest = blake3()
-        for chunk in io.tensor_chunks(tensor):
-            digest.update(chunk)
-        key = digest.digest()
-        if key not in self.offsets:
-            self.offsets[key] = -(-self.end // ALIGNMENT) * ALIGNMENT
-            self.end = self.offsets[key] + tensor.nbytes
-            with self.path.open("r+b") as file:
-                file.seek(self.offsets[key])
-                file.writelines(io.tensor_chunks(tensor))
-        return self.offsets[key]
 
 
 def _save(model: ir.Model, path: Path) -> None:

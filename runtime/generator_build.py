@@ -10,11 +10,12 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from ..passes import shared_weights
 from ..passes.errors import InputError, OutputError, UsageError
+from . import sharing
 from .artifact import Workplace
 from .decoders import OnnxruntimeDecoder
-from .generator_folder import DECODE, DESCRIPTION, PARTS, PREFILL, TOKENIZER, GeneratorFolder
-from .sharing import share_weights
+from .generator_folder import DECODE, DESCRIPTION, PARTS, PREFILL, TOKENIZER, WEIGHTS, GeneratorFolder
 from .target import Target
 
 ONE_MODEL = ("pins", "checks", "learned", "dry_run")
@@ -105,7 +106,9 @@ def rewrite(
     with Workplace(out, overwrite, DESCRIPTION, "a generator") as folder:
         done = {part: optimize(part, folder / (part if compiles else f"{part}.onnx")) for part in PARTS}
         if compiles:
-            share_weights(folder, PARTS)
+            sharing.share_weights(folder, PARTS)
+        else:
+            shared_weights.share_weights([folder / f"{part}.onnx" for part in PARTS], folder / WEIGHTS)
         for name in (DESCRIPTION, TOKENIZER):
             shutil.copyfile(source.root / name, folder / name)
     return done

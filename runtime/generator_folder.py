@@ -2,7 +2,7 @@
 
     generator.json            what it is: `Description`
     tokenizer.json            in the format of Hugging Face's tokenizers
-    prefill.onnx, decode.onnx with their weights; or prefill/, decode/: the artifacts that were compiled from them
+    prefill.onnx, decode.onnx and the weights.data of both; or prefill/, decode/: the artifacts compiled from them
 
 prefill takes any number of tokens a call and gives the logits of those that are wanted, decode a fixed number and gives
 the logits of all. Inputs: input_ids int64 (1, s), position int64 (1,) = tokens in the cache before the call, of prefill
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 SCHEMA = 1
-DESCRIPTION, TOKENIZER = "generator.json", "tokenizer.json"
+DESCRIPTION, TOKENIZER, WEIGHTS = "generator.json", "tokenizer.json", "weights.data"
 PREFILL, DECODE = "prefill", "decode"
 PARTS = (PREFILL, DECODE)
 

@@ -258,6 +258,10 @@ def test_a_text_calibrates_both_parts_alike(
     large = [{data for data in initializers(out / f"{part}.onnx") if len(data) > 256} for part in ("prefill", "decode")]
     assert large[0] == large[1]
     assert len(list(Generator(out).tokens(PROMPT, max_tokens=9))) == 9
+    assert {path.name for path in out.iterdir()} == {
+        "prefill.onnx", "decode.onnx", "weights.data", "generator.json", "tokenizer.json"
+    }  # fmt: skip
+    assert all((out / f"{part}.onnx").stat().st_size < (out / "weights.data").stat().st_size for part in done["parts"])
 
 
 def test_a_bad_calibration_of_a_generator_is_refused(cli: Cli, tiny_generator: Any, tmp_path: Path) -> None:
