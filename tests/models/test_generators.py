@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 import pytest
 from graphwright.models import generators, tokens
+from graphwright.passes import wire
 from graphwright.passes.errors import ModelError, UsageError
 
 torch = pytest.importorskip("torch")
@@ -46,7 +47,7 @@ def test_both_graphs_share_one_file_with_every_tensor_once(weights: str, tmp_pat
     offsets = {about["offset"] for about in prefill.values()}
     assert offsets == {about["offset"] for about in decode.values()}
     assert {about["location"] for about in prefill.values()} == {generators.WEIGHTS}
-    matrices = sum(p.numel() for p in model.parameters() if p.numel() * 4 >= generators.LARGE)
+    matrices = sum(p.numel() for p in model.parameters() if p.numel() * 4 >= wire.LARGE)
     stored = sum({about["offset"]: int(about["length"]) for about in prefill.values()}.values())
     width = 4 if weights == "float32" else 2
     assert stored <= matrices * width  # a matrix below the limit once it is narrow stays in the graph
@@ -54,7 +55,7 @@ def test_both_graphs_share_one_file_with_every_tensor_once(weights: str, tmp_pat
     with torch.inference_mode():
         narrow = decoders.DECODERS["grouped"]()
         for parameter in narrow.parameters():
-            if parameter.dim() == 2 and parameter.numel() * 4 >= generators.LARGE:
+            if parameter.dim() == 2 and parameter.numel() * 4 >= wire.LARGE:
                 parameter.copy_(parameter.to(getattr(torch, weights)).float())
         expected = narrow(torch.from_numpy(np.resize(IDS, decoders.POSITIONS))[None])[0, : len(IDS)].numpy()
     generator = decoders.Exported(tmp_path)
