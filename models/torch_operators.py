@@ -354,6 +354,11 @@ OPERATORS.update(
 )
 
 
+@operator("TopK")
+def _top_k(n: Node, x: Tensor, k: Tensor) -> Any:
+    return torch.topk(x, int(k), n.get("axis", -1), bool(n.get("largest", 1)), bool(n.get("sorted", 1)))
+
+
 @operator("ArgMax")
 def _argmax(n: Node, x: Tensor) -> Tensor:
     if n.get("select_last_index", 0):

@@ -41,12 +41,16 @@ class Nested:
         return np.ascontiguousarray(first.T), np.ascontiguousarray(rest.T)
 
 
-def nest(matrix: np.ndarray, block: int, importance: np.ndarray | None, gram: np.ndarray | None) -> Nested:
-    """importance: (1, inputs) mean squares of the data; gram: X'X. None: without inputs."""
+def nest(
+    matrix: np.ndarray, block: int, importance: np.ndarray | None, gram: np.ndarray | None, codes: Codes | None = None
+) -> Nested:
+    """importance: (1, inputs) mean squares of the data; gram: X'X. None: without inputs. codes: the first part, where
+    it is known."""
     grid, rest_grid = weight_grid(BITS, symmetric=False), weight_grid(BITS)
-    codes = fit_weights(matrix, grid, block, importance)
-    if gram is not None:
-        codes = round_together(matrix, codes, grid, gram)
+    if codes is None:
+        codes = fit_weights(matrix, grid, block, importance)
+        if gram is not None:
+            codes = round_together(matrix, codes, grid, gram)
     left = matrix - codes.values
     scale = codes.scale / np.float32(RATIO)
     steps = np.repeat(scale, block, 1)[:, : matrix.shape[1]]

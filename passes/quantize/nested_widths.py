@@ -16,10 +16,12 @@ from ..base import Contract, Pass, PassContext, PassReport, WidthJob
 from ..errors import PassError
 from ..ops.nested_mat_mul import OPSET
 from ..prepare.convert_opset import ConvertOpset
+from ..weights import load_weights
 from .calibrate import Feeds, Seen, observe
 from .decide import samples
 from .layers import Layer, find_layers
 from .nested import ARRAYS, BITS, Nested, NestedPlan, Selector, nest
+from .plan import Plan
 from .rounding import MOST_INPUTS, products
 from .write_nested import write_nested
 
@@ -58,17 +60,20 @@ class NestedWidths(Pass):
     Sources: docs/methods/dynaquant.md; Bao et al., "DynaQuant", arXiv 2511.07903 (the selector); arXiv 2508.09176
     (nested codes).
 
-    Options: choose: auto, narrow, wide, static or dynamic. mean: bits of a weight that static and dynamic read. group:
-    inputs that share a scale. lead: products in front of the selector; 7 are the first block of a Llama. hidden:
-    numbers between its two layers. steps: of learning with the whole model, each with one sample, after the selector
-    has learned from the worth of every product for every row. rate: of these steps. least: weights with which a product
-    is worth it. samples: most calibration samples that weights are rounded on.
+    Options: codes: the plan of a run of dynaquant:weights=4:activations=none on the same model, whose codes are the
+    leading bits; the others are then rounded one by one. choose: auto, narrow, wide, static or dynamic. mean: bits of a
+    weight that static and dynamic read. group: inputs that share a scale. lead: products in front of the selector; 7
+    are the first block of a Llama. hidden: numbers between the selector's two layers. steps: of learning with the whole
+    model, each with one sample, after the selector has learned from the worth of every product for every row. rate: of
+    these steps. least: weights with which a product is worth it. samples: most calibration samples that weights are
+    rounded on.
     """
 
     name: ClassVar[str] = "nested-widths"
     contract: ClassVar[Contract] = Contract.LEARNED
 
     plan: str | None = None  # a file that an earlier run has written; nothing is chosen
+    codes: str | None = None  # a plan of dynaquant:weights=4:activations=none, which holds the leading bits
     choose: Choose = Choose.AUTO  # auto, narrow, wide, static or dynamic
     mean: float = 6.0  # bits of a weight that are read on the average
     group: int = 32  # inputs that share a scale
@@ -101,7 +106,7 @@ class NestedWidths(Pass):
     @property
     def record(self) -> str:
         """The options that a plan depends on."""
-        return str(replace(self, plan=None, choose=Choose.AUTO))
+        return str(replace(self, plan=None, codes=None, choose=Choose.AUTO))
 
     def run(self, model: ir.Model, ctx: PassContext) -> PassReport:
         report = self.report()
@@ -135,7 +140,7 @@ class NestedWidths(Pass):
         io.check_folder(path.parent)
         plan = replace(self._decide(model, chosen, samples(ctx.calibration, self.samples), ctx), kept=kept)
         plan.save(path, self.record)
-        report.spec = str(replace(self, plan=str(path)))
+        report.spec = str(replace(self, plan=str(path), codes=None))
         return self._convert(model, plan, report)
 
     def _reason(self, layer: Layer) -> str | None:
@@ -178,6 +183,8 @@ class NestedWidths(Pass):
         self, model: ir.Model, layers: Sequence[Layer], feeds: Sequence[Feeds], ctx: PassContext
     ) -> dict[str, Nested]:
         """The two parts of every product, rounded on these samples."""
+        if self.codes:
+            return self._completed(layers, Path(self.codes))
         grams: dict[str, np.ndarray] = {}
         first = {layer.data.name or "": layer for layer in layers}
 
@@ -199,6 +206,23 @@ class NestedWidths(Pass):
             channels = seen[name].channels if name in seen else None
             importance = None if channels is None else layer.per_input(channels.mean_square)
             made[layer.site] = nest(layer.matrix(layer.weight()), self.group, importance, grams.get(name))
+        return made
+
+    def _completed(self, layers: Sequence[Layer], path: Path) -> dict[str, Nested]:
+        """The two parts, the first of which another pass has made. Raises PassError where that is of another kind."""
+        known = Plan.load(path, load_weights(path).record).layers
+        made = {}
+        for layer in layers:
+            found = known.get(layer.site)
+            shape = (layer.channels, layer.size // layer.channels)
+            if found is None or found.codes.codes.shape != shape:
+                raise PassError(f"{path}: holds no codes of {layer.site!r}; expected the plan of the same model")
+            if found.bits != BITS or found.codes.block != self.group or found.codes.codes.dtype != np.uint8:
+                raise PassError(
+                    f"{path}: the codes of {layer.site!r} have {found.bits} bits in blocks of {found.codes.block}; "
+                    f"expected {BITS} bits with zero points in blocks of {self.group}"
+                )
+            made[layer.site] = nest(layer.matrix(layer.weight()), self.group, None, None, found.codes)
         return made
 
     def _convert(self, model: ir.Model, plan: NestedPlan, report: PassReport) -> PassReport:

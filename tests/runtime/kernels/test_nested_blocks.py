@@ -145,3 +145,13 @@ def test_any_size(data: Any) -> None:
     block = 8 * data.draw(st.integers(1, 12))
     s = Product(rows, inner, columns, block, data.draw(st.booleans()), data.draw(st.sampled_from([8.0, 16.0])))
     check([s], Target.named("cpu"), seed=data.draw(st.integers(0, 99)))
+
+
+def test_it_compiles_for_arm64() -> None:
+    from graphwright.runtime import importer, phases
+
+    target = Target.named("arm64")
+    for integer in (False, True):
+        made = importer.import_model(model([Product(1, 96, 40, integer=integer), Product(9, 64, 24)]), target)
+        executable, _ = phases.compile_module(made, target)
+        assert executable is not None
