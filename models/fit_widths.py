@@ -29,7 +29,7 @@ from graphwright.passes.errors import PassError
 from graphwright.passes.quality import held_out
 from torch import Tensor
 
-from .fit import _minutes, divergence
+from .fit import divergence, minutes
 from .torch_graph import TorchGraph
 
 FAST_STEPS, FAST_RATE, FAST_BATCH = 600, 2e-3, 256  # of learning from worths alone
@@ -305,7 +305,7 @@ class _Trainer:
             optimizer.step()
             price = max(low, price * float(np.exp(PRICE_RATE * (float(share) - self.wanted) * 8)))
             spent = (time.perf_counter() - begun) / (step + 1 - first)
-            self._say(f"widths: step {step + 1} of {steps}, at most {_minutes(spent * (steps - step - 1))} left")
+            self._say(f"widths: step {step + 1} of {steps}, at most {minutes(spent * (steps - step - 1))} left")
             if (step + 1) % max(1, steps // EVALUATIONS) == 0 or step + 1 == steps:
                 kept = {name: tensor.clone() for name, tensor in network.state_dict().items()}
                 self._settle(network, state["features"])
