@@ -303,7 +303,7 @@ class _Trainer:
             (loss + price * share).backward()
             torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
             optimizer.step()
-            price = max(low, price * float(np.exp(PRICE_RATE * (float(share) - self.wanted) * 8)))
+            price = max(low, price * float(np.exp(PRICE_RATE * 8 * (share.item() - self.wanted))))
             spent = (time.perf_counter() - begun) / (step + 1 - first)
             self._say(f"widths: step {step + 1} of {steps}, at most {minutes(spent * (steps - step - 1))} left")
             if (step + 1) % max(1, steps // EVALUATIONS) == 0 or step + 1 == steps:
