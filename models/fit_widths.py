@@ -158,7 +158,12 @@ class _Trainer:
         }
         arrays: dict[str, np.ndarray] = {}
         if self.job.learn:
-            network, price = self._from_worths(state["features"], worths)
+            threads = torch.get_num_threads()
+            torch.set_num_threads(1)  # a second one costs these small products more than it gives
+            try:
+                network, price = self._from_worths(state["features"], worths)
+            finally:
+                torch.set_num_threads(threads)
             loss, share = self._judge(self._hard(network))
             stats.update({"loss_first": loss})
             network = self._with_model(network, price, state)
