@@ -403,7 +403,7 @@ class _Trainer:
             spent = (time.perf_counter() - begun) / (stage.step - first)
             self._say(
                 f"{name} {_bar(stage.step, steps)} {stage.step}/{steps}, held-out loss {stage.first_loss:.4g} -> "
-                f"{stage.best_loss:.4g}, at most {_minutes(spent * (steps - stage.step))} left"
+                f"{stage.best_loss:.4g}, at most {minutes(spent * (steps - stage.step))} left"
             )
         return stage
 
@@ -481,7 +481,7 @@ def _bar(step: int, steps: int, width: int = 20) -> str:
     return "█" * full + "░" * (width - full)
 
 
-def _minutes(seconds: float) -> str:
+def minutes(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
 

@@ -354,6 +354,11 @@ OPERATORS.update(
 )
 
 
+@operator("TopK")
+def _top_k(n: Node, x: Tensor, k: Tensor) -> Any:
+    return torch.topk(x, int(k), n.get("axis", -1), bool(n.get("largest", 1)), bool(n.get("sorted", 1)))
+
+
 @operator("ArgMax")
 def _argmax(n: Node, x: Tensor) -> Tensor:
     if n.get("select_last_index", 0):
@@ -506,6 +511,20 @@ def _average_pool(n: Node, x: Tensor) -> Tensor:
 # --- attention
 
 
+@operator("TensorScatter")
+def _tensor_scatter(n: Node, past: Tensor, new: Tensor, where: Tensor | None = None) -> Tensor:
+    if n.get("mode", "linear") != "linear":
+        raise Unsupported("a circular cache")
+    axis = n.get("axis", -2) % past.dim()
+    items = []
+    for item, first in enumerate([0] * len(past) if where is None else where.tolist()):
+        old, rows = past[item], new[item]
+        behind = first + rows.shape[axis - 1]
+        parts = [old.narrow(axis - 1, 0, first), rows, old.narrow(axis - 1, behind, old.shape[axis - 1] - behind)]
+        items.append(torch.cat(parts, axis - 1))
+    return torch.stack(items)
+
+
 @operator("RotaryEmbedding")
 def _rotary(n: Node, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None) -> Tensor:
     flat = x.dim() == 3
@@ -531,8 +550,8 @@ def _attention(
     n: Node, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, past_k: Tensor | None = None,
     past_v: Tensor | None = None, lengths: Tensor | None = None,
 ) -> Any:  # fmt: skip
-    if lengths is not None or n.outputs > 3:
-        raise Unsupported("lengths, or products as an output")
+    if n.outputs > 3:
+        raise Unsupported("products as an output")
     flat = q.dim() == 3
     if flat:
         q = q.unflatten(-1, (n.get("q_num_heads"), -1)).transpose(1, 2)
@@ -549,7 +568,12 @@ def _attention(
     cap = n.get("softcap", 0.0)
     if cap:
         scores = cap * torch.tanh(scores / cap)
-    if n.get("is_causal", 0):
+    if lengths is not None:  # of the keys of each item that are filled, the queries being the last of them
+        end = lengths.reshape(-1, 1, 1, 1)
+        if n.get("is_causal", 0):
+            end = end - scores.shape[-2] + 1 + torch.arange(scores.shape[-2])[:, None]
+        scores = scores.masked_fill(torch.arange(scores.shape[-1]) >= end, -math.inf)
+    elif n.get("is_causal", 0):
         seen = torch.ones(scores.shape[-2:], dtype=torch.bool).tril(offset)
         scores = scores.masked_fill(~seen, -math.inf)
     if mask is not None:

@@ -7,12 +7,18 @@ from typing import TYPE_CHECKING
 from graphwright.passes.errors import PassError
 
 if TYPE_CHECKING:
-    from graphwright.passes.base import PassContext, TrainingJob, Weights
+    from graphwright.passes.base import PassContext, TrainingJob, Weights, WidthJob
 
 
-def train(job: TrainingJob, ctx: PassContext) -> Weights:
-    """`fit.train`. Raises PassError where torch is not installed."""
+def train(job: TrainingJob | WidthJob, ctx: PassContext) -> Weights:
+    """`fit.train`, or `fit_widths.train` for a job about widths. Raises PassError where torch is not installed."""
+    from graphwright.passes.base import WidthJob
+
     try:
+        if isinstance(job, WidthJob):
+            from . import fit_widths
+
+            return fit_widths.train(job, ctx)
         from . import fit
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "torch":

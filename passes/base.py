@@ -123,7 +123,7 @@ class PassContext:
     max_drop: float | None = None
     progress: Callable[[str], None] = field(default=lambda message: None, repr=False)
     dry_run: bool = False
-    trainer: Callable[[TrainingJob, PassContext], Weights] | None = field(default=None, repr=False)
+    trainer: Callable[[TrainingJob | WidthJob, PassContext], Weights] | None = field(default=None, repr=False)
     evaluator: Evaluator | None = field(default=None, repr=False)
     output: Path = Path("model")
     overwrite: bool = False
@@ -140,7 +140,7 @@ class Pass(ABC):
     contract: ClassVar[Contract]
 
     def needs(self) -> frozenset[str]:
-        """What must be in the context: a subset of {"calibration", "target", "ranges", "recovery"}."""
+        """What must be in the context: a subset of {"calibration", "target", "ranges", "recovery", "widths"}."""
         return frozenset()
 
     @abstractmethod
@@ -228,6 +228,31 @@ class TrainingJob:
     steps: int = 0
     batch: int = 32
     rate: float = 1e-4
+
+
+@dataclass(frozen=True)
+class WidthJob:
+    """What a trainer needs to choose between two widths of products, for all inputs or for each.
+
+    model: the original. parts: output of a product -> the two parts of its weight (inputs, outputs), the second of
+    which counts where the product is wide. groups: products that have one width. led: how many of the first groups
+    are wide for every input, because they come before what the others are chosen by. features: a value (1, rows, n) of
+    the model, of which each row chooses. mean: bits of a weight on the average, of `bits`, those of a narrow and of a
+    wide one. learn: whether widths for each input are learned too.
+    """
+
+    model: ir.Model
+    parts: Mapping[str, tuple[np.ndarray, np.ndarray]]
+    groups: tuple[tuple[str, ...], ...]
+    led: int
+    features: str
+    mean: float
+    bits: tuple[int, int]
+    record: str
+    learn: bool = True
+    hidden: int = 32
+    steps: int = 0
+    rate: float = 1e-3
 
 
 @dataclass(frozen=True)

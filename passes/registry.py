@@ -43,6 +43,7 @@ PASSES: dict[str, str] = {
     "linear-attention": "graphwright.passes.attention.linear_attention:LinearAttention",
     "stablemax": "graphwright.passes.attention.stablemax:Stablemax",
     "dynaquant": "graphwright.passes.quantize.dynaquant:DynaQuant",
+    "nested-widths": "graphwright.passes.quantize.nested_widths:NestedWidths",
     "block-activations": "graphwright.passes.quantize.block_activations:BlockActivations",
 }
 

@@ -18,7 +18,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ..passes import io, registry
-from ..passes.base import Contract, PassContext, PassReport, TrainingJob, Weights
+from ..passes.base import Contract, PassContext, PassReport, TrainingJob, Weights, WidthJob
 from ..passes.errors import ModelError, TargetError, VerificationError
 from ..passes.graph import site
 from ..passes.pipeline import Observer, Pipeline
@@ -127,7 +127,7 @@ def optimize(
     tune: float | None = None,
     observers: Sequence[Observer] = (),
     progress: Callable[[str], None] = lambda message: None,
-    trainer: Callable[[TrainingJob, PassContext], Weights] | None = None,
+    trainer: Callable[[TrainingJob | WidthJob, PassContext], Weights] | None = None,
 ) -> Result:
     """Rewrite a model, compile it when a target is named, and check the result against the original.
 

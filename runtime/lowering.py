@@ -29,6 +29,7 @@ MODULES: dict[tuple[str, str], str] = {
         for name in ("ScaledSoftmax", "MaskedSoftmax", "SelectedSoftmax", "TemperedSoftmax")
     },
     ("graphwright", "BlockQuantize"): "graphwright.runtime.kernels.block_products",
+    ("graphwright", "NestedMatMul"): "graphwright.runtime.kernels.nested_products",
     ("graphwright", "SoftplusAttention"): "graphwright.runtime.kernels.softplus_attention",
     ("graphwright", "ReweightedSoftplusAttention"): "graphwright.runtime.kernels.softplus_attention",
 }

@@ -28,11 +28,13 @@ DISTANCE = 2.0**-20
 
 
 def quantizes(model: ir.Model) -> bool:
-    """Whether a model rounds what it has computed to a few steps."""
+    """Whether a model rounds what it has computed to a few steps, or chooses a product's width by it."""
     return any(_rounds(node) for node in all_nodes(model))
 
 
 def _rounds(node: ir.Node) -> bool:
+    if node.op_type == "NestedMatMul":
+        return node.inputs[1] is not None and node.inputs[1].const_value is None
     return node.op_type in QUANTIZERS or node.op_type.startswith("QLinear")
 
 

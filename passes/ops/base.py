@@ -19,12 +19,13 @@ FUNCTIONS = 8  # first version of the ONNX format that has functions with attrib
 @dataclass(frozen=True)
 class Case:
     """One example: input shapes and attributes. `note` says what boundary it stands on, `booleans` which inputs hold
-    truth values instead of numbers."""
+    truth values instead of numbers, `kinds` which hold whole numbers of a type that is given by ONNX's name."""
 
     shapes: tuple[tuple[int, ...], ...]
     attributes: Mapping[str, Any] = field(default_factory=dict)
     note: str = ""
     booleans: tuple[int, ...] = ()
+    kinds: Mapping[int, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from .. import graph
 from ..base import Contract, Pass, PassContext, PassReport
-from ..ops import BLOCK_QUANTIZE
+from ..ops import BLOCK_QUANTIZE, NESTED_MAT_MUL
 
 RULE = "data"
 LEAST, MOST = 8, 1024  # elements of a block: fewer cost more than they save, and one scale does not suit more
@@ -25,7 +25,7 @@ class BlockActivations(Pass):
 
     BlockQuantize rounds each block of X to 255 steps, by a scale that follows X, so nothing is calibrated. Its body is
     standard ONNX. Compiled kernels multiply the codes of a few rows by these whole numbers, in integers. Run it behind
-    dynaquant:weights=4:activations=none, or on a file that comes with such weights.
+    dynaquant:weights=4:activations=none or nested-widths, or on a file that comes with such weights.
     Left alone: weights of 8 bits, blocks of fewer than 8 or more than 1024, data of another type than float32, products
     inside bodies of If, Loop, Scan and functions.
 
@@ -69,6 +69,8 @@ class BlockActivations(Pass):
 
 def _block(node: ir.Node) -> int | None:
     """The size of the blocks of a product's weight along its depth; None for other nodes."""
+    if (node.domain, node.op_type) == NESTED_MAT_MUL.identifier:
+        return int(graph.attribute(node, "block", 0)) or None
     if not graph.is_op(node, "MatMul", "Gemm") or node.inputs[0] is None:
         return None
     weight, transposed = graph.input_of(node, 1), bool(graph.attribute(node, "transB", 0))

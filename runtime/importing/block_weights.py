@@ -22,14 +22,20 @@ def block_product(site: Site, a: tvm.ir.Expr, b: tvm.ir.Expr) -> tvm.ir.Expr | N
     weight = block_weight(site.bb, b)
     if weight is None:
         return None
-    from ..kernels.block_products import QUANTIZED, block_matmul
+    from ..kernels.block_products import block_matmul
 
-    quantized = None
-    made = made_by(site.bb, a, "relax.call_tir")
-    if made is not None:
-        block = (site.bb.get()[made.args[0]].attrs or {}).get(QUANTIZED)
-        quantized = None if block is None else (made.args[1].fields[0], int(block))
-    return block_matmul(site.bb, a, weight, site.target, quantized)
+    return block_matmul(site.bb, a, weight, site.target, before_blocks(site.bb, a))
+
+
+def before_blocks(bb: relax.BlockBuilder, a: tvm.ir.Expr) -> tuple[tvm.ir.Expr, int] | None:
+    """What a tensor was before BlockQuantize, and the size of its blocks; None where it comes from another operator."""
+    from ..kernels.block_products import QUANTIZED
+
+    made = made_by(bb, a, "relax.call_tir")
+    if made is None:
+        return None
+    block = (bb.get()[made.args[0]].attrs or {}).get(QUANTIZED)
+    return None if block is None else (made.args[1].fields[0], int(block))
 
 
 def block_weight(bb: relax.BlockBuilder, expr: tvm.ir.Expr) -> Any | None:

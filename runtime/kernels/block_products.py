@@ -16,7 +16,8 @@ from ..importing.site import ByBody
 from ..lowering import lowers
 from ..target import InstructionSet, Target
 from ..templates import Body, anchor, template
-from .gemm_blocks import BlockSpec, FewRows, ManyRows, Weights, integer_form, pack, steps_of_block
+from .block_steps import steps_of_block
+from .gemm_blocks import BlockSpec, FewRows, ManyRows, Weights, integer_form, pack
 from .gemm_spec import GemmSpec, GemmTile, choose_tile, tiles
 from .products import row_store, rows_of
 from .rows import count_of, each_row, flat_kernel, number_of, sweep
@@ -75,15 +76,7 @@ def block_matmul(
         return None
     rows = product(dims[:-1])
     known = rows if isinstance(rows, int) else None
-    integer = False
-    if quantized is not None and known is not None and known <= FEW and weight.bits <= 4 and integer_form(target.isa):
-        x, block = quantized
-        integer = block == weight.block
-        a = x if integer else a
-    spec = BlockSpec(known, inner, columns, weight.block, weight.bits, weight.zeros is not None, integer=integer)
-    half = weight.scales.astype(np.float16)
-    if (half.astype(np.float32) == weight.scales).all() and target.isa.half:
-        spec = replace(spec, scales="float16")
+    spec, a = product_spec(known, a, weight, target, quantized)
     lanes = Vectors(target.isa).lanes
     panel = choose_tile(None, columns, target.isa, lanes).vectors
     packed = pack(weight.codes, weight.scales.astype(spec.scales), weight.zeros, spec, panel * lanes)
@@ -93,6 +86,24 @@ def block_matmul(
     out = relax.TensorType([expression(d) for d in (*dims[:-1], columns)], "float32")
     flops = 2 * inner * columns * (known or 1)
     return anchor(bb, "block-product", {"spec": vars(spec), "panel": panel}, inputs, out, flops)
+
+
+def product_spec(
+    rows: int | None, a: Any, weight: BlockWeight, target: Target, quantized: Any | None
+) -> tuple[BlockSpec, Any]:
+    """How a product is computed, and the left side that it reads: where blocks of both sides are the same, and there
+    are few rows, that before BlockQuantize, since the product quantizes by itself."""
+    inner, columns = weight.codes.shape
+    integer = False
+    if quantized is not None and rows is not None and rows <= FEW and weight.bits <= 4 and integer_form(target.isa):
+        x, block = quantized
+        integer = block == weight.block
+        a = x if integer else a
+    spec = BlockSpec(rows, inner, columns, weight.block, weight.bits, weight.zeros is not None, integer=integer)
+    half = weight.scales.astype(np.float16)
+    if (half.astype(np.float32) == weight.scales).all() and target.isa.half:
+        spec = replace(spec, scales="float16")
+    return spec, a
 
 
 @lowers(BLOCK_QUANTIZE.identifier, kinds=("llvm",))

@@ -12,7 +12,6 @@ Names: m, n, k rows, columns, depth; a, y flat buffers; word: one vector of code
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,15 +19,14 @@ import numpy as np
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
-from ...passes.ops.block_quantize import SMALLEST, STEPS
 from ..target import InstructionSet
+from .block_steps import each_vector, steps_of_block
 from .dots import IntegerDot
 from .gemm import PARALLEL, Finish, GemmEmitter, Panel
 from .gemm_spec import panels
-from .vectors import ROUND, Buffer, Expr, Vectors
+from .vectors import Buffer, Expr, Vectors
 
 CARRY = 32  # steps whose products of 4 bits and 8 bits 16 bits hold
-ROUND_BITS = 0x4B400000  # of ROUND
 AHEAD = 4096  # bytes of a panel that are asked for before they are read
 
 
@@ -78,35 +76,44 @@ class Packed:
 
 
 def pack(codes: np.ndarray, scales: np.ndarray, zeros: np.ndarray | None, spec: BlockSpec, width: int) -> Packed:
-    """codes: (K, N) of 0 .. 2^bits - 1. scales, zeros: (blocks, N). width: columns of a panel; lanes beyond N are 0.
-    The depth is filled up to whole words with codes that meet no row."""
+    """codes: (K, N) of 0 .. 2^bits - 1. scales, zeros: (blocks, N). width: columns of a panel; lanes beyond N are 0."""
+    words = pack_words(codes, spec, width)
+    return Packed(words, _panels(scales, width), None if zeros is None else _panels(zeros.astype(np.uint8), width))
+
+
+def pack_words(codes: np.ndarray, spec: BlockSpec, width: int) -> np.ndarray:
+    """The codes alone. The depth is filled up to whole words with codes that meet no row."""
     inner, columns = codes.shape
     count, words = -(-columns // width), spec.words
     padded = np.zeros((words * spec.per_word, count * width), np.uint32)
     padded[:inner, :columns] = codes
     shifts = np.array([spec.shift(step) for step in range(spec.per_word)], np.uint32)[None, :, None]
     together = np.bitwise_or.reduce(padded.reshape(words, spec.per_word, -1) << shifts, axis=1).view(np.int32)
+    return _panels(together, width)
 
-    def in_panels(x: np.ndarray) -> np.ndarray:
-        wide = np.zeros((len(x), count * width), x.dtype)
-        wide[:, : x.shape[1]] = x
-        return np.ascontiguousarray(wide.reshape(len(x), count, width).transpose(1, 0, 2)).reshape(-1)
 
-    return Packed(in_panels(together), in_panels(scales), None if zeros is None else in_panels(zeros.astype(np.uint8)))
+def _panels(x: np.ndarray, width: int) -> np.ndarray:
+    """Rows (n, N) as panels of [n][width], flat."""
+    count = -(-x.shape[1] // width)
+    wide = np.zeros((len(x), count * width), x.dtype)
+    wide[:, : x.shape[1]] = x
+    return np.ascontiguousarray(wide.reshape(len(x), count, width).transpose(1, 0, 2)).reshape(-1)
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Flat buffers of what `pack` made."""
+    """Flat buffers of what `pack` made. part: of a scale that a step of the codes is."""
 
     spec: BlockSpec
     words: Buffer
     scales: Buffer
     zeros: Buffer | None
+    part: float = 1.0
 
     def scale(self, v: Vectors, at: Expr) -> Expr:
         """A vector of scales as float32."""
-        return T.Bind(T.Cast(v.dtype, self.scales[T.ramp(at, 1, v.lanes)]))
+        scale = T.Bind(T.Cast(v.dtype, self.scales[T.ramp(at, 1, v.lanes)]))
+        return scale if self.part == 1 else T.Bind(scale * v.splat(self.part))
 
     def zero_points(self, v: Vectors, at: list[Expr]) -> list[Expr] | None:
         """Vectors of zero points as int32; None where all are the middle code."""
@@ -114,8 +121,11 @@ class Weights:
             return None
         return [T.Bind(T.Cast(f"int32x{v.lanes}", self.zeros[T.ramp(a, 1, v.lanes)])) for a in at]
 
-    def unpack(self, v: Vectors, panel: Expr, width: int, count: int, into: Buffer, index: str) -> None:
-        """The numbers of `count` vectors of a panel that is `width` vectors wide: [K][count vectors]."""
+    def unpack(
+        self, v: Vectors, panel: Expr, width: int, count: int, into: Buffer, index: str, add: bool = False
+    ) -> None:
+        """The numbers of `count` vectors of a panel that is `width` vectors wide: [K][count vectors]. add: to those
+        that are there."""
         spec, lanes = self.spec, v.lanes
 
         def const(value: int) -> Expr:
@@ -137,7 +147,8 @@ class Weights:
                 for step in range(steps):
                     for j in range(count):
                         number = T.Cast(v.dtype, _unpacked(spec, v, codes[j], step) - zeros[j]) * scales[j]
-                        v.store(into, (k + const(step)) * const(count * lanes) + const(j * lanes), T.Bind(number))
+                        place = T.Bind((k + const(step)) * const(count * lanes) + const(j * lanes))
+                        v.store(into, place, T.Bind(number + into[v.at(place)] if add else number))
 
             whole, rest = divmod(steps, spec.per_word)
             with T.serial(const(whole)) as n:
@@ -205,10 +216,25 @@ class FewRows:
 
     def _panel(self, panel: Expr, columns: int) -> None:
         """All rows against a panel, of which so many columns exist."""
-        spec, v, const, dot, weights = self.spec, self.vectors, self.const, self.dot, self.weights
-        rows, lanes = spec.rows or 0, v.lanes
+        v, const = self.vectors, self.const
+        rows, lanes = self.spec.rows or 0, v.lanes
         count, width = -(-columns // lanes), self.panel * lanes
         totals = [[v.registers(1, 0.0) for _ in range(count)] for _ in range(rows)]
+        self._sum(panel, totals)
+        for j in range(count):
+            column = T.Bind(panel * const(width) + const(j * lanes))
+            there = columns - j * lanes
+            for m in range(rows):
+                self.finish(totals[m][j][v.at(0)], const(m), column, there if there < lanes else None)
+
+    def _sum(self, panel: Expr, totals: list[list[Buffer]]) -> None:
+        """Add all products of a panel to the vectors of each row."""
+        self._add(self.weights, panel, totals)
+
+    def _add(self, weights: Weights, panel: Expr, totals: list[list[Buffer]]) -> None:
+        spec, v, const, dot = self.spec, self.vectors, self.const, self.dot
+        rows, lanes = spec.rows or 0, v.lanes
+        count, width = len(totals[0]), self.panel * lanes
         first_word = T.Bind(panel * const(spec.words * width))
         first_scale = T.Bind(panel * const(spec.blocks * width))
 
@@ -246,11 +272,6 @@ class FewRows:
             block(b, spec.block)
         if rest:
             block(const(whole), rest)
-        for j in range(count):
-            column = T.Bind(panel * const(width) + const(j * lanes))
-            there = columns - j * lanes
-            for m in range(rows):
-                self.finish(totals[m][j][v.at(0)], const(m), column, there if there < lanes else None)
 
 
 class _FloatDot:
@@ -260,7 +281,7 @@ class _FloatDot:
 
     def __init__(self, rows: FewRows) -> None:
         self.rows, self.spec, self.vectors, self.a, self.const = rows, rows.spec, rows.vectors, rows.a, rows.const
-        # -sum of each block of each row of A; times the middle code where that is the zero point of all blocks.
+        # -sum of each block of each row of A.
         self.corrections = T.alloc_buffer(((self.spec.rows or 0) * self.spec.blocks,), "float32", scope="global")
 
     def prepare(self, m: int, b: Expr) -> None:
@@ -271,15 +292,17 @@ class _FloatDot:
             T.buffer_store(total, total[v.at(0)] + x, [v.at(0)])
 
         start, count = _block_of_row(self, m, b)
-        _each_vector(v, start, count, self.rows.index, lambda at, left: add(v.load(self.a, at, left)))
-        factor = -1.0 if spec.zeros else -float(1 << (spec.bits - 1))
-        T.buffer_store(self.corrections, v.total(total[v.at(0)]) * T.float32(factor), [const(m * spec.blocks) + b])
+        each_vector(v, start, count, self.rows.index, lambda at, left: add(v.load(self.a, at, left)))
+        T.buffer_store(self.corrections, v.total(total[v.at(0)]) * T.float32(-1), [const(m * spec.blocks) + b])
 
     def begin(self, b: Expr, count: int, zeros: list[Expr] | None) -> None:
         spec, v, const = self.spec, self.vectors, self.const
         self.sums = [[v.registers(1, 0.0) for _ in range(count)] for _ in range(spec.rows or 0)]
         for m, sums in enumerate(self.sums):
-            start = T.Bind(v.splat(T.Bind(self.corrections[const(m * spec.blocks) + b])))
+            correction = T.Bind(self.corrections[const(m * spec.blocks) + b])
+            if zeros is None:
+                correction = T.Bind(correction * T.float32(1 << (spec.bits - 1)))
+            start = T.Bind(v.splat(correction))
             for j, into in enumerate(sums):
                 T.buffer_store(into, start if zeros is None else start * T.Cast(v.dtype, zeros[j]), [v.at(0)])
 
@@ -330,8 +353,7 @@ class _IntegerDot:
 
         factor = steps_of_block(v, self.a, start, count, self.rows.index, give)
         T.buffer_store(self.factors, factor, [const(m * spec.blocks) + b])
-        middle = -1 if spec.zeros else -(1 << (spec.bits - 1))
-        correction = T.Cast("int32", v.total(total[v.at(0)])) * middle
+        correction = T.Cast("int32", v.total(total[v.at(0)])) * -1
         T.buffer_store(self.corrections, correction, [const(m * spec.blocks) + b])
 
     def _registers(self, count: int, bits: int) -> list[list[Buffer]]:
@@ -346,7 +368,10 @@ class _IntegerDot:
         self.sums = self._registers(count, 32)
         self.halves = [] if self.quads else self._registers(count, 16)
         for m, sums in enumerate(self.sums):
-            start = T.Bind(T.broadcast(self.corrections[const(m * spec.blocks) + b], lanes))
+            correction = self.corrections[const(m * spec.blocks) + b]
+            if zeros is None:
+                correction = correction * (1 << (spec.bits - 1))
+            start = T.Bind(T.broadcast(correction, lanes))
             for j, into in enumerate(sums):
                 T.buffer_store(into, start if zeros is None else start * zeros[j], [T.ramp(0, 1, lanes)])
         self._clear()
@@ -414,11 +439,15 @@ class ManyRows(GemmEmitter):
             self.b = T.alloc_buffer((spec.inner * self.tile.vectors * v.lanes,), "float32", scope="global")
 
             def body(panel: Panel) -> None:
-                self.weights.unpack(v, panel.number, self.tile.vectors, panel.vectors, self.b, self.index)
+                self.unpack(panel)
                 with T.serial(const(chunks)) as chunk:
                     self._panel(panel, chunk, per_chunk, const(0))
 
             self._any_panel(cuts, number, body)
+
+    def unpack(self, panel: Panel) -> None:
+        """Put the numbers of a panel into b."""
+        self.weights.unpack(self.vectors, panel.number, self.tile.vectors, panel.vectors, self.b, self.index)
 
     def panel_start(self, column: Expr) -> Expr:
         return self.const(0)
@@ -456,40 +485,3 @@ def _block_of_row(dot: _FloatDot | _IntegerDot, m: int, b: Expr) -> tuple[Expr, 
     spec, const = dot.spec, dot.const
     start = T.Bind(const(m * spec.inner) + b * const(spec.block))
     return start, T.Bind(T.min(const(spec.block), const(spec.inner) - b * const(spec.block)))
-
-
-def _each_vector(v: Vectors, start: Expr, count: Expr, index: str, body: Callable[[Expr, Expr | None], None]) -> None:
-    """Offset of each vector of `count` elements, and how many it has; None for all."""
-    lanes = tirx.const(v.lanes, index)
-    whole = T.Bind(count // lanes)
-    with T.serial(whole) as n:
-        body(T.Bind(start + n * lanes), None)
-    left = T.Bind(count - whole * lanes)
-    with T.If(left > tirx.const(0, index)), T.Then():
-        body(T.Bind(start + whole * lanes), left)
-
-
-def steps_of_block(
-    v: Vectors, x: Buffer, start: Expr, count: Expr, index: str, give: Callable[[Expr, Expr, Expr | None], None]
-) -> Expr:
-    """A block of x as whole numbers: x = scale · q, scale = max |x| / 127, q rounded half to even. Returns the scale,
-    NaN where an element is infinite or NaN. give: called with the offset of each vector, its q as int32, and how many
-    elements it has."""
-    best, mark = v.registers(1, SMALLEST), v.registers(1, 0.0)
-
-    def look(at: Expr, left: Expr | None) -> None:
-        value = v.load(x, at, left)
-        T.buffer_store(best, T.max(best[v.at(0)], T.max(value, v.splat(0.0) - value)), [v.at(0)])
-        T.buffer_store(mark, v.fma(value, v.splat(0.0), mark[v.at(0)]), [v.at(0)])
-
-    _each_vector(v, start, count, index, look)
-    scale = T.Bind(v.greatest(best[v.at(0)]) / T.float32(STEPS))
-    divisor = T.Bind(v.splat(scale))
-
-    def quantize(at: Expr, left: Expr | None) -> None:
-        shifted = T.Bind(v.load(x, at, left) / divisor + v.splat(ROUND))
-        bits = T.reinterpret(shifted, dtype=f"int32x{v.lanes}") - T.broadcast(T.int32(ROUND_BITS), v.lanes)
-        give(at, T.Bind(bits), left)
-
-    _each_vector(v, start, count, index, quantize)
-    return T.Bind(scale + v.total(mark[v.at(0)]))

@@ -101,6 +101,11 @@ CASES: list[tuple[Any, ...]] = [
     ("Attention", [f(1, 2, 3, 4), f(1, 2, 3, 4), f(1, 2, 3, 4), None, f(1, 2, 5, 4), f(1, 2, 5, 4)],
      {"is_causal": 1}, 3, 23),
     ("Attention", [f(1, 2, 3, 4), f(1, 2, 3, 4), f(1, 2, 3, 4)], {"softcap": 2.0}, 1, 23),
+    ("Attention", [f(2, 4, 3, 8), f(2, 2, 7, 8), f(2, 2, 7, 8), None, None, None, i(5, 7)], {"is_causal": 1}, 1, 24),
+    ("Attention", [f(2, 2, 3, 8), f(2, 2, 7, 8), f(2, 2, 7, 8), None, None, None, i(3, 4)], {}, 1, 24),
+    ("TopK", [f(3, 7), i(3)], {}, 2, 24), ("TopK", [f(5, 2), i(2)], {"axis": 0, "largest": 0}, 2, 24),
+    ("TensorScatter", [f(2, 3, 6, 4), f(2, 3, 2, 4), i(1, 4)], {}, 1, 24),
+    ("TensorScatter", [f(1, 6, 4), f(1, 2, 4)], {"axis": 1}, 1, 24),
 ]  # fmt: skip
 
 

@@ -7,6 +7,7 @@ import onnx_ir as ir
 import pytest
 from graphwright.passes.base import PassContext
 from graphwright.runtime.verify import Trial, trial
+from graphwright.runtime.wavering import quantizes
 from onnx import parser
 
 HALVES = np.arange(8, dtype=np.float32) * 32 + 0.5  # between two steps of 1
@@ -47,3 +48,14 @@ def test_one_that_rounding_moves_nowhere_may_not() -> None:
     t = tried(AMPLIFIED, HALVES + np.float32(0.25), "float")
     expected = t.expected[0]["y"]
     assert not t.judge(lambda one: {"y": -expected}).ok
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_a_width_that_is_computed_is_a_step(fixed: bool) -> None:
+    widths = ir.val("widths", ir.DataType.INT64, [1])
+    if fixed:
+        widths.const_value = ir.tensor(np.ones(1, np.int64))
+    x = ir.val("x", ir.DataType.FLOAT, [1, 32])
+    node = ir.node("NestedMatMul", [x, widths], domain="graphwright")
+    graph = ir.Graph([x, widths], node.outputs, nodes=[node], opset_imports={"": 21, "graphwright": 1})
+    assert quantizes(ir.Model(graph, ir_version=10)) != fixed

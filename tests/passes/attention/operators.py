@@ -12,12 +12,19 @@ from graphwright.passes.ops import CustomOp
 
 
 def model_of(operator: CustomOp, arrays: Sequence[np.ndarray], attributes: Mapping[str, Any]) -> ir.Model:
-    """Inputs x0, x1 ... like the arrays, the operator with its body, the output y of the type of x0."""
+    """Inputs x0, x1 ... like the arrays, the operator with its body, the output y of the type of x0. Arrays of 4-bit
+    numbers, which onnxruntime takes no inputs of, are initializers."""
     inputs = [ir.val(f"x{i}", ir.DataType.from_numpy(a.dtype), a.shape) for i, a in enumerate(arrays)]
+    constants = [value for value in inputs if value.dtype is not None and value.dtype.bitwidth < 8]
+    for value, array in zip(inputs, arrays, strict=True):
+        if value in constants:
+            value.const_value = ir.tensor(array, name=value.name)
     node = ir.node(operator.name, inputs, attributes, domain=operator.domain)
     (y,) = node.outputs
     y.name, y.dtype = "y", inputs[0].dtype
-    graph = ir.Graph(inputs, [y], nodes=[node], name="g", opset_imports={"": max(20, operator.opset)})
+    given = [value for value in inputs if value not in constants]
+    imports = {"": max(20, operator.opset)}
+    graph = ir.Graph(given, [y], nodes=[node], initializers=constants, name="g", opset_imports=imports)
     model = ir.Model(graph, ir_version=10)
     operator.add_to(model)
     return model
