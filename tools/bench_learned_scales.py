@@ -44,7 +44,7 @@ DIGITS, PHOTO_CROPS, JUDGED_CROPS = 500, 96, 150
 @dataclass(frozen=True)
 class Case:
     """One model. feed: its input. learned, judged: samples, and what is judged with. measure: (outputs of float,
-    outputs of quantized) -> figure. options: of the training."""
+    outputs of quantized) -> figure. options: of the training; ranges: of every column."""
 
     name: str
     measured: str
@@ -54,6 +54,7 @@ class Case:
     judged: Callable[[], Arrays]
     measure: Callable[[np.ndarray, np.ndarray], float]
     options: str
+    ranges: str = ""
 
 
 @lru_cache
@@ -130,7 +131,7 @@ def cases() -> list[Case]:
              ":block_steps=40:steps=30:batch=8:rate=0.003"),
         Case("efficientnet-lite0", "same class", "image", partial(registry.export, "efficientnet-lite0"),
              partial(photo_crops, False), partial(photo_crops, True), same,
-             ":samples=64:block_steps=40:steps=20:batch=8:rate=0.003"),
+             ":block_steps=20:steps=0:batch=4:rate=0.001", ":samples=64"),
     ]  # fmt: skip
 
 
@@ -154,7 +155,7 @@ def measure(case: Case, bits: int, column: str, folder: Path, threads: int, seed
     if not source.is_file():
         case.export(source)
     passes = f"dynaquant:weights={bits}:activations={bits}{PARTS[column]}"
-    passes += case.options if PARTS[column] else "".join(part for part in (":samples=64",) if part in case.options)
+    passes += (case.options if PARTS[column] else "") + case.ranges
     path = kept.with_suffix(".onnx")
     start = time.perf_counter()
     done = driver.optimize(

@@ -122,6 +122,42 @@ optimize({str(tmp_path / "in.onnx")!r}, {report.spec!r}, preset="none", out={str
 
 
 
+class Interrupted(Exception):
+    pass
+
+
+@pytest.mark.torch
+def test_an_interrupted_run_goes_on_and_another_width_does_not_take_its_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("torch")
+    from graphwright.models import fit
+
+    monkeypatch.setattr(fit, "SAID_EVERY", 0.0)
+    model, x = model_of(MLP, MLP_SHAPES), samples((1, 5, 8), 40, 1)
+    spec = "dynaquant:least=1:weights=4:learn=all:block_steps=20:steps=10:batch=8"
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+    whole, _ = quantized(spec, model, context(tmp_path / "a", x))
+    said: list[str] = []
+
+    def interrupt(message: str) -> None:
+        said.append(message)
+        if "whole model" in message:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        quantized(spec, model, context(tmp_path / "b", x, progress=interrupt))
+    assert any("held-out loss" in message and "left" in message for message in said)
+    checkpoint = (tmp_path / "b" / "m.onnx.fit").read_bytes()
+    quantized(spec.replace("weights=4", "weights=6"), model, context(tmp_path / "b", x))
+    assert "is of another run; training starts anew" in caplog.text
+    (tmp_path / "b" / "m.onnx.fit").write_bytes(checkpoint)
+    resumed, _ = quantized(spec, model, context(tmp_path / "b", x))
+    assert "going on from the checkpoint" in caplog.text
+    assert bytes_of(resumed) == bytes_of(whole)
+
+
 @pytest.mark.parametrize(
     ("parts", "learned"),
     [
