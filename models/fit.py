@@ -42,6 +42,7 @@ DECAY = 0.01
 BLOCK_RATE = 5.0  # blocks take so many times the rate of the whole model
 BLOCK_SHARE = 0.1  # of the loss of the whole model is for what its blocks give
 EVALUATIONS = 20  # of a stage
+CLOSEST = 10  # steps from one evaluation to the next, at least
 PATIENCE = 5  # evaluations without a better one, then a stage ends
 EARLIEST = 0.3  # share of the steps before which no evaluation counts against it
 MOST_HELD_OUT = 256  # samples that an evaluation runs
@@ -363,10 +364,10 @@ class _Trainer:
             return stage
         current = {key: tensor.detach().clone().requires_grad_() for key, tensor in stage.weights.items()}
         stage.weights = current
-        optimizer = torch.optim.AdamW(list(current.values()), lr=rate, weight_decay=DECAY)
+        optimizer = torch.optim.AdamW(list(current.values()), lr=rate, weight_decay=DECAY, eps=self.job.epsilon)
         if stage.optimizer:
             optimizer.load_state_dict(stage.optimizer)
-        every = max(1, steps // EVALUATIONS)
+        every = max(CLOSEST, steps // EVALUATIONS)
         epoch, batches = -1, list[list[int]]()
         per_epoch = len(self.data.epoch(0, self.job.batch, self.ctx.seed))
         broken, begun, first = 0, time.perf_counter(), stage.step

@@ -14,8 +14,10 @@ import onnx_ir as ir
 import torch
 from graphwright.passes import graph
 from graphwright.passes.errors import PassError
+from graphwright.passes.quantize.learn import DOMAIN
 from torch import Tensor
 
+from .fake_quantize import FAKE
 from .torch_operators import OPERATORS, TYPES, Node, Unsupported
 
 
@@ -92,8 +94,9 @@ class TorchGraph:
             return self._call(function, node, given, outer)
         opset = (node.graph.opset_imports if node.graph is not None else {}).get("", 1)
         attributes = self._attributes(node, outer)
+        table = FAKE if node.domain == DOMAIN else OPERATORS
         try:
-            found = OPERATORS[node.op_type](Node(attributes, opset, len(node.outputs)), *given)
+            found = table[node.op_type](Node(attributes, opset, len(node.outputs)), *given)
         except Unsupported as error:
             raise PassError(f"training does not know {error} of {node.op_type} at {graph.site(node)!r}") from error
         except (IndexError, RuntimeError, TypeError, ValueError) as error:

@@ -140,7 +140,8 @@ class Pass(ABC):
     contract: ClassVar[Contract]
 
     def needs(self) -> frozenset[str]:
-        """What must be in the context: a subset of {"calibration", "target", "ranges", "recovery", "widths"}."""
+        """What must be in the context: a subset of {"calibration", "target", "ranges", "widths", "learning", "recovery"}.
+        """
         return frozenset()
 
     @abstractmethod
@@ -213,7 +214,7 @@ class TrainingJob:
     student: the teacher rewritten at some sites, whose initializers have the teacher's names. weights: those that may
     change when the whole model learns, beyond the blocks'. keep: at how many sites the student may stay the original,
     where its damage is greatest. outputs: those that count; empty: all of floats. record: the options that the weights
-    are for.
+    are for. epsilon: of AdamW, below which a gradient counts for less.
     """
 
     teacher: ir.Model
@@ -228,6 +229,7 @@ class TrainingJob:
     steps: int = 0
     batch: int = 32
     rate: float = 1e-4
+    epsilon: float = 1e-8
 
 
 @dataclass(frozen=True)

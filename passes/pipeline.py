@@ -25,6 +25,7 @@ NEEDS = {
     "ranges": "real inputs to see how large numbers become: give --calibration, plan=FILE.npz of an earlier run, or "
     "activations=none for the weights alone",
     "widths": "real inputs to choose widths by: give --calibration, or plan=FILE.npz of an earlier run",
+    "learning": "inputs to learn from: give --calibration, plan=FILE.npz of an earlier run, or leave learn out",
     "recovery": "inputs to learn from, because it puts another function in place of the model's: give --calibration, "
     "weights=FILE.npz of an earlier run, or recover=none for the change alone",
 }
@@ -71,6 +72,7 @@ class Pipeline:
             "target": ctx.target is not None,
             "ranges": ctx.calibration is not None or ctx.dry_run,
             "widths": ctx.calibration is not None or ctx.dry_run,
+            "learning": ctx.calibration is not None or ctx.dry_run,
             "recovery": ctx.calibration is not None or ctx.dry_run,
         }
         for step in self.passes:

@@ -15,6 +15,7 @@ from ..quality import held_out, judged
 from .calibrate import Channels, Feeds, Seen, observe
 from .equalise import equalise, equalising, pairs
 from .layers import Layer, find_layers
+from .learn import Learning, learn
 from .placement import Placement, place
 from .plan import Edit, LayerPlan, Plan, Point
 from .ranges import Histogram, Method
@@ -56,6 +57,7 @@ class Options:
     together: bool
     mixed: float | None
     outputs: tuple[str, ...]
+    learning: Learning | None
 
 
 def decide(
@@ -112,6 +114,11 @@ class _Decision:
         plan = replace(plan, layers={layer.site: self._fit(layer, widths[layer.site], points) for layer in self.layers})
         if self.options.mixed is not None:
             plan = self._mixed(plan, points, self.options.mixed)
+        if self.options.learning is not None and plan.layers:
+            self.ctx.progress("dynaquant: learning")
+            plan = learn(
+                self.base, self.layers, plan, self._reach(), self.options.learning, self.options.outputs, self.ctx
+            )
         if self.ctx.max_drop is not None:
             plan = self._within_budget(plan, self.ctx.max_drop)
         return self._described(plan)
@@ -250,6 +257,17 @@ class _Decision:
             corrected = _corrected_bias(layer, matrix - codes.values, channels)
         return LayerPlan(bits, codes, point is not None, corrected)
 
+    def _reach(self) -> dict[str, np.ndarray]:
+        """(channels,) of each layer: the root of the mean square of its results, as if its inputs had nothing to do
+        with each other."""
+        found = {}
+        for layer in self.layers:
+            channels = self._channels(layer)
+            assert channels is not None
+            squares = layer.matrix(layer.weight()).astype(np.float64) ** 2
+            found[layer.site] = np.sqrt((squares * layer.per_input(channels.mean_square)).sum(1))
+        return found
+
     # --- widths and the budget
 
     def _model(self, plan: Plan, *, alone: bool = False) -> ir.Model:
@@ -314,7 +332,7 @@ class _Decision:
         sizes = {layer.site: layer.size for layer in self.layers if layer.site in layers}
         total = max(sum(sizes.values()), 1)
         stats = {
-            "layers": len(layers), "edits": len(plan.edits),
+            **plan.stats, "layers": len(layers), "edits": len(plan.edits),
             "mean_bits": sum(layers[site].bits * size for site, size in sizes.items()) / total,
         }  # fmt: skip
         return replace(plan, layers=layers, stats=stats)

@@ -11,11 +11,12 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from .. import graph, io, spec
-from ..base import Contract, Pass, PassContext, PassReport
+from ..base import Contract, Loss, Pass, PassContext, PassReport
 from ..errors import PassError
 from ..prepare.convert_opset import ConvertOpset
 from .decide import WIDTHS, Options, decide, edited, samples
 from .layers import MOST_INPUTS, Layer, find_layers
+from .learn import PARTS, Learning
 from .plan import Plan
 from .ranges import Method
 from .write import write
@@ -40,22 +41,26 @@ class DynaQuant(Pass):
     activations=none quantizes the weights alone. The result of calibration is a file beside the output, and the
     recorded pipeline names it: `plan=FILE` repeats the result without any inputs.
     With --max-drop the layers that cost most return to float until the outputs drop by no more.
+    With learn=all what was chosen so is learned further on the same inputs: block by block, then the whole model, to
+    give what the float model gives. The file then holds what was learned.
     Left alone, each with its reason: operators without a constant weight, inside bodies of If, Loop, Scan and
     functions, with few weights, with sums that int32 might not hold, with data of which one scale leaves too little
     of a typical row, and those named by keep.
 
     Sources: docs/methods/dynaquant.md; Nagel et al., "A White Paper on Neural Network Quantization",
-    arXiv 2106.08295; Xiao et al., "SmoothQuant", arXiv 2211.10438.
+    arXiv 2106.08295; Xiao et al., "SmoothQuant", arXiv 2211.10438; Bao et al., "DynaQuant", arXiv 2511.07903.
 
-    Options: weights: 8, 6 or 4 bits. activations: 8, 16 or none. method: minmax, percentile, entropy or mse. group:
-    inputs that share a scale, 0 for all of a channel; by default 32 for 4-bit products. symmetric: weights without
-    zero points; by default all but those of 4 bits with activations=none. smooth: auto, none, or a strength between 0
-    and 1. equalise: channels between two layers are scaled alike. correct: biases make up for the means that rounding
-    to the nearest code shifts. together: weights are rounded so that the errors of a row cancel, else each to its
-    nearest code. mixed: the mean width of weights; layers are given 4, 6 or 8 bits by what each costs. layers: all, or
-    their numbers from 0. keep: first, last, or outputs of layers that stay in float, joined by +. least: weights with
-    which an operator is worth it. samples: most calibration samples that are used. outputs: those that quality is
-    measured on.
+    Options: weights: 8, 6 or 4 bits. activations: 8, 16 or none; 6 and 4 are bytes that use fewer codes. method:
+    minmax, percentile, entropy or mse. group: inputs that share a scale, 0 for all of a channel; by default 32 for
+    4-bit products. symmetric: weights without zero points; by default all but those of 4 bits with activations=none.
+    smooth: auto, none, or a strength between 0 and 1. equalise: channels between two layers are scaled alike. correct:
+    biases make up for the means that rounding to the nearest code shifts. together: weights are rounded so that the
+    errors of a row cancel, else each to its nearest code. mixed: the mean width of weights; layers are given 4, 6 or 8
+    bits by what each costs. layers: all, or their numbers from 0. keep: first, last, or outputs of layers that stay in
+    float, joined by +. least: weights with which an operator is worth it. samples: most calibration samples that ranges
+    come from. outputs: those that quality is measured on. learn: all, or some of scales, offsets (zero points and
+    biases) and rounding (of weights), joined by +. modulator: how much more numbers near the border between two codes
+    learn; 0 is the straight-through estimator. block_steps, steps, batch, rate, loss: of the training.
     """
 
     name: ClassVar[str] = "dynaquant"
@@ -63,7 +68,7 @@ class DynaQuant(Pass):
 
     plan: str | None = None  # a file that an earlier run has written; nothing is calibrated
     weights: int = 8  # bits: 8, 6 (stored as 8) or 4
-    activations: int | None = 8  # bits: 8, 16 or none
+    activations: int | None = 8  # bits: 8, 16, none, or 6 and 4 (stored as 8)
     method: Method = Method.MSE  # minmax, percentile, entropy or mse
     group: int | None = None  # inputs that share a scale; 0: all of a channel
     symmetric: bool | None = None  # weights without zero points; by default all but those of 4 bits alone
@@ -75,14 +80,21 @@ class DynaQuant(Pass):
     layers: str = "all"  # all, or numbers joined by +
     keep: tuple[str, ...] = ()  # first, last, or outputs of layers that stay in float, joined by +
     least: int = 256  # weights; an operator with fewer stays in float
-    samples: int = 128  # most calibration samples
+    samples: int = 128  # most calibration samples that ranges come from
     outputs: tuple[str, ...] = ()  # outputs that quality is measured on, joined by +; by default all of floats
+    learn: tuple[str, ...] = ()  # scales, offsets and rounding, joined by +, or all
+    modulator: float = 1.0  # of the gradient through the rounding; 0: straight through
+    block_steps: int = 200  # steps in which blocks learn
+    steps: int = 200  # steps in which the whole model learns
+    batch: int = 16  # samples of a step
+    rate: float = 2e-3  # learning rate of the whole model; blocks take five times that
+    loss: Loss = Loss.AUTO  # of the outputs: auto, cosine, kl or mse
 
     def __post_init__(self) -> None:
         if self.weights not in WIDTHS:
             raise ValueError(f"weights is {self.weights}, must be 4, 6 or 8")
-        if self.activations not in (8, 16, None):
-            raise ValueError(f"activations is {self.activations}, must be 8, 16 or none")
+        if self.activations not in (4, 6, 8, 16, None):
+            raise ValueError(f"activations is {self.activations}, must be 4, 6, 8, 16 or none")
         if self.group is not None and self.group < 0:
             raise ValueError(f"group is {self.group}, must be at least 0")
         if self.group and self.weights > 4 and self.activations and self.mixed is None:
@@ -93,6 +105,14 @@ class DynaQuant(Pass):
             raise ValueError(f"mixed is {self.mixed:g}, must be between {min(WIDTHS)} and {max(WIDTHS)}")
         if self.layers != "all" and not all(part.isdecimal() for part in self.layers.split("+")):
             raise ValueError(f"layers is {self.layers!r}, must be all, or numbers joined by + such as 0+2+5")
+        unknown = [part for part in self.learn if part not in PARTS]
+        if unknown and self.learn != ("all",):
+            raise ValueError(f"learn names {unknown[0]!r}; expected {', '.join(PARTS)}, joined by +, or all")
+        for name, least in (("modulator", 0), ("block_steps", 0), ("steps", 0), ("batch", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name):g}, must be at least {least}")
+        if not 0 < self.rate < 1:
+            raise ValueError(f"rate is {self.rate:g}, must be between 0 and 1")
         if self._strength is not None and not 0 <= self._strength <= 1:
             raise ValueError(f"smooth is {self.smooth!r}, must be auto, none, or a number between 0 and 1")
 
@@ -107,6 +127,8 @@ class DynaQuant(Pass):
             return math.nan
 
     def needs(self) -> frozenset[str]:
+        if self.learn and not self.plan:
+            return frozenset({"learning"})
         if self.plan or (self.activations is None and self.mixed is None):
             return frozenset()
         return frozenset({"ranges"})
@@ -138,6 +160,8 @@ class DynaQuant(Pass):
             raise PassError("--max-drop is measured on real inputs: give --calibration too")
         if feeds and ctx.evaluator is None:
             raise PassError("nothing here can run the model; use the command optimize, plan=FILE.npz or no calibration")
+        if self.learn and ctx.trainer is None:
+            raise PassError("nothing here can train; use the command optimize, plan=FILE.npz, or leave learn out")
         path = ctx.output.with_name(f"{ctx.output.name}.{self.name}.npz") if feeds and sites else None
         if path is not None:
             if spec.SEPARATOR in str(path) or "," in str(path):
@@ -164,8 +188,15 @@ class DynaQuant(Pass):
         return Options(
             self.weights, self.activations, self.method, self.group, self._is_symmetric, self._strength,
             self.smooth != "none", self.equalise, self.correct, self.together,
-            self.mixed, self.outputs,
+            self.mixed, self.outputs, self._learning,
         )  # fmt: skip
+
+    @property
+    def _learning(self) -> Learning | None:
+        if not self.learn:
+            return None
+        parts = PARTS if self.learn == ("all",) else self.learn
+        return Learning(parts, self.modulator, self.block_steps, self.steps, self.batch, self.rate, self.loss)
 
     def _convert(self, model: ir.Model, plan: Plan, report: PassReport) -> PassReport:
         before = io.weights_nbytes(model)

@@ -11,9 +11,9 @@ from .constants import drop_unused, new_constant
 from .layers import Layer, find_layers
 from .placement import place
 from .plan import LayerPlan, Plan, Point
-from .scales import Grid
+from .scales import Grid, data_grid
 
-DATA_TYPES = {8: ir.DataType.UINT8, 16: ir.DataType.UINT16}
+DATA_TYPES = {4: ir.DataType.UINT8, 6: ir.DataType.UINT8, 8: ir.DataType.UINT8, 16: ir.DataType.UINT16}
 BIAS_BITS = 8  # of the data up to which the bias becomes whole: sums of wider products do not fit into int32
 BIAS_GRID = Grid(-(2**31 - 1), 2**31 - 1, True)
 
@@ -118,20 +118,29 @@ class _Writer:
             drop_unused(old)
 
     def value(self, value: ir.Value, point: Point, readers: set[ir.Node]) -> None:
-        """Value -> QuantizeLinear -> DequantizeLinear -> those that read codes."""
+        """Value -> QuantizeLinear -> DequantizeLinear -> those that read codes. A Clip goes before where the type of
+        the codes holds more of them than there are."""
         uses = [(node, index) for node, index in value.uses() if node in readers]
         stem = value.name or "value"
         dtype = DATA_TYPES[point.bits]
         scale = self.constant(np.array(point.scale, np.float32), f"{stem}_scale")
         zero = self.constant(np.array(point.zero, dtype.numpy()), f"{stem}_zero_point")
         codes = ir.Value(name=self.names.fresh(f"{stem}_quantized"), type=ir.TensorType(dtype), shape=value.shape)
-        first = ir.Node("", "QuantizeLinear", [value, scale, zero], outputs=[codes], name="")
+        made = []
+        inside = value
+        if 2**point.bits <= np.iinfo(dtype.numpy()).max:
+            ends = np.float32(point.scale) * (np.array([0, data_grid(point.bits).high]) - point.zero).astype(np.float32)
+            inside = ir.Value(name=self.names.fresh(f"{stem}_clipped"), type=value.type, shape=value.shape)
+            limits = [self.constant(end, f"{stem}_{what}") for end, what in zip(ends, ("least", "most"), strict=True)]
+            made.append(ir.Node("", "Clip", [value, *limits], outputs=[inside], name=""))
+        made.append(ir.Node("", "QuantizeLinear", [inside, scale, zero], outputs=[codes], name=""))
         second, result = self.dequantized(codes, scale, zero, value, stem, {}, None)
+        made.append(second)
         producer = value.producer()
         if producer is None:
-            self.model.graph.insert_before(self.model.graph[0], [first, second])
+            self.model.graph.insert_before(self.model.graph[0], made)
         else:
-            self.model.graph.insert_after(producer, [first, second])
+            self.model.graph.insert_after(producer, made)
         for node, index in uses:
             node.replace_input_with(index, result)
 

@@ -116,7 +116,7 @@ def convolved(x: np.ndarray, w: np.ndarray, pad: int, groups: int = 1) -> np.nda
     return np.concatenate(parts, 1)
 
 
-@pytest.mark.parametrize("activations", [8, 16])
+@pytest.mark.parametrize("activations", [4, 6, 8, 16])
 def test_a_network_of_convolutions_is_its_fake_quantization(activations: int, tmp_path: Path) -> None:
     proto, arrays = cnn()
     model, report = quantized(proto, f":activations={activations}:correct=false", samples((2, 3, 6, 6)), tmp_path)
@@ -127,7 +127,7 @@ def test_a_network_of_convolutions_is_its_fake_quantization(activations: int, tm
     def bias(site: str, data: str) -> np.ndarray:
         scale = plan.values[data].scale * plan.layers[site].codes.scale[:, 0].astype(np.float64)
         b = arrays["b" + shapes[site][1:]]
-        return (np.rint(b / scale) * scale if activations == 8 else b).reshape(-1, 1, 1)
+        return (np.rint(b / scale) * scale if activations <= 8 else b).reshape(-1, 1, 1)
 
     x = samples((3, 3, 6, 6), 1)["x"][0]
     r = np.maximum(convolved(fake(x, plan, "x"), weights["w1"], 1) + bias("c", "x"), 0)
@@ -256,7 +256,7 @@ def test_a_weight_that_two_layers_share_or_that_is_turned_over(tmp_path: Path) -
     ("options", "message"),
     [
         ("weights=5", "weights is 5, must be 4, 6 or 8"),
-        ("activations=4", "activations is 4, must be 8, 16 or none"),
+        ("activations=5", "activations is 5, must be 4, 6, 8, 16 or none"),
         ("group=-1", "group is -1, must be at least 0"),
         ("group=32", "group is for 4 bits, or for weights alone"),
         ("samples=0", "samples is 0, must be at least 1"),
