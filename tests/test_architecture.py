@@ -35,7 +35,7 @@ ONLY_WITH = {
     "tvm_ffi": COMPILING,
     "torch": (
         "models/checkpoint.py", "models/decoding.py", "models/digits_cnn.py", "models/fit.py", "models/gguf_file.py",
-        "models/gpt.py",
+        "models/gpt.py", "models/hyperprior.py", "models/hyperprior_training.py",
         "models/gpt_moby.py", "models/huggingface.py", "models/llama.py", "models/minilm.py", "models/mobilenet.py",
         "models/mobilenet_v3.py", "models/resnet.py", "models/seeding.py", "models/torch_graph.py",
         "models/tiny_lm.py", "models/tiny_lm_training.py", "models/torch_operators.py", "models/unet.py",
