@@ -52,10 +52,8 @@ def test_networks_are_quantized_on_images(codec: Path, tmp_path: Path) -> None:
     assert (tmp_path / "int8" / "codec.json").is_file()
     (folder / "a.png").unlink()
     with pytest.raises(Exception, match="holds no image of at least 128 x 128 pixels"):
-        CliRunner().invoke(
-            command, ["quantize", str(codec), "--images", str(folder), "-o", str(tmp_path / "x")], catch_exceptions=False,
-            standalone_mode=False,
-        )  # fmt: skip
+        arguments = ["quantize", str(codec), "--images", str(folder), "-o", str(tmp_path / "x")]
+        CliRunner().invoke(command, arguments, catch_exceptions=False, standalone_mode=False)
 
 
 @pytest.mark.parametrize(
