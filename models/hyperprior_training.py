@@ -20,12 +20,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .codecs import HELD_OUT, SHRINKS, STRIDE, photos
+from .codecs import DISTORTIONS, HELD_OUT, SHRINKS, STRIDE, photos
 from .fit import schedule
 from .hyperprior import LARGEST_SYMBOL, PEAK, SCALES, SMALLEST_SCALE, STEP, Hyperprior, Sizes
 
-# Weights of the distortion of each quality: of the mean squared error of bytes, in bits a pixel.
-DISTORTIONS = (0.0016, 0.005, 0.015, 0.045)
 LEAST = 2.0**-30  # likelihood of a symbol that the rate counts
 LARGEST_NORM = 1.0  # of all gradients together
 SAVED_EVERY, SAID_EVERY = 20.0, 2.0  # seconds
