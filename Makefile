@@ -34,7 +34,7 @@ qemu: setup
 
 # Rewrites requirements.lock from the ranges in pyproject.toml.
 lock: setup
-	$(BIN)/python -m pip install --quiet --upgrade ".[models,test]"
+	$(BIN)/python -m pip install --quiet --upgrade ".[codec,models,test]"
 	$(BIN)/python -m pip freeze --all --exclude graphwright --exclude pip | sed 's/+cpu//' > requirements.lock
 
 clean:

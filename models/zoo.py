@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from graphwright.passes.errors import UsageError
 
-from . import assets, samples
+from . import assets, codecs, samples
 from .registry import register_model
 
 if TYPE_CHECKING:
@@ -315,6 +316,27 @@ def build_gpt_mini(seed: int = 0) -> ir.Model:
         ("logits",),
         largest={"sequence": gpt.Sizes.positions},
     )
+
+
+_CODEC_PARTS = {
+    "analysis": ("image -> latents", {"batch": 1, "height": 256, "width": 256}),
+    "hyper-analysis": ("latents -> what their spread is told by", {"batch": 1, "rows": 16, "columns": 16}),
+    "hyper-synthesis": ("and back, to the spread of each latent", {"batch": 1, "rows": 4, "columns": 4}),
+    "synthesis": ("latents -> image", {"batch": 1, "rows": 16, "columns": 16}),
+}
+for _part, (_what, _sizes) in _CODEC_PARTS.items():
+    _name, _shape = codecs.input_of(_part)
+    register_model(
+        f"hyperprior-{_part}",
+        description=f"learned image codec, quality 1 to 4: {_what}",
+        source="trained here",
+        licence="Apache-2.0",
+        inputs={_name: _shape},
+        sizes=_sizes,
+        sample=partial(codecs.sample, _part),
+        sample_assets=("photos",),
+        module=partial(codecs.module, _part),
+    )(partial(codecs.build, _part))
 
 
 def _image_model(name: str, module: torch.nn.Module) -> ir.Model:

@@ -36,7 +36,8 @@ ONLY_WITH = {
     "torch": (
         "models/checkpoint.py", "models/decoding.py", "models/digits_cnn.py", "models/fake_quantize.py",
         "models/fit.py", "models/fit_widths.py", "models/gguf_file.py", "models/gpt.py", "models/gpt_moby.py",
-        "models/huggingface.py", "models/llama.py", "models/minilm.py", "models/mobilenet.py",
+        "models/huggingface.py", "models/hyperprior.py", "models/hyperprior_training.py", "models/llama.py",
+        "models/minilm.py", "models/mobilenet.py",
         "models/mobilenet_v3.py", "models/resnet.py", "models/seeding.py", "models/torch_graph.py",
         "models/tiny_lm.py", "models/tiny_lm_training.py", "models/torch_operators.py", "models/unet.py",
         "models/vit.py",

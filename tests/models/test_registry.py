@@ -17,11 +17,12 @@ from graphwright.passes.errors import AssetError, OutputError, UsageError
 OFFLINE = ["mobilenet-v2", "resnet-50", "vit-tiny", "vit-small", "mobilenet-v3-small", "unet"]
 COPIED = ["ocr-det", "ocr-cls", "magika", "silero-vad"]
 TEXT = ["minilm", "smollm2"]
+CODEC = [f"hyperprior-{part}" for part in ("analysis", "hyper-analysis", "hyper-synthesis", "synthesis")]
 
 
 def test_the_table_has_every_model_once_and_its_assets_exist() -> None:
     names = registry.names()
-    assert sorted(names) == sorted([*OFFLINE, "gpt-mini", *COPIED, *TEXT, "efficientnet-lite0"])
+    assert sorted(names) == sorted([*OFFLINE, "gpt-mini", *COPIED, *TEXT, *CODEC, "efficientnet-lite0"])
     for name in names:
         entry = registry.describe(name)
         assert set(entry.needs_assets + entry.sample_assets) <= set(assets.ASSETS)
