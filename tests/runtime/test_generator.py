@@ -280,8 +280,8 @@ def test_how_many_logits_are_held_does_not_matter(generator: Generator, monkeypa
 
 
 def test_perplexity_of_what_is_too_short_or_too_long(generator: Generator) -> None:
-    for text in ("", "a"):
-        with pytest.raises(InputError, match=f"the text has {len(text)} tokens; expected at least 2"):
+    for text, count in (("", "0 tokens"), ("a", "1 token")):
+        with pytest.raises(InputError, match=f"the text has {count}; expected at least 2"):
             generator.perplexity(text, length=64)
     with pytest.raises(UsageError, match="length is 97 and the cache holds 96 tokens"):
         generator.perplexity("some text", length=97)

@@ -136,6 +136,14 @@ def test_something_that_is_no_model_of_text(cache: Path, tmp_path: Path) -> None
     assert result.exit_code == 2 and "neither a generator nor a file nor a model of text: did you mean smollm2?" in (
         result.stderr
     )
+    (tmp_path / "weights.bin").write_bytes(b"1")
+    result = CliRunner().invoke(main, ["generate", str(tmp_path), "-p", "x"])
+    assert result.exit_code == 1 and result.stderr.count("\n") == 1
+    assert f"{tmp_path}: has neither generator.json nor config.json; expected" in result.stderr
+    (tmp_path / "config.json").write_text("{}")
+    result = CliRunner().invoke(main, ["generate", str(tmp_path), "-p", "x"])
+    assert result.exit_code == 1 and "config.json: is of model type None" in result.stderr
+    assert list((cache / "generators").iterdir()) == []  # not even a lock is left
 
 
 def test_an_interruption_ends_with_what_was_printed(make_generator: Callable[..., Any]) -> None:
