@@ -48,7 +48,7 @@ class Generator:
 
     backend: tvm for a compiled folder, onnxruntime for both kinds; by default tvm where it can be. threads: of a run;
     None for all processors this process may use. stats: of the latest text. One text at a time: a new one begins with
-    an empty cache.
+    an empty cache and ends the one before.
 
     Raises ArtifactError when the folder is damaged, UsageError for a backend that it does not have.
     """
@@ -67,6 +67,7 @@ class Generator:
         self.tokenizer: Tokenizer = self.folder.tokenizer()
         self.decoder: Decoder = decoder(self.folder, self.backend, threads)
         self.stats = Stats()
+        self._user = object()  # what the cache is filled for
 
     @property
     def capacity(self) -> int:
@@ -78,7 +79,7 @@ class Generator:
         self.decoder.load()
 
     def generate(self, prompt: str | Sequence[int], *, chat: bool = False, **options: Any) -> Iterator[str]:
-        """The text behind the prompt, in pieces as they become known; `options` are those of `tokens`.
+        """The text behind the prompt, in pieces as they become known; `options` and errors are those of `tokens`.
 
         A character whose bytes are spread over tokens comes when it is complete.
         """
@@ -92,11 +93,10 @@ class Generator:
         cache is full. prompt: a text, or tokens as they are. chat: the prompt is a user's message in the model's chat
         template. The others are those of `Sampling`, by default the most likely token each time.
 
-        Raises UsageError for options out of range, InputError for a prompt that is empty or beyond the capacity.
+        Raises UsageError for options out of range, InputError for a prompt that is empty or beyond the capacity; while
+        it runs, UsageError when another text has begun.
         """
-        if max_tokens < 1:
-            raise UsageError(f"max-tokens is {max_tokens}; expected at least 1")
-        sampler = Sampler(Sampling(temperature, top_k, top_p, seed))
+        sampler = Sampler(checked_options(max_tokens, temperature, top_k, top_p, seed))
         ids = self.encode(prompt, chat=chat)
         if not ids:
             raise InputError("the prompt is empty and the model has no token that begins a text; write a prompt")
@@ -122,11 +122,16 @@ class Generator:
         else:
             if chat:
                 raise UsageError("the chat template takes a text; give the prompt as one, or leave out chat")
-            ids = [int(token) for token in prompt]
+            ids = list(prompt)
+        return self._existing(ids, "prompt")
+
+    def _existing(self, ids: Sequence[int], where: str) -> list[int]:
+        """The tokens. Raises InputError for one that the model does not have."""
+        last = self.folder.about.vocabulary - 1
         for token in ids:
-            if not 0 <= token < about.vocabulary:
-                raise InputError(f"the prompt has a token {token}; expected 0 to {about.vocabulary - 1}")
-        return ids
+            if not 0 <= token <= last:
+                raise InputError(f"the {where} has a token {token}; expected 0 to {last}")
+        return [int(token) for token in ids]
 
     def _ids(self, text: str) -> list[int]:
         try:
@@ -138,7 +143,7 @@ class Generator:
     def _run(self, ids: list[int], sampler: Sampler, max_tokens: int) -> Iterator[int]:
         stops, start = set(self.folder.about.stop_tokens), time.perf_counter()
         stats = self.stats = Stats(prompt_tokens=len(ids))
-        self.decoder.reset()
+        user = self._begin()
         position, waiting = 0, ids
         while True:
             for at in range(0, len(waiting), PREFILL_TOKENS):
@@ -161,6 +166,8 @@ class Generator:
             yield token
             if stats.ended:
                 return
+            if self._user is not user:
+                raise UsageError("another text has begun and taken the cache; take a Generator for each")
             start, waiting = time.perf_counter(), [token]
 
     def perplexity(
@@ -170,20 +177,37 @@ class Generator:
         """Perplexity of the text's first `max_tokens` tokens (all of them for None), in windows of `length`.
 
         progress: is told how many of how many predictions are done. Raises UsageError for a length beyond the capacity,
-        InputError for a text of fewer than two tokens.
+        InputError for a text of fewer than two tokens or with one that does not exist.
         """
         if length > self.capacity:
             raise UsageError(f"length is {length} and the cache holds {self.capacity} tokens; give a smaller --length")
-        ids = self._ids(text) if isinstance(text, str) else list(text)
+        if max_tokens is not None and max_tokens < 2:
+            raise UsageError(f"max-tokens is {max_tokens}; expected at least 2, one token to predict another from")
+        ids = self._ids(text) if isinstance(text, str) else self._existing(text, "text")
         return measure(ids[:max_tokens], length, self._losses, progress)
 
-    def _losses(self, window: Sequence[int]) -> Iterator[np.ndarray]:
+    def _begin(self) -> object:
+        """Empty the cache. Who uses it from now on is the result."""
         self.decoder.reset()
+        self._user = object()
+        return self._user
+
+    def _losses(self, window: Sequence[int]) -> Iterator[np.ndarray]:
+        self._begin()
         for at in range(0, len(window) - 1, JUDGED_TOKENS):
             part = window[at : at + JUDGED_TOKENS]
             targets = window[at + 1 : at + 1 + len(part)]
             logits, _, _ = self.decoder.extend(part, at, range(len(targets)))
             yield token_losses(logits, targets)
+
+
+def checked_options(
+    max_tokens: int = 128, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, seed: int = 0
+) -> Sampling:
+    """How tokens are drawn, by the options of `Generator.tokens`. Raises UsageError for those out of range."""
+    if max_tokens < 1:
+        raise UsageError(f"max-tokens is {max_tokens}; expected at least 1")
+    return Sampling(temperature, top_k, top_p, seed)
 
 
 def pieces(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:

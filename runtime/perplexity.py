@@ -45,7 +45,7 @@ def measure(
     windows = [window for window in windows if len(window) > 1]
     total = sum(len(window) - 1 for window in windows)
     if not total:
-        raise InputError(f"the text has {len(ids)} tokens; expected at least 2")
+        raise InputError(f"the text has {len(ids)} token{'' if len(ids) == 1 else 's'}; expected at least 2")
     found: list[float] = []
     for window in windows:
         for part in losses(window):

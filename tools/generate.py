@@ -11,7 +11,7 @@ import click
 from graphwright.passes.errors import InputError, UsageError
 
 from .generators import capacity_option
-from .shell import Command, progress, threads_option, verbosity, verbosity_options
+from .shell import Command, count_of, progress, threads_option, verbosity, verbosity_options
 
 if TYPE_CHECKING:
     from graphwright.runtime.generator import Stats
@@ -19,22 +19,23 @@ if TYPE_CHECKING:
 
 def generate_text(
     model: str, prompt: str, write: Callable[[str], None], *, backend: str | None = None, threads: int | None = None,
-    capacity: int | None = None, **options: Any,
+    capacity: int | None = None, chat: bool = False, **options: Any,
 ) -> tuple[Stats, int]:  # fmt: skip
     """Write the text behind the prompt piece by piece; return its figures and the capacity. capacity: of a model that
     is exported first.
 
     `options` are those of `Generator.tokens`. Raises a GraphwrightError.
     """
-    from graphwright.runtime.generator import Generator
+    from graphwright.runtime.generator import Generator, checked_options
     from graphwright.runtime.tvm_import import runtime_alone
 
     from .generators import ready
 
+    checked_options(**options)  # before minutes of compilation
     folder = ready(model, backend, threads, capacity)
     runtime_alone()
     generator = Generator(folder, threads=threads, backend=backend)
-    pieces = generator.generate(prompt, **options)
+    pieces = generator.generate(prompt, chat=chat, **options)
     with progress() as say:
         say("load")
         generator.load()
@@ -59,8 +60,8 @@ def read_prompt(prompt: str | None, file: str | None) -> str:
 
 def figures(stats: Stats) -> str:
     """One line of speed."""
-    line = f"{stats.prompt_tokens} tokens of prompt, {stats.first_token_seconds * 1e3:.1f} ms to the first token"
-    line += f"; {stats.tokens} tokens"
+    line = f"{count_of(stats.prompt_tokens, 'token')} of prompt, {stats.first_token_seconds * 1e3:.1f} ms to the first"
+    line += f" token; {count_of(stats.tokens, 'token')}"
     return line if stats.tokens_per_second is None else f"{line}, {stats.tokens_per_second:.1f} tokens per second"
 
 

@@ -130,9 +130,9 @@ def _make(model: str, place: Path, compiles: bool, threads: int | None, capacity
 
 
 def model_files(model: str) -> list[Path]:
-    """The files that a model which `export` takes is read from. Raises UsageError, AssetError."""
+    """The files that a model which `export` takes is read from. Raises UsageError, AssetError, ModelError."""
     from graphwright.models import assets, generators
-    from graphwright.passes.errors import did_you_mean
+    from graphwright.passes.errors import ModelError, did_you_mean
 
     if model in generators.NAMED:
         asset = generators.NAMED[model].asset
@@ -140,6 +140,10 @@ def model_files(model: str) -> list[Path]:
     else:
         path = Path(model)
     if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(
+                f"{path}: has neither generator.json nor config.json; expected a generator or a Hugging Face folder"
+            )
         return sorted(file for file in path.iterdir() if file.is_file())
     if not path.exists():
         raise UsageError(
@@ -205,6 +209,8 @@ def _alone(place: Path) -> Iterator[None]:
     try:
         yield
     finally:
+        if not place.exists():  # a lock of nothing
+            _lock_of(place, "making").unlink(missing_ok=True)
         os.close(lock)
 
 

@@ -145,6 +145,34 @@ def test_a_gguf_file_gives_the_model_back(sizes: llama.Sizes, architecture: str,
     assert found.tokenizer.decode(found.tokenizer.encode(text).ids) == text
 
 
+@pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q5_1", "Q4_0", "Q4_K", "Q6_K", "IQ4_NL"])
+def test_quantized_matrices_of_a_gguf_file(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each becomes what the package gguf makes of its blocks, query and key in our order."""
+    import gguf
+
+    sizes = llama.Sizes(vocabulary=256, width=256, layers=1, heads=4, key_value_heads=2, hidden=256)
+    model = decoders.small_llama(sizes)
+    type_, plain, expected = gguf.GGMLQuantizationType[kind], gguf.GGUFWriter.add_tensor, {}
+    rng, (block, nbytes) = np.random.default_rng(0), gguf.GGML_QUANT_SIZES[type_]
+
+    def quantized(writer: Any, name: str, array: np.ndarray) -> None:
+        if array.ndim < 2:
+            return plain(writer, name, array)
+        data = rng.integers(0, 60, (len(array), array.shape[1] // block * nbytes), dtype=np.uint8)  # finite scales
+        expected[name] = gguf.dequantize(data, type_)
+        plain(writer, name, data, raw_dtype=type_)
+
+    monkeypatch.setattr(gguf.GGUFWriter, "add_tensor", quantized)
+    found = gguf_file.load(write_gguf(tmp_path / "m.gguf", model)).decoder.state_dict()
+    assert len(expected) == 8
+    for ours, tensor in found.items():
+        name, array = gguf_file.NAMES.of(ours), tensor.numpy()
+        if heads := {"attn_q.weight": 4, "attn_k.weight": 2}.get(name.removeprefix("blk.0.")):
+            array = pairs_from_halves(array, heads)
+        if name in expected:
+            np.testing.assert_array_equal(array, expected[name], err_msg=name)
+
+
 def test_gguf_files_that_are_refused(tmp_path: Path) -> None:
     model = decoders.small_llama(decoders.GROUPED)
     path = write_gguf(tmp_path / "m.gguf", model)

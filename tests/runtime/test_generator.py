@@ -217,6 +217,22 @@ def test_tokens_that_do_not_exist_are_refused(generator: Generator) -> None:
     for token in (-1, 260):
         with pytest.raises(InputError, match=f"the prompt has a token {token}; expected 0 to 259"):
             generator.tokens([1, token])
+        with pytest.raises(InputError, match=f"the text has a token {token}; expected 0 to 259"):
+            generator.perplexity([1, token], length=8)
+
+
+def test_a_text_ends_when_another_takes_its_cache(generator: Generator) -> None:
+    first = generator.tokens(PROMPT, max_tokens=8)
+    second = generator.tokens("hi", max_tokens=8)  # has not begun
+    begun = [next(first), next(first)]
+    assert len(list(second)) == 8
+    with pytest.raises(UsageError, match="another text has begun and taken the cache; take a Generator"):
+        next(first)
+    third = generator.tokens(PROMPT, max_tokens=8)
+    assert [next(third), next(third)] == begun
+    generator.perplexity(PROMPT, length=8)
+    with pytest.raises(UsageError, match="another text has begun"):
+        next(third)
 
 
 def test_a_text_that_is_no_unicode_is_refused(generator: Generator) -> None:
@@ -266,13 +282,16 @@ def test_how_many_logits_are_held_does_not_matter(generator: Generator, monkeypa
 
 
 def test_perplexity_of_what_is_too_short_or_too_long(generator: Generator) -> None:
-    for text in ("", "a"):
-        with pytest.raises(InputError, match=f"the text has {len(text)} tokens; expected at least 2"):
+    for text, count in (("", "0 tokens"), ("a", "1 token")):
+        with pytest.raises(InputError, match=f"the text has {count}; expected at least 2"):
             generator.perplexity(text, length=64)
     with pytest.raises(UsageError, match="length is 97 and the cache holds 96 tokens"):
         generator.perplexity("some text", length=97)
     with pytest.raises(UsageError, match="length is 1; expected at least 2"):
         generator.perplexity("some text", length=1)
+    for count in (-1, 0, 1):
+        with pytest.raises(UsageError, match=f"max-tokens is {count}; expected at least 2"):
+            generator.perplexity("some text", length=8, max_tokens=count)
 
 
 # --- pieces ------------------------------------------------------------------------------------------------------

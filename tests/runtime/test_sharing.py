@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
 from graphwright.passes.errors import ArtifactError
+from graphwright.passes.pipeline import Pipeline
+from graphwright.passes.registry import preset
 from graphwright.runtime.build import build
 from graphwright.runtime.reference import ort_session
 from graphwright.runtime.session import Session
@@ -71,3 +75,24 @@ def test_a_shared_file_that_was_altered_is_found(tmp_path: Path) -> None:
     for name in ("a", "b"):
         with pytest.raises(ArtifactError, match="altered"):
             graphwright.load(tmp_path / name)
+
+
+def test_a_tied_embedding_of_16_bits_is_held_in_rows_once(tmp_path: Path) -> None:
+    """What gathers read is the rewritten models' own table; beside it lie the head's panels, for both artifacts."""
+    table = np.random.default_rng(0).standard_normal((512, 96)).astype(ml_dtypes.bfloat16)
+    for name, rows in (("many", "s"), ("one", "1")):
+        text = (
+            f'<ir_version: 11, opset_import: ["": 21]> g (int64[1,{rows}] i) => (float[1,{rows},512] y) '
+            "{ w = Cast<to=1>(n) x = Gather(w, i) t = Transpose<perm=[1, 0]>(w) y = MatMul(x, t) }"
+        )
+        model = onnx.parser.parse_model(text)
+        model.graph.initializer.append(numpy_helper.from_array(table, "n"))
+        rewritten, _ = Pipeline.parse(preset("compile")).run(ir.serde.deserialize_model(model))
+        build(rewritten, Target.named("cpu"), tmp_path / name)
+    share_weights(tmp_path, ["many", "one"])
+    assert (tmp_path / "one" / "weights.bin").stat().st_size < 2 * table.nbytes + 2 * 4096
+    for name in ("many", "one"):
+        (stored,) = onnx.load(tmp_path / name / "model.onnx", load_external_data=False).graph.initializer
+        (region,) = json.loads((tmp_path / name / "manifest.json").read_text())["regions"]
+        offset = next(int(entry.value) for entry in stored.external_data if entry.key == "offset")
+        assert offset in [parameter["offset"] for parameter in region["parameters"]]

@@ -97,6 +97,21 @@ def test_a_mistake_is_one_line(tiny_generator: Any, options: list[str], code: in
     assert result.stderr.startswith(message) and result.stderr.count("\n") == 1
 
 
+def test_options_are_judged_before_anything_is_exported(cli: Cli, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("made a generator for a run that cannot begin")
+
+    monkeypatch.setattr(generators, "ready", never)
+    for options, message in ((["-n", "0"], "max-tokens is 0"), (["--top-p", "7"], "top-p is 7.0")):
+        result = CliRunner().invoke(main, ["generate", "gpt-moby", "-p", "x", *options])
+        assert result.exit_code == 2 and message in result.stderr
+
+
+def test_one_token_is_not_tokens(cli: Cli, tiny_generator: Any) -> None:
+    assert cli("generate", tiny_generator.root, "-p", "C", "-n", 1).stderr.startswith("1 token of prompt, ")
+    assert cli("generate", tiny_generator.root, "-p", "C", "-n", 1).stderr.endswith("; 1 token\n")
+
+
 def test_a_reader_that_goes_away_ends_the_text(make_generator: Callable[..., Any]) -> None:
     root = make_generator(capacity=200_000, stop_tokens=[]).root
     command = [sys.executable, "-c", "from graphwright.tools.cli import main; main()"]
@@ -121,6 +136,14 @@ def test_something_that_is_no_model_of_text(cache: Path, tmp_path: Path) -> None
     assert result.exit_code == 2 and "neither a generator nor a file nor a model of text: did you mean smollm2?" in (
         result.stderr
     )
+    (tmp_path / "weights.bin").write_bytes(b"1")
+    result = CliRunner().invoke(main, ["generate", str(tmp_path), "-p", "x"])
+    assert result.exit_code == 1 and result.stderr.count("\n") == 1
+    assert f"{tmp_path}: has neither generator.json nor config.json; expected" in result.stderr
+    (tmp_path / "config.json").write_text("{}")
+    result = CliRunner().invoke(main, ["generate", str(tmp_path), "-p", "x"])
+    assert result.exit_code == 1 and "config.json: is of model type None" in result.stderr
+    assert list((cache / "generators").iterdir()) == []  # not even a lock is left
 
 
 def test_an_interruption_ends_with_what_was_printed(make_generator: Callable[..., Any]) -> None:
