@@ -99,8 +99,8 @@ class Mask:
     def applied(self, v: Vectors, x: Expr, scale: Expr, offset: Expr, part: Expr | None) -> Expr:
         """x·scale under the mask."""
         if self.buffer.dtype == "bool":
-            return v.select(x * scale, self.buffer, offset + self.shift, part)
-        return T.Bind(v.fma(x, scale, v.load(self.buffer, offset + self.shift, part)))
+            return v.placed(v.select(x * scale, self.buffer, offset + self.shift, part))
+        return v.placed(v.fma(x, scale, v.load(self.buffer, offset + self.shift, part)))
 
 
 @dataclass

@@ -92,7 +92,7 @@ class Vectors:
         if self.isa.fma:
             return T.Bind(self.fma(x, log2e, addend))
         # Hidden from TVM, which takes (a + c) - c for a.
-        return T.Bind(T.call_extern(self.dtype, self._name("add"), x * log2e, addend))
+        return self.placed(T.call_extern(self.dtype, self._name("add"), x * log2e, addend))
 
     def split(self, x: Expr) -> tuple[Expr, Expr]:
         """x = n·ln 2 + t with n whole and |t| <= ln(2)/2, for |x| < 2.9e6. Returns (n, t)."""
@@ -300,6 +300,13 @@ class Vectors:
         for j in range(count):
             T.buffer_store(buffer, filled, [self.at(j * self.lanes)])
         return buffer
+
+    def placed(self, x: Expr) -> Expr:
+        """x by way of a register. TVM's analyzer, when it generates code, puts the expression of a bound variable into
+        every expression that it occurs in; an exponential of a masked element grew until it took half a minute."""
+        register = T.alloc_buffer((self.lanes,), "float32", scope="global")
+        T.buffer_store(register, x, [self.at(0)])
+        return T.Bind(register[self.at(0)])
 
     # -- LLVM IR --------------------------------------------------------------------------------------------
 

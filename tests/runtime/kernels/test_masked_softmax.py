@@ -187,3 +187,21 @@ def test_cases_through_the_lowering(operator) -> None:
         expected = operator.reference(*inputs, **case.attributes)
         # Scaled by 2 and masked, the elements span up to 46, where differences are rounded by 1.9e-6.
         np.testing.assert_allclose(got, expected, rtol=5e-6, atol=1e-38, err_msg=case.note)
+
+
+@pytest.mark.parametrize("kind", ["float32", "bool"])
+def test_a_masked_kernel_of_free_sizes_compiles_in_seconds(kind: str) -> None:
+    """TVM's analyzer once put the address of each mask element into every step of its exponential: half a minute."""
+    import time
+
+    import tvm
+    from graphwright.runtime.codegen import machine_code
+    from graphwright.runtime.kernels.softmax_passes import Source
+    from graphwright.runtime.kernels.two_pass_softmax import softmax
+
+    target = Target.named("cpu-avx2")
+    start = time.process_time()
+    source = Source(0.5, kind, (True, False, True, True))
+    function = softmax((None,) * 4, target.isa, target.caches, 2, name="softmax", source=source)
+    machine_code(tvm.IRModule({"softmax": function}), target)
+    assert time.process_time() - start < 15
