@@ -58,7 +58,8 @@ def learn(
     outputs: tuple[str, ...], ctx: PassContext,
 ) -> Plan:  # fmt: skip
     """The plan with what was learned. base: the float model with the plan's edits; layers: those of `plan`, in it.
-    reach: site -> (channels,) how large the layer's results are, the unit of its bias."""
+    reach: site -> (channels,) how large the layer's results are, the unit of its bias. What was learned counts for
+    nothing when the outputs on held-out samples were nearer to the float model's before."""
     assert ctx.trainer is not None
     student = _Student(base, plan, reach, learning)
     model = student.model
@@ -75,7 +76,11 @@ def learn(
     )  # fmt: skip
     weights = ctx.trainer(job, ctx)
     stats = {f"learned_{name}" if name != "drop" else "drop": value for name, value in weights.stats.items()}
-    return replace(student.plan(weights.arrays), stats={**plan.stats, **stats})
+    # Blocks are judged by what they give themselves; that the outputs are further off then is possible.
+    further = float(stats.get("drop", 0)) > float(stats.get("learned_drop_before", 0))
+    if further:
+        stats["learned"] = "nothing: the outputs were nearer before"
+    return replace(plan if further else student.plan(weights.arrays), stats={**plan.stats, **stats})
 
 
 def _digest(base: ir.Model, plan: Plan, learning: Learning) -> str:

@@ -122,6 +122,21 @@ optimize({str(tmp_path / "in.onnx")!r}, {report.spec!r}, preset="none", out={str
 
 
 
+def test_what_takes_the_outputs_further_away_counts_for_nothing(tmp_path: Path) -> None:
+    model, x = model_of(MLP, MLP_SHAPES), samples((1, 5, 8), 30, 1)
+    found = {}
+    for drop in (0.2, 0.4):
+
+        def trainer(job: TrainingJob, ctx: PassContext, drop: float = drop) -> Weights:
+            arrays = {f"{site}|bias": np.ones(8, np.float32) for site in ("o", "z")}
+            return Weights(arrays, (), job.record, {"drop_before": 0.3, "drop": drop})
+
+        ours, report = quantized("dynaquant:least=1:learn=all", model, context(tmp_path, x, trainer=trainer))
+        plain, _ = quantized("dynaquant:least=1", model, context(tmp_path, x))
+        found[drop] = (bytes_of(ours) == bytes_of(plain), "learned" in report.stats)
+    assert found == {0.2: (False, False), 0.4: (True, True)}
+
+
 class Interrupted(Exception):
     pass
 
