@@ -140,8 +140,7 @@ class Pass(ABC):
     contract: ClassVar[Contract]
 
     def needs(self) -> frozenset[str]:
-        """What must be in the context: a subset of {"calibration", "target", "ranges", "widths", "learning", "recovery"}.
-        """
+        """What must be in the context, of {"calibration", "target", "ranges", "widths", "learning", "recovery"}."""
         return frozenset()
 
     @abstractmethod
