@@ -8,6 +8,7 @@ Legend: batch b, sequence s, width d, heads h.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -123,21 +124,45 @@ def seeded(seed: int, sizes: Sizes = Sizes()) -> GPT:
 
 
 def untrained(seed: int, sizes: Sizes = Sizes()) -> GPT:
-    """Weights to start a training from: std 0.02, less for what is added to the residual; biases 0.
+    """Weights to start a training from: std 0.7 fan_in^-1/2, less for what is added to the residual; biases 0.
 
-    Positions start as sines (Vaswani et al., 1706.03762), of which a neighbour's are a linear function: from noise,
-    attention to the byte before takes many times the steps to be found.
+    From noise, attention to the token before takes thousands of steps to be found. So positions start as sines, of
+    which those k tokens before are a linear function (Vaswani et al., 1706.03762), and the heads of the first layer
+    attend to the first, second, ... token before (in the spirit of Trockman and Kolter, "Mimetic Initialization of
+    Self-Attention Layers", 2305.09828).
     """
     generator = torch.Generator().manual_seed(seed)
     model = GPT(sizes)
     for name, parameter in model.named_parameters():
-        if parameter.dim() == 2:
+        if name.startswith("words"):
+            nn.init.normal_(parameter, std=0.02, generator=generator)
+        elif parameter.dim() == 2:
             residual = name.endswith((".output.weight", "contract.weight"))
-            nn.init.normal_(parameter, std=0.02 * ((2 * sizes.layers) ** -0.5 if residual else 1), generator=generator)
+            std = 0.7 * parameter.shape[1] ** -0.5 * ((2 * sizes.layers) ** -0.5 if residual else 1)
+            nn.init.normal_(parameter, std=std, generator=generator)
         elif name.endswith("bias"):
             nn.init.zeros_(parameter)
-    waves = 10_000.0 ** (-torch.arange(0, sizes.width, 2) / sizes.width)
+    waves = math.pi * (sizes.positions / 2) ** (-torch.arange(0, sizes.width, 2) / sizes.width)  # radians a token
     angles = torch.outer(torch.arange(sizes.positions).float(), waves)
     with torch.no_grad():
-        model.positions.weight.copy_(0.02 * 2**0.5 * torch.cat([angles.sin(), angles.cos()], dim=-1))
+        model.positions.weight.copy_(0.07 * torch.cat([angles.sin(), angles.cos()], dim=-1))
+        _attend_to_those_before(model, waves)
     return model
+
+
+def _attend_to_those_before(model: GPT, waves: Tensor) -> None:
+    """Let head h of the first layer look h + 1 tokens back: its scores are sums of cos(wave · (distance - h - 1)).
+
+    waves: of the position table, (d/2,), the shortest first, of which a head takes as many as it has room for.
+    """
+    sizes, sharpness = model.sizes, 3.0
+    half, rows = sizes.width // 2, torch.arange(sizes.head_width // 2)
+    query, key, _ = model.layers[0].qkv.weight.unflatten(0, (3, sizes.heads, sizes.head_width))
+    for head in range(sizes.heads):
+        cos, sin = (f((head + 1) * waves[rows]) * sharpness**0.5 for f in (torch.cos, torch.sin))
+        key[head, 2 * rows, rows] += sharpness**0.5  # sines
+        key[head, 2 * rows + 1, half + rows] += sharpness**0.5  # cosines
+        query[head, 2 * rows, rows] += cos  # sines of the angle turned back
+        query[head, 2 * rows, half + rows] -= sin
+        query[head, 2 * rows + 1, half + rows] += cos
+        query[head, 2 * rows + 1, rows] += sin

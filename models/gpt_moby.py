@@ -5,23 +5,42 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from . import datasets, gpt, huggingface, tokens
-from .tiny_lm_training import Corpus, Plan, in_torch, loss_at, seconds_spent, train
+from .tiny_lm_training import Corpus, Plan, in_torch, loss_at, mean_loss, seconds_spent, train, windows_of
 
 FOLDER = Path(__file__).parent / "gpt_moby"
 SIZES = gpt.Sizes(vocabulary=256, positions=512, width=128, layers=4, heads=4)
-# Short windows first: among 512 bytes, attention takes thousands of steps to find the one before.
-PLANS = (
-    Plan(SIZES, length=64, steps=1000, batch=16, rate=2e-3, seed=0),
-    Plan(SIZES, length=SIZES.positions, steps=500, batch=2, rate=1e-3, seed=1),
-)
+@dataclass(frozen=True)
+class Scattered(Plan):
+    """Each step has windows of one of `lengths`, as many as fill `length` bytes, at one position out of all.
+
+    In short windows attention is found sooner, and every position is learned in them as often as any other.
+    """
+
+    lengths: tuple[int, ...] = (64, 128, 256, 512)
+
+    def loss(self, model: Any, text: NDArray[np.uint8], step: int) -> Tensor:
+        rng = np.random.default_rng((self.seed, step))
+        length = int(rng.choice(self.lengths))
+        places = rng.integers(0, self.sizes.positions - length + 1) + torch.arange(length)
+        windows = windows_of(text, length, self.batch * self.length // length, rng)
+        attends = [partial(scaled_dot_product_attention, is_causal=True)] * self.sizes.layers
+        return mean_loss(model.logits(model.continued(windows[:, :-1], places[None], attends)), windows[:, 1:])
+
+
+PLAN = Scattered(SIZES, length=SIZES.positions, steps=2500, batch=1, rate=3e-3)
 STRETCHES, STRETCH = 16, 2048  # what is held out, in bytes
 
 
@@ -29,21 +48,13 @@ def corpus() -> Corpus:
     return Corpus.of(datasets.moby_dick().encode(), STRETCHES, STRETCH + 1)
 
 
-def make(folder: Path, say: Callable[[str], None], plans: Sequence[Plan] = PLANS) -> tuple[float, float]:
-    """Train, or go on from checkpoints beside the folder, and write it. Returns (nats a byte held out, seconds)."""
-    text, model, seconds = corpus(), gpt.untrained(plans[0].seed, plans[0].sizes), 0.0
-    key = hashlib.sha256(repr(plans).encode()).hexdigest()[:8]
-    for number, plan in enumerate(plans):
-
-        def begun(seed: int, sizes: Any, before: nn.Module = model) -> nn.Module:
-            return before
-
-        checkpoint = folder.with_name(f"{folder.name}.{key}.{number}")
-        model = train(plan, text, checkpoint, say, begun)
-        seconds += seconds_spent(checkpoint)
+def make(folder: Path, say: Callable[[str], None], plan: Plan = PLAN) -> tuple[float, float]:
+    """Train, or go on from the checkpoint beside the folder, and write it. Returns (nats a byte held out, seconds)."""
+    text, checkpoint = corpus(), folder.with_name(f"{folder.name}.checkpoint")
+    model = train(plan, text, checkpoint, say, gpt.untrained)
     huggingface.save_gpt2(model, folder)
     tokens.single_bytes().save(str(folder / huggingface.TOKENIZER))
-    return held_out_loss(folder, text), seconds
+    return held_out_loss(folder, text), seconds_spent(checkpoint)
 
 
 def held_out_loss(folder: Path, text: Corpus) -> float:

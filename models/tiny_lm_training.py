@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from graphwright.passes.errors import InputError
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from .fit import schedule
@@ -46,6 +46,11 @@ class Plan:
     batch: int = 8
     rate: float = 2e-3
     seed: int = 0
+
+    def loss(self, model: nn.Module, text: NDArray[np.uint8], step: int) -> Tensor:
+        """Mean loss in nats a byte of the windows of a step."""
+        windows = windows_of(text, self.length, self.batch, np.random.default_rng((self.seed, step)))
+        return mean_loss(model(windows[:, :-1]), windows[:, 1:])
 
 
 @dataclass(frozen=True)
@@ -80,7 +85,7 @@ def train(
     others = [p for p in model.parameters() if p.dim() <= 1]
     optimizer = torch.optim.AdamW(
         [{"params": matrices, "weight_decay": DECAY}, {"params": others, "weight_decay": 0.0}],
-        lr=plan.rate, betas=BETAS,
+        lr=plan.rate, betas=BETAS, fused=True,
     )  # fmt: skip
     first, spent = _restore(plan, corpus, checkpoint, model, optimizer)
     now = saved = time.perf_counter()
@@ -90,11 +95,10 @@ def train(
         if step > first and (step % CHECKPOINT_EVERY == 0 or now - saved >= SAVED_EVERY):
             saved = now
             _save(plan, corpus, checkpoint, model, optimizer, step, time.perf_counter() - begun)
-        windows = torch.from_numpy(_windows(plan, corpus.learned, step))
         for group in optimizer.param_groups:
             group["lr"] = plan.rate * schedule(step, plan.steps)
         optimizer.zero_grad(set_to_none=True)
-        loss = cross_entropy(model(windows[:, :-1]).flatten(0, 1), windows[:, 1:].flatten())
+        loss = plan.loss(model, corpus.learned, step)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), LARGEST_NORM)
         optimizer.step()
@@ -144,6 +148,17 @@ def loss_at(logits: Callable[[NDArray[np.int64]], NDArray[np.float32]], held_out
     return float(losses.mean()), float(losses[:, -tail:].mean())
 
 
+def windows_of(text: NDArray[np.uint8], length: int, count: int, rng: np.random.Generator) -> Tensor:
+    """Stretches of the text, int64 (count, length + 1)."""
+    starts = rng.integers(0, len(text) - length, count)
+    return torch.from_numpy(text[starts[:, None] + np.arange(length + 1)].astype(np.int64))
+
+
+def mean_loss(logits: Tensor, wanted: Tensor) -> Tensor:
+    """Nats a byte: logits (b, s, vocabulary), wanted int64 (b, s)."""
+    return cross_entropy(logits.flatten(0, 1), wanted.flatten())
+
+
 def in_torch(model: nn.Module) -> Callable[[NDArray[np.int64]], NDArray[np.float32]]:
     """The model as `loss_at` takes it."""
 
@@ -152,11 +167,6 @@ def in_torch(model: nn.Module) -> Callable[[NDArray[np.int64]], NDArray[np.float
             return model(torch.from_numpy(ids)).numpy()
 
     return logits
-
-
-def _windows(plan: Plan, text: NDArray[np.uint8], step: int) -> NDArray[np.int64]:
-    starts = np.random.default_rng((plan.seed, step)).integers(0, len(text) - plan.length, plan.batch)
-    return text[starts[:, None] + np.arange(plan.length + 1)].astype(np.int64)
 
 
 def _fingerprint(plan: Plan, corpus: Corpus) -> str:
