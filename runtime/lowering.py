@@ -26,7 +26,10 @@ MODULES: dict[tuple[str, str], str] = {
     ("graphwright", "TwoPassSoftmax"): "graphwright.runtime.kernels.two_pass_softmax",
     **{
         ("graphwright", name): "graphwright.runtime.kernels.masked_softmax"
-        for name in ("ScaledSoftmax", "MaskedSoftmax", "SelectedSoftmax", "TemperedSoftmax")
+        for name in (
+            "ScaledSoftmax", "MaskedSoftmax", "SelectedSoftmax", "TemperedSoftmax", "TemperedMaskedSoftmax",
+            "TemperedSelectedSoftmax",
+        )
     },
     ("graphwright", "BlockQuantize"): "graphwright.runtime.kernels.block_products",
     ("graphwright", "NestedMatMul"): "graphwright.runtime.kernels.nested_products",

@@ -39,7 +39,7 @@ class FusedAttention(Pass):
     the operator. The model is brought to opset 23 when it has attention. The result is plain ONNX, which onnxruntime
     runs with its own kernel.
     Left alone, with the reason: what is nearly attention; heads that are made by something else than a reshape, such
-    as rotary embedding, keep their four axes; forms that the kernel does not take (float16) stay one Attention.
+    as rotary embedding, keep their four axes; forms that the kernel does not take (bfloat16) stay one Attention.
 
     Source: Milakov and Gimelshein, "Online normalizer calculation for softmax", arXiv 1805.02867; Rabe and Staats,
     "Self-attention Does Not Need O(n^2) Memory", arXiv 2112.05682; Dao et al., "FlashAttention", arXiv 2205.14135.

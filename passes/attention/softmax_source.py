@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
 
 from .. import graph
-from ..ops import MASKED_SOFTMAX, SCALED_SOFTMAX, SELECTED_SOFTMAX, TEMPERED_SOFTMAX, CustomOp
+from ..ops import (
+    MASKED_SOFTMAX,
+    SCALED_SOFTMAX,
+    SELECTED_SOFTMAX,
+    TEMPERED_MASKED_SOFTMAX,
+    TEMPERED_SELECTED_SOFTMAX,
+    TEMPERED_SOFTMAX,
+    CustomOp,
+)
 
 FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
 @dataclass(frozen=True)
 class Source:
-    """softmax(x · scale), with a mask added or, of booleans, where it is true and else -inf; or softmax(x · factor).
+    """softmax(x · scale), with a mask added or, of booleans, where it is true and else -inf.
 
-    factor: known at run time, the same for all elements of a row. divided: it is softmax(x / factor) instead.
+    factor: instead of the scale, known at run time, the same for all elements of a row. divided: x / factor instead.
     """
 
     x: ir.Value
@@ -29,16 +37,17 @@ class Source:
 
     @property
     def operator(self) -> CustomOp:
-        if self.factor is not None:
-            return TEMPERED_SOFTMAX
+        tempered = self.factor is not None
         if self.mask is None:
-            return SCALED_SOFTMAX
-        return SELECTED_SOFTMAX if self.mask.dtype == ir.DataType.BOOL else MASKED_SOFTMAX
+            return TEMPERED_SOFTMAX if tempered else SCALED_SOFTMAX
+        if self.mask.dtype == ir.DataType.BOOL:
+            return TEMPERED_SELECTED_SOFTMAX if tempered else SELECTED_SOFTMAX
+        return TEMPERED_MASKED_SOFTMAX if tempered else MASKED_SOFTMAX
 
     def __str__(self) -> str:
-        if self.factor is not None:
-            return f"{self.x.name} {'/' if self.divided else '*'} {self.factor.name}"
         scaled = f"{self.x.name}" if self.scale == 1 else f"{self.x.name} * {self.scale:.6g}"
+        if self.factor is not None:
+            scaled = f"{self.x.name} {'/' if self.divided else '*'} {self.factor.name}"
         if self.mask is None:
             return scaled
         return f"{scaled} {'where' if self.mask.dtype == ir.DataType.BOOL else '+'} {self.mask.name}"
@@ -47,7 +56,8 @@ class Source:
 def source_of(value: ir.Value) -> Source | None:
     """Where `value`, of one of FLOATS, is a scaled or masked tensor that only its softmax reads: what it is made of.
 
-    The scale is a constant. The mask is known to broadcast to the tensor and to have its last axis.
+    The scale is a constant, or a factor of run time. The mask is known to broadcast to the tensor and to have its last
+    axis.
     """
     whole, inner, mask = value, value, None
     if value.dtype not in FLOATS:
@@ -62,17 +72,23 @@ def source_of(value: ir.Value) -> Source | None:
         orders = ((first, second), (second, first))
         sides = [(a, b) for a, b in orders if a is not None and graph.same_shape(a, whole) and _broadcasts(b, whole)]
         if sides:  # of two whole tensors the one that is scaled
-            inner, mask = next((side for side in sides if _unscaled(side[0], whole)[1] != 1), sides[0])
+            scaled = (side for side in sides if _unscaled(side[0], whole)[1] != 1 or _tempered(side[0], whole))
+            inner, mask = next(scaled, sides[0])
     x, scale = _unscaled(inner, whole)
-    return _tempered(whole) if mask is None and scale == 1 else Source(x, scale, mask)
+    if scale != 1:
+        return Source(x, scale, mask)
+    tempered = _tempered(inner, whole)
+    if tempered is not None:
+        return replace(tempered, mask=mask)
+    return None if mask is None else Source(x, scale, mask)
 
 
-def _tempered(whole: ir.Value) -> Source | None:
-    """`whole` as a tensor of its shape times or through a number for each row, or one for all.
+def _tempered(value: ir.Value, whole: ir.Value) -> Source | None:
+    """`value` as a tensor of the shape of `whole` times or through a number for each row, or one for all.
 
     The pass multiplies with 1 / divisor. That of a small float may be no number of its type, or badly rounded.
     """
-    node = _only_used(whole, "Mul", "Div")
+    node = _only_used(value, "Mul", "Div")
     if node is None or (node.op_type == "Div" and whole.dtype != ir.DataType.FLOAT):
         return None
     first, second = node.inputs

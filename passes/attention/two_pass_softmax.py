@@ -22,7 +22,7 @@ from ..graph import (
     scopes,
     site,
 )
-from ..ops import MASKED_SOFTMAX, SCALED_SOFTMAX, SELECTED_SOFTMAX, TEMPERED_SOFTMAX
+from ..ops import OPERATORS
 from ..ops.masked_softmax import OPSET as FOLDED
 from ..ops.two_pass_softmax import (
     NARROW_ROW,
@@ -69,8 +69,9 @@ class TwoPassSoftmax(Pass):
         y = Softmax (m)
 
     A constant scale, by Mul or Div, and a mask are taken in as the softmax reads x, so that their results are never
-    written: ScaledSoftmax without a mask, SelectedSoftmax where Where chooses between x and -inf, and without a mask
-    TemperedSoftmax where the factor, one number or one for each row, is known at run time only. They must be along
+    written: ScaledSoftmax without a mask, SelectedSoftmax where Where chooses between x and -inf, and TemperedSoftmax,
+    TemperedMaskedSoftmax and TemperedSelectedSoftmax where the factor, one number or one for each row, is known at run
+    time only. They must be along
     the last axis, of opset 15 or later, used nowhere else, and the mask known to broadcast to x.
 
     The operator's body is Softmax itself: the file stays plain ONNX and runs at full speed everywhere.
@@ -105,8 +106,8 @@ class TwoPassSoftmax(Pass):
                 self._visit(node, scope, opset, ctx, report, names)
         if report.changes:
             used = {(node.domain, node.op_type) for node in all_nodes(model)}
-            for operator in (TWO_PASS_SOFTMAX, SCALED_SOFTMAX, MASKED_SOFTMAX, SELECTED_SOFTMAX, TEMPERED_SOFTMAX):
-                if operator.identifier in used:
+            for identifier, operator in OPERATORS.items():
+                if identifier in used:
                     operator.add_to(model)
         return report
 
@@ -166,10 +167,10 @@ class TwoPassSoftmax(Pass):
         if self.form is not Form.AUTO:
             node.attributes.add(ir.AttrString("form", self.form.value))
         inputs = [x] if source is None else [source.x]
-        if source is not None and source.mask is not None:
-            inputs.append(source.mask)
         if source is not None and source.factor is not None:
             inputs.append(_reciprocal(source.factor, node, names) if source.divided else source.factor)
+        if source is not None and source.mask is not None:
+            inputs.append(source.mask)
         if source is not None:
             before.append(x)
         node.resize_inputs(len(inputs))

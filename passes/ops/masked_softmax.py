@@ -1,9 +1,11 @@
-"""Softmax over the last axis of a scaled and masked tensor, which is never written: four operators of one formula.
+"""Softmax over the last axis of a scaled and masked tensor, which is never written: operators of one formula.
 
     graphwright.ScaledSoftmax <scale> (x)             softmax(x · scale)
     graphwright.MaskedSoftmax <scale> (x, mask)       softmax(x · scale + mask), mask of x's type
     graphwright.SelectedSoftmax <scale> (x, kept)     softmax(x · scale where kept, else -inf), kept of booleans
     graphwright.TemperedSoftmax (x, factor)           softmax(x · factor), factor known at run time, of x's type
+    graphwright.TemperedMaskedSoftmax (x, factor, mask)     softmax(x · factor + mask)
+    graphwright.TemperedSelectedSoftmax (x, factor, kept)   softmax(x · factor where kept, else -inf)
 
 mask, kept and factor broadcast to x, factor with a last axis of one element. A row of nothing but -inf is NaN, as in
 Softmax.
@@ -30,36 +32,37 @@ _SCALED = """
     scale = CastLike (factor, x)
     scaled = Mul (x, scale)
 """
-# Name -> its inputs and what it makes of `scaled`, or of all. `form` is for kernels only.
-_BODIES = {
-    "ScaledSoftmax": ("x", "y = Softmax <axis = -1> (scaled)"),
-    "MaskedSoftmax": ("x, mask", "masked = Add (scaled, mask)\n    y = Softmax <axis = -1> (masked)"),
-    "SelectedSoftmax": (
-        "x, kept",
-        """least = Constant <value_float = -inf> ()
+_TEMPERED = """
+    scaled = Mul (x, factor)
+"""
+_ADDED = "masked = Add (scaled, mask)\n    y = Softmax <axis = -1> (masked)"
+_CHOSEN = """least = Constant <value_float = -inf> ()
     hidden = CastLike (least, x)
     masked = Where (kept, scaled, hidden)
-    y = Softmax <axis = -1> (masked)""",
-    ),
+    y = Softmax <axis = -1> (masked)"""
+_PLAIN = "y = Softmax <axis = -1> (scaled)"
+# Name -> attributes, inputs, what makes `scaled` and what is made of it. `form` is for kernels only.
+_BODIES = {
+    "ScaledSoftmax": ("scale, form", "x", _SCALED, _PLAIN),
+    "MaskedSoftmax": ("scale, form", "x, mask", _SCALED, _ADDED),
+    "SelectedSoftmax": ("scale, form", "x, kept", _SCALED, _CHOSEN),
+    "TemperedSoftmax": ("form", "x, factor", _TEMPERED, _PLAIN),
+    "TemperedMaskedSoftmax": ("form", "x, factor, mask", _TEMPERED, _ADDED),
+    "TemperedSelectedSoftmax": ("form", "x, factor, kept", _TEMPERED, _CHOSEN),
 }
-_TEMPERED = "    scaled = Mul (x, factor)\n    y = Softmax <axis = -1> (scaled)"
 
 
 def _function(name: str, opset: int) -> ir.Function:
     import onnx_ir as ir
     from onnx import parser
 
-    if name in _BODIES:
-        inputs, rest = _BODIES[name]
-        attributes, body = "scale, form", f"{_SCALED}    {rest}"
-    else:
-        inputs, attributes, body = "x, factor", "form", _TEMPERED
+    attributes, inputs, scaled, rest = _BODIES[name]
     head = f'<domain: "{DOMAIN}", opset_import: ["": {opset}]>\n{name} <{attributes}> ({inputs}) => (y)'
-    return ir.serde.deserialize_function(parser.parse_function(f"{head} {{{body}\n}}"))
+    return ir.serde.deserialize_function(parser.parse_function(f"{head} {{{scaled}    {rest}\n}}"))
 
 
 def masked_softmax(x: np.ndarray, mask: np.ndarray | None = None, scale: float = 1.0, form: str = "auto") -> np.ndarray:
-    """The oracle of the first three, float64; a mask of booleans selects, another is added."""
+    """The oracle of those with a scale, float64; a mask of booleans selects, another is added."""
     import numpy as np
 
     x = x.astype(np.float64) * scale
@@ -69,12 +72,14 @@ def masked_softmax(x: np.ndarray, mask: np.ndarray | None = None, scale: float =
     return softmax_reference(x)
 
 
-def tempered_softmax(x: np.ndarray, factor: np.ndarray, form: str = "auto") -> np.ndarray:
-    """The oracle of TemperedSoftmax, float64."""
+def tempered_softmax(
+    x: np.ndarray, factor: np.ndarray, mask: np.ndarray | None = None, form: str = "auto"
+) -> np.ndarray:
+    """The oracle of those with a factor, float64."""
     import numpy as np
 
     with np.errstate(invalid="ignore"):
-        return softmax_reference(x.astype(np.float64) * factor.astype(np.float64))
+        return masked_softmax(x.astype(np.float64) * factor.astype(np.float64), mask)
 
 
 def _operator(name: str, cases: tuple[Case, ...], oracle: Callable[..., np.ndarray] = masked_softmax) -> CustomOp:
@@ -106,4 +111,17 @@ TEMPERED_SOFTMAX = _operator(
         Case(((2, 40000), ()), {"form": "two-pass"}, note="the two-pass form"),
     ),
     tempered_softmax,
+)
+_TEMPERED_MASKED = (
+    Case(((1, 1), (), (1,)), note="one element, a scalar"),
+    Case(((3, 15), (1,), (15,)), note="one below a vector of 16, one number, a mask for all rows"),
+    Case(((2, 3, 17), (3, 1), (2, 1, 17)), note="one above a vector of 16, factor and mask of other axes"),
+    Case(((2, 3, 4, 16), (2, 1, 4, 1), (3, 1, 16)), note="factors that skip an axis, a mask that skips another"),
+    Case(((0, 8), (1,), (8,)), note="no rows"),
+    Case(((3, 4099), (3, 1), (3, 4099)), note="three above a block, a mask of every element"),
+    Case(((2, 40000), (), (40000,)), {"form": "two-pass"}, note="the two-pass form"),
+)
+TEMPERED_MASKED_SOFTMAX = _operator("TemperedMaskedSoftmax", _TEMPERED_MASKED, tempered_softmax)
+TEMPERED_SELECTED_SOFTMAX = _operator(
+    "TemperedSelectedSoftmax", tuple(replace(case, booleans=(2,)) for case in _TEMPERED_MASKED), tempered_softmax
 )

@@ -20,7 +20,8 @@ def fused_attention(node: ir.Node) -> bool:
 
 
 def not_fused(node: ir.Node) -> str | None:
-    """Why the fused kernel does not take an Attention: float32, known heads and head sizes, a mask for all keys.
+    """Why the fused kernel does not take an Attention: float32 or float16, known heads and head sizes, a mask for all
+    keys.
 
     None: it takes it.
     """
@@ -30,9 +31,9 @@ def not_fused(node: ir.Node) -> str | None:
     attribute = graph.attribute
     values = {"query": q, "key": k, "value": v}
     for name, value in values.items():
-        if value is None or value.dtype != ir.DataType.FLOAT:
+        if value is None or value.dtype not in (ir.DataType.FLOAT, ir.DataType.FLOAT16):
             kind = "unknown type" if value is None or value.dtype is None else value.dtype.name.lower()
-            return f"the {name} is of {kind}; the kernel takes float32"
+            return f"the {name} is of {kind}; the kernel takes float32 and float16"
     shapes = [list(value.shape) if value is not None and value.shape is not None else [] for value in values.values()]
     if (attribute(node, "left_window_size", -1), attribute(node, "right_window_size", -1)) != (-1, -1):
         return "it sees a window"
@@ -54,7 +55,8 @@ def not_fused(node: ir.Node) -> str | None:
         return f"it has {keys} new keys for {queries} queries, a past, and is causal"
     if mask is None:
         return None
-    if mask.dtype not in (ir.DataType.FLOAT, ir.DataType.BOOL) or mask.shape is None or not len(mask.shape):
+    kinds = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BOOL)
+    if mask.dtype not in kinds or mask.shape is None or not len(mask.shape):
         return "the type or rank of its mask is not known; run infer-shapes first"
     columns = mask.shape[-1]
     if cached or not isinstance(keys, int) or not isinstance(columns, int) or columns in (1, keys):

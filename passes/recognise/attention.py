@@ -13,6 +13,7 @@ import onnx_ir as ir
 from .. import graph
 from ..base import Contract, PassContext, PassReport
 from ..graph import same_dim
+from .einsum import attention_products, write_product
 from .masks import ABSORBS, is_causal
 from .matching import Found, Recogniser, Refused, Writer, made_by, only_user, operands, producer, same, scalar, user
 from .sizes import read_sizes_elsewhere
@@ -40,6 +41,7 @@ class RecogniseAttention(Recogniser):
     onnxruntime wants it. K may come transposed out of a larger permutation, which is rewritten; K and V that repeat
     each head several times (Unsqueeze, Expand, Reshape: grouped queries) are taken before the repetition. A model of
     an older opset is brought to 23.
+    Einsum of two operands for the products, in any order of axes, is written as MatMul between transpositions first.
     A guard that turns rows of NaN into zeros, as exporters of PyTorch write it behind a softmax whose row may be
     wholly hidden, is part of what Attention does.
     Left alone: batches or heads that are not known to be equal, masks that may be larger than the product, weights
@@ -54,14 +56,20 @@ class RecogniseAttention(Recogniser):
 
     def run(self, model: ir.Model, ctx: PassContext) -> PassReport:
         names: graph.Names | None = None
-        moved = []
+        moved, products = [], []
         for scope in graph.scopes(model):
             for node in [node for node in scope.graph if graph.is_op(node, "Softmax")]:
+                for einsum in attention_products(node):
+                    names, site = names or graph.Names(model), graph.site(einsum)
+                    if write_product(einsum, scope, names):
+                        products.append(site)
                 for shape, product in _measured(node):
                     names = names or graph.Names(model)
                     source = functools.partial(_size_source, product)
                     moved += read_sizes_elsewhere(shape, source, scope, names)
         report = super().run(model, ctx)
+        for site in products:
+            report.changed("einsum", site, "written as a product of matrices")
         for site in moved:
             report.changed("size", site, "read from query or key, not from their product")
         return report

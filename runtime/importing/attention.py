@@ -63,9 +63,11 @@ def attention_(site: Site) -> Result:
     )
     function = site.bb.add_func(_kernel(spec, site.target), "attention")
     out = relax.TensorType([int64(d) for d in (batch, queries, heads[0] * value_size)], "float32")
-    inputs = [tensor_of(site, *side) for side in ((q, q_at), (k, k_at), (v, v_at))]
+    inputs = [_wide(site, tensor_of(site, *side)) for side in ((q, q_at), (k, k_at), (v, v_at))]
     inputs += [x for x in (mask, lengths) if x is not None]
     y = site.emit(relax.call_tir(function, inputs, out))
+    if dtype_of(given[0]) == "float16":
+        y = site.emit(relax.op.astype(y, "float16"))
     if not flat:
         y = reshaped(site, y, [batch, queries, heads[0], value_size])
         y = site.emit(relax.op.permute_dims(y, BY_HEADS))
@@ -79,14 +81,21 @@ def _kernel(spec: AttentionSpec, target: Target) -> tirx.PrimFunc:
 
 def _check(site: Site) -> None:
     """Raises ByBody for what the kernel has no words for."""
-    if not for_kernels(site, 0, 1, 2, 4, 5) or not site.target.is_cpu:
-        raise ByBody("it is not in float32, or not on a CPU")
+    given = [site.x(i) for i in (0, 1, 2, 4, 5) if site.has(i)]
+    half = all(dtype_of(x) == "float16" and isinstance(x.ty.shape, relax.ShapeExpr) for x in given)
+    if not (half or for_kernels(site, 0, 1, 2, 4, 5)) or not site.target.is_cpu:
+        raise ByBody("it is not in float32 or float16, or not on a CPU")
     if site.outputs > (3 if site.has(4) else 1) or site.has(4) != site.has(5):
         raise ByBody("it gives the products")
     if any(int(site.attr(name, -1)) != -1 for name in ("left_window_size", "right_window_size")):
         raise ByBody("it sees a window")
     if int(site.attr("softmax_precision", 1)) not in (0, 1) or float(site.attr("softcap", 0.0)) < 0:
         raise ByBody("it computes in another precision")
+
+
+def _wide(site: Site, x: tvm.ir.Expr) -> tvm.ir.Expr:
+    """A tensor of float16 in float32, in which the kernel adds up and takes its softmax."""
+    return site.emit(relax.op.astype(x, "float32")) if dtype_of(x) == "float16" else x
 
 
 def _lengths(site: Site, batch: Dim) -> tvm.ir.Expr | None:
@@ -121,7 +130,7 @@ def _mask(site: Site, whole: list[Dim]) -> tuple[tvm.ir.Expr | None, Mask, tuple
     if not site.has(3):
         return None, Mask.NO, (False, False, False)
     mask = site.x(3)
-    if dtype_of(mask) not in ("float32", "bool") or not isinstance(mask.ty.shape, relax.ShapeExpr):
+    if dtype_of(mask) not in ("float32", "float16", "bool") or not isinstance(mask.ty.shape, relax.ShapeExpr):
         raise ByBody("its mask is of another type")
     kind = Mask.KEEP if dtype_of(mask) == "bool" else Mask.ADDED
     for view in (View.of(site.bb, mask), View(mask, shape_of(mask), row_major(shape_of(mask)))):
@@ -132,7 +141,7 @@ def _mask(site: Site, whole: list[Dim]) -> tuple[tvm.ir.Expr | None, Mask, tuple
         small: list[Dim] = [1 if isinstance(s, int) and s == 0 else d for d, s in zip(dims, strides, strict=True)]
         if View(view.base, tuple(small), tuple(strides), view.first).whole:
             axes = [not (isinstance(d, int) and d == 1) for d in small]
-            tensor = reshaped(site, view.base, small)
+            tensor = _wide(site, reshaped(site, view.base, small))
             if not axes[3]:
                 tensor = broadcast(site, tensor, [*small[:3], whole[3]])
             return tensor, kind, (axes[0], axes[1], axes[2])

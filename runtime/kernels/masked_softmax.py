@@ -10,7 +10,14 @@ from typing import Any
 
 from tvm import relax, tirx
 
-from ...passes.ops.masked_softmax import MASKED_SOFTMAX, SCALED_SOFTMAX, SELECTED_SOFTMAX, TEMPERED_SOFTMAX
+from ...passes.ops.masked_softmax import (
+    MASKED_SOFTMAX,
+    SCALED_SOFTMAX,
+    SELECTED_SOFTMAX,
+    TEMPERED_MASKED_SOFTMAX,
+    TEMPERED_SELECTED_SOFTMAX,
+    TEMPERED_SOFTMAX,
+)
 from ...passes.ops.two_pass_softmax import Form
 from ..importing.site import ByBody, same
 from ..lowering import lowers
@@ -29,30 +36,43 @@ def lower(bb: relax.BlockBuilder, inputs: list[Any], attrs: dict[str, Any], targ
     if scale == 0:
         raise ByBody("its scale is 0")
     dims = _rows(x)
-    source, given = Source(scale), [x]
-    if mask is not None:
-        kind = str(mask.ty.dtype.dtype)
-        if kind not in (x.ty.dtype.dtype, "bool"):
-            raise ByBody("its mask is neither of its type nor of booleans")
-        axes = _axes("mask", dims, mask.ty.shape)
-        # A last axis of one element has nothing to broadcast.
-        if not axes[-1] and not same(dims[-1], 1):
-            raise ByBody("its mask is the same along a row")
-        source = Source(scale, kind, (*axes[:-1], True))
-        given.append(_of_rank(bb, mask, dims, source.axes))
-    return _called(bb, given, dims, attrs, target, source)
+    given = [x]
+    kind, axes = _masked(bb, x, mask, dims, given)
+    return _called(bb, given, dims, attrs, target, Source(scale, kind, axes))
 
 
 @lowers(TEMPERED_SOFTMAX.identifier, kinds=("llvm",))
+@lowers(TEMPERED_MASKED_SOFTMAX.identifier, kinds=("llvm",))
+@lowers(TEMPERED_SELECTED_SOFTMAX.identifier, kinds=("llvm",))
 def lower_tempered(bb: relax.BlockBuilder, inputs: list[Any], attrs: dict[str, Any], target: Target) -> Any:
-    """softmax(x · factor) through the kernel. Raises ByBody for what it is not for."""
-    x, factor = inputs
+    """softmax(x · factor under a mask) through the kernel. Raises ByBody for what it is not for."""
+    x, factor, mask = inputs if len(inputs) > 2 else (*inputs, None)
     dims = _rows(x)
-    axes = _axes("factor", dims, factor.ty.shape)
-    if axes[-1]:
+    factor_axes = _axes("factor", dims, factor.ty.shape)
+    if factor_axes[-1]:
         raise ByBody("its factor is not the same along a row")
-    given = [x, _of_rank(bb, factor, dims, axes)]
-    return _called(bb, given, dims, attrs, target, Source(axes=axes, factor=str(x.ty.dtype.dtype)))
+    given = [x, _of_rank(bb, factor, dims, factor_axes)]
+    kind, axes = _masked(bb, x, mask, dims, given)
+    source = Source(1.0, kind, axes, str(x.ty.dtype.dtype), factor_axes)
+    return _called(bb, given, dims, attrs, target, source)
+
+
+def _masked(
+    bb: relax.BlockBuilder, x: Any, mask: Any, dims: list[Any], given: list[Any]
+) -> tuple[str | None, tuple[bool, ...]]:
+    """Type and axes of the mask, which is added to what the kernel is given. Raises ByBody for what it is not for."""
+    if mask is None:
+        return None, ()
+    kind = str(mask.ty.dtype.dtype)
+    if kind not in (x.ty.dtype.dtype, "bool"):
+        raise ByBody("its mask is neither of its type nor of booleans")
+    axes = _axes("mask", dims, mask.ty.shape)
+    # A last axis of one element has nothing to broadcast.
+    if not axes[-1] and not same(dims[-1], 1):
+        raise ByBody("its mask is the same along a row")
+    axes = (*axes[:-1], True)
+    given.append(_of_rank(bb, mask, dims, axes))
+    return kind, axes
 
 
 def _called(

@@ -37,30 +37,32 @@ Scratch = tuple[Buffer, Expr]
 
 @dataclass(frozen=True)
 class Source:
-    """What softmax is of: X·scale, under a mask that comes behind X; or X·factor, which comes behind X.
+    """What softmax is of: X·scale or X·factor, under a mask. The factor comes behind X, the mask behind both.
 
-    mask: its type, a float to add or bool to choose, None for no mask. factor: its type, None for none. axes: for each
-    axis of X whether mask or factor have it or are broadcast; the last one the mask has and the factor has not.
+    mask: its type, a float to add or bool to choose, None for no mask. axes: for each axis of X whether the mask has it
+    or is broadcast; it has the last one. factor, factor_axes: the same of the factor, which does not have the last one.
     """
 
     scale: float = 1.0
     mask: str | None = None
     axes: tuple[bool, ...] = ()
     factor: str | None = None
+    factor_axes: tuple[bool, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.factor is not None and (self.mask is not None or self.scale != 1):
-            raise ValueError("a factor of run time goes with neither a scale nor a mask")
+        if self.factor is not None and self.scale != 1:
+            raise ValueError(f"a factor of run time goes with no scale, got {self.scale}")
 
-    def merged(self, dims: Sequence[int | Expr]) -> list[tuple[int | Expr, bool]]:
-        """Those in front of the last for the sizes of X, from the last to the first: neighbours of a kind as one."""
-        found: list[tuple[int | Expr, bool]] = []
-        for size, own in reversed(list(zip(dims[:-1], self.axes[:-1], strict=True))):
-            if found and found[-1][1] == own:
-                found[-1] = (found[-1][0] * size, own)
-            elif not isinstance(size, int) or size != 1:
-                found.append((size, own))
-        return found
+
+def merged(axes: Sequence[bool], dims: Sequence[int | Expr]) -> list[tuple[int | Expr, bool]]:
+    """The axes in front of the last, with the sizes of X, from the last to the first: neighbours of a kind as one."""
+    found: list[tuple[int | Expr, bool]] = []
+    for size, own in reversed(list(zip(dims[:-1], axes[:-1], strict=True))):
+        if found and found[-1][1] == own:
+            found[-1] = (found[-1][0] * size, own)
+        elif not isinstance(size, int) or size != 1:
+            found.append((size, own))
+    return found
 
 
 def _row_offset(row: Expr, axes: Sequence[tuple[int | Expr, bool]], stride: int | Expr) -> Expr | None:
@@ -140,8 +142,9 @@ class SoftmaxEmitter:
         """The vector at `offset` that softmax is of; -inf in the lanes behind `part`."""
         v = self.vectors
         if self.factor is not None:
-            x = T.Bind(v.load(self.x, offset, part) * self.factor.value)
-            return x if part is None else v.ended(x, part)
+            x, factor = v.load(self.x, offset, part), self.factor.value
+            x = x * factor if self.mask is None else self.mask.applied(v, x, factor, offset, part)
+            return v.placed(x if part is None else v.ended(x, part))
         x = v.load(self.x, offset, part, math.copysign(math.inf, -self.x_scale))
         scale = v.splat(self.x_scale)
         if self.mask is None:

@@ -37,7 +37,7 @@ from ..target import InstructionSet, Target
 from .narrow_floats import NARROW
 from .rows import Size
 from .softmax_columns import softmax_columns
-from .softmax_passes import REGISTER_VECTORS, Factor, Mask, SoftmaxEmitter, Source
+from .softmax_passes import REGISTER_VECTORS, Factor, Mask, SoftmaxEmitter, Source, merged
 from .vectors import Expr, Vectors
 
 SYMBOL = "two_pass_softmax"
@@ -264,7 +264,7 @@ def softmax(
     shape: None for a dimension that is known at run time. threads: how many the kernel may count on; above one, enough
     work is offered to TVM's thread pool. form: AUTO chooses by row length and cache sizes, at run time where the length
     is dynamic. name: of the exported symbol; None for a function that only its own module calls. source: scales X or
-    puts a mask or a factor on it, which then is the second argument. types: of X and Y.
+    puts a factor and a mask on it, which are arguments behind X. types: of X and Y.
     """
     narrow = types[1] in NARROW
     x_size, y_size = (2 if dtype in NARROW else 4 for dtype in types)
@@ -291,7 +291,7 @@ def rowwise(
 ) -> tirx.PrimFunc:
     """A kernel (X, Y) -> None over tensors of one shape, whose body `emit(emitter, rows, length)` writes.
 
-    With a mask or a factor of run time that is the second of three.
+    A factor of run time and a mask come between them, in this order.
     """
     if not shape:
         raise ValueError("softmax needs at least one axis, got a scalar")
@@ -302,25 +302,25 @@ def rowwise(
         T.func_attr({"tirx.noalias": True, "op_pattern": OPAQUE, "tirx.is_scheduled": True})
         dims = [tirx.Var(f"d{i}", index) if d is None else tirx.const(d, index) for i, d in enumerate(shape)]
         x = T.match_buffer(T.arg("x", T.handle()), dims, types[0])
-        more = source.mask or source.factor
-        if more:
-            own = [d if has else tirx.const(1, index) for d, has in zip(dims, source.axes, strict=True)]
-            own[-1] = own[-1] if source.mask else tirx.const(1, index)
-            held = T.match_buffer(T.arg("mask" if source.mask else "factor", T.handle()), own, more)
+        more: dict[str, Any] = {}
+        for what, dtype, axes in (("factor", source.factor, source.factor_axes), ("mask", source.mask, source.axes)):
+            if dtype is not None:
+                own = [d if has else tirx.const(1, index) for d, has in zip(dims, axes, strict=True)]
+                more[what] = T.match_buffer(T.arg(what, T.handle()), own, dtype)
         y = T.match_buffer(T.arg("y", T.handle()), dims, types[1])
         rows = _product(shape[:-1], dims[:-1])
         length = dims[-1] if shape[-1] is None else shape[-1]
         flat = reduce(operator.mul, dims)
         x = T.decl_buffer((flat,), types[0], data=x.data)
         y = T.decl_buffer((flat,), types[1], data=y.data)
-        if more:
-            held = T.decl_buffer((reduce(operator.mul, own),), more, data=held.data)
+        for what, buffer in more.items():
+            more[what] = T.decl_buffer((reduce(operator.mul, buffer.shape),), buffer.dtype, data=buffer.data)
         vectors = Vectors(isa)
         # Relax looks for a root block in every function that it calls.
-        with T.sblock("root"), vectors.prelude(*types, more or ""):
+        with T.sblock("root"), vectors.prelude(*types, *(str(buffer.dtype) for buffer in more.values())):
             sizes = [d if s is None else s for s, d in zip(shape, dims, strict=True)]
-            mask = Mask(held, source.merged(sizes), length) if source.mask else None
-            factor = Factor(held, source.merged(sizes)) if source.factor else None
+            mask = Mask(more["mask"], merged(source.axes, sizes), length) if source.mask else None
+            factor = Factor(more["factor"], merged(source.factor_axes, sizes)) if source.factor else None
             emit(SoftmaxEmitter(vectors, x, y, index, source.scale, mask, factor), rows, length)
     return builder.get()
 

@@ -23,15 +23,17 @@ DTYPES = (
 def compiled(module: Any, target: Target) -> Any:
     """A Relax module compiled for a target; GPU kinds get TVM's default schedules."""
     import tvm
+    from graphwright.runtime.codegen import machine_code
     from tvm import relax
     from tvm.s_tir import dlight
 
+    if target.is_cpu:
+        return machine_code(module, target)
     where = target.tvm()
-    if not target.is_cpu:
-        rules = (dlight.gpu.Matmul(), dlight.gpu.GeneralReduction(), dlight.gpu.Fallback())
-        with where:
-            steps = [relax.transform.LegalizeOps(), dlight.ApplyDefaultSchedule(*rules)]
-            module = tvm.transform.Sequential(steps)(module)
+    rules = (dlight.gpu.Matmul(), dlight.gpu.GeneralReduction(), dlight.gpu.Fallback())
+    with where:
+        steps = [relax.transform.LegalizeOps(), dlight.ApplyDefaultSchedule(*rules)]
+        module = tvm.transform.Sequential(steps)(module)
     return tvm.compile(module, where)
 
 

@@ -110,6 +110,23 @@ FORMS = {
 }
 
 
+@pytest.mark.parametrize("form", ["added mask", "mask of truth values"])
+def test_attention_of_float16_adds_up_in_float32(form: str) -> None:
+    """Off by the rounding of the result alone, where sums of float16 would be off by many roundings."""
+    _, mask, shapes = FORMS[form]
+    mask = mask.replace("float", "float16")
+    text = (f"g (float16[2,4,5,8] q, float16[2,2,7,8] k, float16[2,2,7,6] v, {mask}) => (float16[2,4,5,6] y) "
+            f"{{ y = Attention <scale = 0.7> (q, k, v, m) }}")  # fmt: skip
+    model = Model(text)
+    assert "attention" in model.kernels
+    feeds = {name: x if x.dtype == bool else x.astype(np.float16) for name, x in feeds_of(QKV | shapes, text).items()}
+    wide = Model(text.replace("float16", "float"))
+    (got,) = model(feeds)
+    (expected,) = wide({n: x if x.dtype == bool else x.astype(np.float32) for n, x in feeds.items()})
+    assert got.dtype == np.float16
+    np.testing.assert_allclose(got, expected, rtol=2**-11, atol=2**-24)
+
+
 def feeds_of(shapes: Mapping[str, tuple[int, ...]], text: str) -> dict[str, np.ndarray]:
     feeds = {name: draw(*shape) for name, shape in shapes.items()}
     return {name: x > -0.5 if f"bool{list(x.shape)} {name}".replace(" ", "") in text.replace(" ", "") else x

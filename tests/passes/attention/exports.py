@@ -126,6 +126,28 @@ class Sdpa(nn.Module):
 IDS = torch.arange(16).reshape(2, 8)
 
 
+class Einsums(nn.Module):
+    """Products by einsum, once with heads behind the length, once in front; keys of another length."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+
+    def forward(self, x: Tensor, source: Tensor) -> Tensor:
+        def split(t: Tensor) -> Tensor:
+            return t.unflatten(-1, (HEADS, SIZE))
+
+        def turned(t: Tensor) -> Tensor:
+            return split(t).transpose(1, 2)
+
+        q, k, v = self.q(x), self.k(source), self.v(source)
+        scores = torch.einsum("bqhd,bkhd->bhqk", split(q), split(k)) / math.sqrt(SIZE)
+        x = x + torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), split(v)).flatten(2)
+        scores = torch.einsum("bhid,bhjd->bhij", turned(self.q(x)) * SIZE**-0.5, turned(k))
+        mixed = torch.einsum("bhij,bhjd->bhid", scores.softmax(-1), turned(v))
+        return self.o(mixed.transpose(1, 2).flatten(2))
+
+
 def scripted(module: nn.Module, example: tuple[Tensor, ...], names: dict[str, dict[int, str]]) -> ir.Model:
     """The exporter of torch before version 2, which traces; opset 14."""
     file = io.BytesIO()
@@ -194,6 +216,14 @@ def decoder(legacy: bool) -> ir.Model:
     return export.from_torch("d", Decoder(), example, {"x": ("batch", 5, WIDTH), "memory": ("batch", 7, WIDTH)}, ("y",))
 
 
+def einsums(legacy: bool) -> ir.Model:
+    example = (torch.randn(2, 8, WIDTH), torch.randn(2, 5, WIDTH))
+    if legacy:
+        return scripted(Einsums(), example, {"x": {0: "batch", 1: "length"}, "source": {0: "batch", 1: "decoded"}})
+    inputs = {"x": ("batch", "length", WIDTH), "source": ("batch", "decoded", WIDTH)}
+    return export.from_torch("e", Einsums(), example, inputs, ("y",))
+
+
 def sdpa() -> ir.Model:
     """Opset 23: the exporter writes the standard's Attention."""
     program = torch.onnx.export(Sdpa().eval(), (IDS,), dynamo=True, opset_version=23, input_names=["ids"],
@@ -218,4 +248,6 @@ EXPORTS = {
     "decoder": Export(lambda: decoder(False), 4),
     "decoder-scripted": Export(lambda: decoder(True), 4),
     "sdpa-opset-23": Export(sdpa, 1),
+    "einsum": Export(lambda: einsums(False), 2),
+    "einsum-scripted": Export(lambda: einsums(True), 2),
 }

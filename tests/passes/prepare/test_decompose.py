@@ -147,7 +147,7 @@ def test_operators_with_a_kernel_stay(monkeypatch: pytest.MonkeyPatch, check) ->
         ("Attention <is_causal = 1, softcap = 2.0> (q, k, v, m)", True),
         ("Attention <softmax_precision = 11> (q, k, v)", False),
         ("Attention (q, k, v, short)", False),
-        ("Attention (h, h, h)", False),
+        ("Attention (h, h, h)", True),
         ("RotaryEmbedding (q, c, c)", True),
         ("RotaryEmbedding (q, wide, wide)", False),
         ("RotaryEmbedding (h, c16, c16)", False),

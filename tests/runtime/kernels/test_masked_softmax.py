@@ -7,7 +7,14 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
-from graphwright.passes.ops import MASKED_SOFTMAX, SCALED_SOFTMAX, SELECTED_SOFTMAX, TEMPERED_SOFTMAX
+from graphwright.passes.ops import (
+    MASKED_SOFTMAX,
+    SCALED_SOFTMAX,
+    SELECTED_SOFTMAX,
+    TEMPERED_MASKED_SOFTMAX,
+    TEMPERED_SELECTED_SOFTMAX,
+    TEMPERED_SOFTMAX,
+)
 from graphwright.passes.ops.masked_softmax import masked_softmax, tempered_softmax
 from graphwright.passes.ops.two_pass_softmax import Form
 from graphwright.runtime.target import Target
@@ -27,14 +34,14 @@ Kernel = Callable[..., np.ndarray]
 @functools.cache
 def kernel(
     target: Target, shape: tuple[int | None, ...], axes: tuple[bool, ...] | None, kind: str | None, scale: float,
-    form: Form = Form.AUTO, factor: str | None = None,
+    form: Form = Form.AUTO, factor: str | None = None, factor_axes: tuple[bool, ...] = (),
 ) -> Kernel:  # fmt: skip
     import tvm
     from graphwright.runtime.codegen import machine_code
     from graphwright.runtime.kernels.softmax_passes import Source
     from graphwright.runtime.kernels.two_pass_softmax import softmax
 
-    source = Source(scale, kind, axes or (), factor)
+    source = Source(scale, kind, axes or (), factor, factor_axes)
     function = softmax(shape, target.isa, target.caches, 2, form, name="softmax", source=source)
     compiled = machine_code(tvm.IRModule({"softmax": function}), target)["softmax"]
 
@@ -109,12 +116,39 @@ def test_scales_alone(scale: float, form: Form) -> None:
 def test_factors_of_run_time(axes: str, lengths: tuple[int, ...], form: Form) -> None:
     """One number, or one for each row of some axes; 0 and less, infinite and no numbers among them."""
     own = tuple(axis in axes for axis in "bhqk")
-    run = kernel(Target.named("cpu"), (None,) * 4, own, None, 1.0, form, "float32")
+    run = kernel(Target.named("cpu"), (None,) * 4, None, None, 1.0, form, "float32", own)
     for length in lengths:
         x = draw((3, 2, 4, length))
         shape = [d if axis in axes else 1 for d, axis in zip(x.shape, "bhqk", strict=True)]
         factors = np.resize([2, -1.5, 0, 0.01, INF, np.nan], shape).astype(np.float32)
         np.testing.assert_allclose(run(x, factors), tempered_softmax(x, factors), rtol=TOLERANCE, atol=1e-38)
+
+
+@pytest.mark.parametrize(
+    "factor_axes, axes, kind, form",
+    [("", "k", "float32", Form.AUTO), ("b", "qk", "bool", Form.AUTO), ("bq", "bhqk", "float32", Form.TWO_PASS)],
+)
+def test_factors_of_run_time_under_a_mask(factor_axes: str, axes: str, kind: str, form: Form) -> None:
+    """Factor and mask have axes of their own; a hidden element is hidden whatever the sign of the factor."""
+    own = tuple(axis in factor_axes for axis in "bhqk")
+    run = kernel(
+        Target.named("cpu"), (None,) * 4, tuple(axis in axes for axis in "bhqk"), kind, 1.0, form, "float32", own
+    )
+    for length in (1, 7, 8, 9, 65, 300, 2049, 4100):
+        x, mask = masked((3, 2, 4, length), axes, kind)
+        shape = [d if axis in factor_axes else 1 for d, axis in zip(x.shape, "bhqk", strict=True)]
+        factors = np.resize([1.5, -1.5, 0, 0.01, np.nan], shape).astype(np.float32)
+        expected = tempered_softmax(x, factors, mask)
+        np.testing.assert_allclose(run(x, factors, mask), expected, rtol=TOLERANCE, atol=1e-38)
+
+
+@pytest.mark.parametrize("length, kind", [(17, "float32"), (7, "bool")])
+def test_factors_under_a_mask_of_fixed_shapes(length: int, kind: str) -> None:
+    x, mask = masked((2, 3, 4, length), "bk", kind)
+    axes, own = (True, False, False, True), (False, True, False, False)
+    run = kernel(Target.named("cpu"), x.shape, axes, kind, 1.0, Form.AUTO, "float32", own)
+    factors = np.array([0.5, -2, 1], np.float32).reshape(1, 3, 1, 1)
+    np.testing.assert_allclose(run(x, factors, mask), tempered_softmax(x, factors, mask), rtol=TOLERANCE, atol=1e-38)
 
 
 @pytest.mark.parametrize("form", [Form.THREE_PASS, Form.TWO_PASS])
@@ -158,8 +192,13 @@ def test_hidden_elements_do_not_count(seed: int, rows: int, length: int, scale: 
 
 
 @pytest.mark.parametrize(
-    "operator", [SCALED_SOFTMAX, MASKED_SOFTMAX, SELECTED_SOFTMAX, TEMPERED_SOFTMAX], ids=lambda o: o.name
-)
+    "operator",
+    [
+        SCALED_SOFTMAX, MASKED_SOFTMAX, SELECTED_SOFTMAX, TEMPERED_SOFTMAX, TEMPERED_MASKED_SOFTMAX,
+        TEMPERED_SELECTED_SOFTMAX,
+    ],
+    ids=lambda o: o.name,
+)  # fmt: skip
 def test_cases_through_the_lowering(operator) -> None:
     import tvm
     from graphwright.runtime.codegen import machine_code
@@ -170,12 +209,13 @@ def test_cases_through_the_lowering(operator) -> None:
     lower = lowering_for(*operator.identifier, "llvm")
     assert lower is not None
     for case in operator.cases:
-        kind = "bool" if operator is SELECTED_SOFTMAX else "float32"
         inputs = [draw(case.shapes[0])]
-        for shape in case.shapes[1:]:
-            inputs.append(draw(shape, 3) if operator is TEMPERED_SOFTMAX else mask_of(shape, kind))
-            if operator is not TEMPERED_SOFTMAX:
-                inputs[-1][..., :1] = 1
+        for place, shape in enumerate(case.shapes[1:], 1):
+            if "Tempered" in operator.name and place == 1:
+                inputs.append(draw(shape, 3))
+                continue
+            inputs.append(mask_of(shape, "bool" if place in case.booleans else "float32"))
+            inputs[-1][..., :1] = 1
         builder = relax.BlockBuilder()
         given_ = [relax.Var(f"x{i}", relax.TensorType(v.shape, str(v.dtype))) for i, v in enumerate(inputs)]
         with builder.function("main", given_):

@@ -224,7 +224,7 @@ def test_scales_and_masks(kind: str, mask: str | None, form: Form) -> None:
 def test_factors_of_run_time(kind: str) -> None:
     from graphwright.runtime.kernels.softmax_passes import Source
 
-    source = Source(axes=(True, False, False), factor=kind)
+    source = Source(factor=kind, factor_axes=(True, False, False))
     for length in (7, 65, BLOCK + 1):
         x, factors = draw(kind, 3, 2, length), np.array([[[0.5]], [[-1.5]], [[np.nan]]], NUMPY[kind])
         run = rows(Target.named("cpu"), x.shape, (kind, kind), source=source)
