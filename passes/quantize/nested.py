@@ -7,6 +7,7 @@ side no remainder of a weight that was rounded away from its nearest code is cut
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,8 +16,9 @@ from pathlib import Path
 import numpy as np
 
 from ..base import Weights
-from ..errors import WeightsError
+from ..errors import PassError, WeightsError
 from ..weights import load_weights, save_weights
+from .layers import Layer
 from .rounding import round_together
 from .scales import Codes, fit_weights, quantize, weight_grid
 
@@ -75,6 +77,15 @@ class Selector:
     second_bias: np.ndarray
 
 
+def fingerprint(layer: Layer) -> str:
+    """What a weight is known by."""
+    return hashlib.sha256(layer.matrix(layer.weight()).tobytes()).hexdigest()
+
+
+def _fits(layer: Layer | None, made: Nested) -> bool:
+    return layer is not None and (layer.channels, layer.size // layer.channels) == made.rest.shape
+
+
 ARRAYS = ("first", "first_bias", "second", "second_bias")
 
 
@@ -82,7 +93,8 @@ ARRAYS = ("first", "first_bias", "second", "second_bias")
 class NestedPlan:
     """layers: output of a product -> its weight. groups: products that have one width, of which the selector does not
     choose for the first `led`. wide: the groups that are wide where widths are chosen once; None: that was not asked
-    for. kept: products that stay as they are -> why."""
+    for. kept: products that stay as they are -> why. prints: output of a product -> what its weight is known by where
+    the product has another name, as in another graph of the same generator."""
 
     layers: Mapping[str, Nested]
     groups: tuple[tuple[str, ...], ...]
@@ -91,6 +103,19 @@ class NestedPlan:
     selector: Selector | None = None
     kept: Mapping[str, str] = field(default_factory=dict)
     stats: Mapping[str, int | float | str] = field(default_factory=dict)
+    prints: Mapping[str, str] = field(default_factory=dict)
+
+    def matched(self, layers: Sequence[Layer]) -> dict[str, Layer]:
+        """Output of a product in the plan -> the model's product. Raises PassError where the plan is for another."""
+        by_name = {layer.site: layer for layer in layers if layer.is_product}
+        found = {site: by_name[site] for site, made in self.layers.items() if _fits(by_name.get(site), made)}
+        if len(found) < len(self.layers):
+            by_print = {fingerprint(layer): layer for layer in by_name.values()}
+            found = {site: by_print[key] for site, key in self.prints.items() if key in by_print}
+        missing = [site for site in self.layers if site not in found]
+        if missing:
+            raise PassError(f"the plan is for another model or preset: this one has no such product {missing[0]!r}")
+        return found
 
     def bits(self, wide: Sequence[int]) -> float:
         """Mean bits of a weight that are read where these groups are wide."""
@@ -108,7 +133,7 @@ class NestedPlan:
             arrays[f"{site}|zero"] = codes.zero.astype(np.uint8)
         about: dict[str, object] = {
             "groups": self.groups, "wide": self.wide, "led": self.led, "kept": dict(self.kept),
-            "blocks": {site: layer.codes.block for site, layer in self.layers.items()},
+            "prints": dict(self.prints), "blocks": {site: layer.codes.block for site, layer in self.layers.items()},
         }  # fmt: skip
         if self.selector is not None:
             about["features"] = self.selector.features
@@ -136,7 +161,8 @@ class NestedPlan:
             groups = tuple(tuple(group) for group in about["groups"])
             stats = {name: value for name, value in found.stats.items() if name != ABOUT}
             wide = None if about["wide"] is None else tuple(about["wide"])
-            return cls(layers, groups, wide, about["led"], selector, dict(about["kept"]), stats)
+            kept, prints = dict(about["kept"]), dict(about.get("prints", {}))
+            return cls(layers, groups, wide, about["led"], selector, kept, stats, prints)
         except (KeyError, TypeError, ValueError) as error:
             raise WeightsError(
                 f"{path}: holds no plan of nested-widths ({error}); expected what a run wrote"

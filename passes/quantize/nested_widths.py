@@ -20,7 +20,7 @@ from ..weights import load_weights
 from .calibrate import Feeds, Seen, observe
 from .decide import samples
 from .layers import Layer, find_layers
-from .nested import ARRAYS, BITS, Nested, NestedPlan, Selector, nest
+from .nested import ARRAYS, BITS, Nested, NestedPlan, Selector, fingerprint, nest
 from .plan import Plan
 from .rounding import MOST_INPUTS, products
 from .write_nested import write_nested
@@ -138,7 +138,9 @@ class NestedWidths(Pass):
             raise PassError(f"{path}: a path with {spec.SEPARATOR!r} or ',' cannot be recorded; choose another output")
         io.check_output(path, ctx.overwrite)
         io.check_folder(path.parent)
-        plan = replace(self._decide(model, chosen, samples(ctx.calibration, self.samples), ctx), kept=kept)
+        prints = {layer.site: fingerprint(layer) for layer in chosen}
+        made = self._decide(model, chosen, samples(ctx.calibration, self.samples), ctx)
+        plan = replace(made, kept=kept, prints=prints)
         plan.save(path, self.record)
         report.spec = str(replace(self, plan=str(path), codes=None))
         return self._convert(model, plan, report)

@@ -9,12 +9,11 @@ import numpy as np
 import onnx_ir as ir
 
 from .. import graph
-from ..errors import PassError
 from ..ops import NESTED_MAT_MUL
 from ..ops.nested_mat_mul import WIDE
 from .constants import drop_unused, new_constant
 from .layers import Layer, find_layers
-from .nested import BITS, RATIO, NestedPlan, Selector
+from .nested import BITS, RATIO, Nested, NestedPlan, Selector
 from .plan import LayerPlan, Plan
 from .write import write
 
@@ -30,10 +29,7 @@ def write_nested(
     A product that is narrow for all inputs becomes a standard product with 4-bit weights. Raises PassError when the
     plan is for another model.
     """
-    layers = {layer.site: layer for layer in find_layers(model)[0]}
-    for site, nested in plan.layers.items():
-        if site not in layers or layers[site].size != nested.rest.size or not layers[site].is_product:
-            raise PassError(f"the plan is for another model or preset: this one has no such product {site!r}")
+    layers = plan.matched(find_layers(model)[0])
     selected: frozenset[int] = frozenset()
     refusal, widths = "", None
     if dynamic and plan.selector is not None:
@@ -51,12 +47,12 @@ def write_nested(
         for site in group:
             if number in selected:
                 assert widths is not None
-                writer.product(layers[site], plan, widths, number)
+                writer.product(layers[site], plan.layers[site], widths, number)
             elif number in wide:
                 always = always or new_constant(model, writer.names, "widths", np.array([WIDE], np.int64))
-                writer.product(layers[site], plan, always, 0)
+                writer.product(layers[site], plan.layers[site], always, 0)
             else:
-                narrow[site] = LayerPlan(BITS, plan.layers[site].codes, False)
+                narrow[layers[site].site] = LayerPlan(BITS, plan.layers[site].codes, False)
     write(model, Plan(layers=narrow))
     return selected, refusal
 
@@ -109,10 +105,10 @@ class _Writer:
     def __init__(self, model: ir.Model) -> None:
         self.model, self.names = model, graph.Names(model)
 
-    def product(self, layer: Layer, plan: NestedPlan, widths: ir.Value, choice: int) -> None:
+    def product(self, layer: Layer, nested: Nested, widths: ir.Value, choice: int) -> None:
         """NestedMatMul in the place of a product, and an Add of the bias that it has."""
         NESTED_MAT_MUL.add_to(self.model)
-        nested, node, old = plan.layers[layer.site], layer.node, layer.node.inputs[1]
+        node, old = layer.node, layer.node.inputs[1]
         assert old is not None
         codes, stem = nested.codes, old.name or layer.site
 

@@ -148,6 +148,16 @@ def _fixed(plan: str) -> list[ir.Model]:
     return made
 
 
+def test_products_of_other_names_are_known_by_their_weights(tmp_path: Path) -> None:
+    made, report = converted(f"nested-widths:choose=dynamic:{OPTIONS}", context(tmp_path))
+    other = model()
+    for node in other.graph:
+        node.outputs[0].name = f"{node.outputs[0].name}_2"
+    again, _ = Pipeline.parse(report.spec).run(other, PassContext())
+    x = np.random.default_rng(3).standard_normal((1, 64)).astype(np.float32)
+    np.testing.assert_array_equal(outputs(again, x), outputs(made, x))
+
+
 def test_a_selector_chooses_for_one_row(tmp_path: Path) -> None:
     made, report = converted(f"nested-widths:choose=dynamic:{OPTIONS}", context(tmp_path), rows="N")
     assert [skip.reason for skip in report.skips] == [
@@ -181,5 +191,7 @@ def test_errors_say_what_to_do(tmp_path: Path) -> None:
         converted(f"nested-widths:choose=narrow:plan={plan}:least=1024", PassContext())
     other = model()
     other.graph.node(0).outputs[0].name = "z"
+    old = other.graph.initializers["wa"].const_value
+    other.graph.initializers["wa"].const_value = ir.tensor(old.numpy() * 2, name="wa")  # type: ignore[union-attr]
     with pytest.raises(PassError, match="the plan is for another model or preset: this one has no such product 'a'"):
         Pipeline.parse(report.spec).run(other, PassContext())
