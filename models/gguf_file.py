@@ -5,9 +5,11 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Importing thi
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from graphwright.passes.errors import ModelError, first_line
 
@@ -15,7 +17,6 @@ from . import llama, tokens
 from .checkpoint import Checkpoint, Names, check_heads, fill, positive, token_id, whole
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
 
 ARCHITECTURES = ("llama", "qwen2")  # qwen2: llama with biases at query, key and value
@@ -38,7 +39,7 @@ NAMES = Names(
 )
 MAGIC = b"GGUF"
 HEAD = "output.weight"  # absent when the embedding is the output projection
-ROTARY_FACTORS = "rope_freqs.weight"  # frequencies of Llama 3.1's scaled rotary positions
+ROTARY_FACTORS = "rope_freqs.weight"  # of Llama 3.1: what each frequency of rotary positions is divided by
 
 
 def load(path: Path) -> Checkpoint:
@@ -143,11 +144,7 @@ def _sizes(reader: Any, path: Path) -> llama.Sizes:
         name = f"{architecture}.{key}"
         return positive(_value(reader, name, path) if default is None else _optional(reader, name, default), key, path)
 
-    scaling = _optional(reader, f"{architecture}.rope.scaling.type", "none")
     tensors = {tensor.name for tensor in reader.tensors}
-    if scaling != "none" or ROTARY_FACTORS in tensors:
-        kind = scaling if scaling != "none" else ROTARY_FACTORS
-        raise ModelError(f"{path}: scales its rotary positions ({kind}); expected a model that does not")
     heads, width = count("attention.head_count"), count("embedding_length")
     own = count("attention.key_length", width // heads)
     turned, values = count("rope.dimension_count", own), count("attention.value_length", own)
@@ -170,7 +167,25 @@ def _sizes(reader: Any, path: Path) -> llama.Sizes:
         biases=architecture == "qwen2",
     )
     check_heads(sizes, path)
-    return sizes
+    factor = number("rope.scaling.factor", 1.0)
+    return dataclasses.replace(sizes, rotary_factors=_rotary_factors(reader, architecture, factor, sizes, path))
+
+
+def _rotary_factors(
+    reader: Any, architecture: str, factor: float, sizes: llama.Sizes, path: Path
+) -> tuple[float, ...]:
+    """What the frequencies of rotary positions are divided by: all by one factor, or each by its own."""
+    kind = _optional(reader, f"{architecture}.rope.scaling.type", "linear")
+    if kind not in ("none", "linear"):
+        raise ModelError(f"{path}: scales its rotary positions ({kind}); expected none or linear")
+    scale = 1.0 if kind == "none" else factor
+    own = next((tensor.data for tensor in reader.tensors if tensor.name == ROTARY_FACTORS), None)
+    count = sizes.head_width // 2
+    if own is None:
+        return () if scale == 1 else (scale,) * count
+    if own.shape != (count,) or own.dtype != np.float32 or not (np.isfinite(own) & (own > 0)).all():
+        raise ModelError(f"{path}: {ROTARY_FACTORS} is {own.dtype}{list(own.shape)}, expected {count} float32 above 0")
+    return tuple(scale * value for value in own.tolist())
 
 
 def _state(reader: Any, sizes: llama.Sizes, path: Path) -> dict[str, torch.Tensor]:
@@ -180,6 +195,8 @@ def _state(reader: Any, sizes: llama.Sizes, path: Path) -> dict[str, torch.Tenso
     paired = {"attn_q.weight": sizes.heads, "attn_k.weight": sizes.key_value_heads}
     state = {}
     for tensor in reader.tensors:
+        if tensor.name == ROTARY_FACTORS:
+            continue
         try:
             array = dequantize(tensor.data, tensor.tensor_type)
             heads = paired.get(tensor.name.partition(".")[2].partition(".")[2])

@@ -5,6 +5,7 @@ Importing this file imports torch.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -103,9 +104,6 @@ def _llama(config: Mapping[str, Any], folder: Path) -> tuple[Decoder, int]:
     rotary = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(rotary, dict):
         raise ModelError(f"{file}: has rotary positions of {rotary!r}, expected an object")
-    scaling = rotary.get("rope_type", rotary.get("type", "default"))
-    if scaling != "default":
-        raise ModelError(f"{folder}: scales its rotary positions ({scaling}); expected a model that does not")
     if (part := rotary.get("partial_rotary_factor", config.get("partial_rotary_factor", 1))) != 1:
         raise ModelError(f"{folder}: turns a part of each head ({part}); expected a model that turns all of it")
     if config.get("use_sliding_window") or set(config.get("layer_types") or []) - {"full_attention"}:
@@ -128,9 +126,30 @@ def _llama(config: Mapping[str, Any], folder: Path) -> tuple[Decoder, int]:
         biases="model.layers.0.self_attn.q_proj.bias" in state,
     )
     check_heads(sizes, file)
+    sizes = dataclasses.replace(sizes, rotary_factors=_rotary_factors(rotary, sizes, file))
     if sizes.tied:
         state.pop("lm_head.weight", None)
     return fill(llama.Decoder, sizes, state, LLAMA, folder), count("max_position_embeddings")
+
+
+def _rotary_factors(rotary: Mapping[str, Any], sizes: llama.Sizes, file: Path) -> tuple[float, ...]:
+    """What the frequencies of rotary positions are divided by."""
+    kind = rotary.get("rope_type", rotary.get("type", "default"))
+    if kind == "default":
+        return ()
+    if kind not in ("linear", "llama3"):
+        raise ModelError(f"{file}: scales its rotary positions ({kind}); expected default, linear or llama3")
+
+    def number(name: str) -> float:
+        return positive(rotary.get(name), name, file)
+
+    if kind == "linear":
+        return (number("factor"),) * (sizes.head_width // 2)
+    low, high = number("low_freq_factor"), number("high_freq_factor")
+    if low >= high:
+        raise ModelError(f"{file}: low_freq_factor is {low:g}, expected less than high_freq_factor, {high:g}")
+    positions = number("original_max_position_embeddings")
+    return llama.llama3_factors(sizes.head_width, sizes.rotary_base, number("factor"), low, high, positions)
 
 
 def _gpt2(config: Mapping[str, Any], folder: Path) -> tuple[Decoder, int]:

@@ -25,6 +25,7 @@ class Sizes:
     """The defaults are SmolLM2-135M.
 
     own_head_width: None for width / heads. tied: the output projection is the embedding. biases: of query, key, value.
+    rotary_factors: what the frequency of each pair of numbers is divided by, e/2 of them; none for 1.
     """
 
     vocabulary: int = 49152
@@ -35,6 +36,7 @@ class Sizes:
     hidden: int = 1536
     own_head_width: int | None = None
     rotary_base: float = 100_000.0
+    rotary_factors: tuple[float, ...] = ()
     epsilon: float = 1e-5
     tied: bool = True
     biases: bool = False
@@ -42,6 +44,9 @@ class Sizes:
     @property
     def head_width(self) -> int:
         return self.own_head_width or self.width // self.heads
+
+    def rotary_tables(self, length: int) -> tuple[Tensor, Tensor]:
+        return rotary_tables(length, self.head_width, self.rotary_base, self.rotary_factors)
 
 
 class RMSNorm(nn.Module):
@@ -54,12 +59,34 @@ class RMSNorm(nn.Module):
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.epsilon) * self.weight
 
 
-def rotary_tables(length: int, head_width: int, base: float) -> tuple[Tensor, Tensor]:
-    """cos and sin, each (s, e): angle p / base^(2i/e) at position p; the halves of e share the angles."""
-    frequencies = base ** (-torch.arange(0, head_width, 2, dtype=torch.float64) / head_width)
+def rotary_tables(
+    length: int, head_width: int, base: float, factors: Sequence[float] = ()
+) -> tuple[Tensor, Tensor]:
+    """cos and sin, each (s, e): angle p / base^(2i/e) / factors[i] at position p; the halves of e share the angles."""
+    frequencies = rotary_frequencies(head_width, base)
+    if factors:
+        frequencies = frequencies / torch.tensor(factors, dtype=torch.float64)
     angles = torch.outer(torch.arange(length, dtype=torch.float64), frequencies)
     angles = torch.cat([angles, angles], dim=-1)
     return angles.cos().float(), angles.sin().float()
+
+
+def rotary_frequencies(head_width: int, base: float) -> Tensor:
+    """float64 (e/2): radians a position."""
+    return base ** (-torch.arange(0, head_width, 2, dtype=torch.float64) / head_width)
+
+
+def llama3_factors(
+    head_width: int, base: float, factor: float, low: float, high: float, positions: float
+) -> tuple[float, ...]:
+    """What Llama 3.1 divides the frequencies by: `factor` where fewer than `low` turns fit the `positions` that the
+    model was first trained on, 1 where more than `high` do, and between them what mixes both frequencies linearly.
+
+    Source: Grattafiori et al., "The Llama 3 Herd of Models", arXiv 2407.21783, and Meta's implementation.
+    """
+    turns = positions * rotary_frequencies(head_width, base) / (2 * torch.pi)
+    share = ((turns - low) / (high - low)).clamp(0, 1)
+    return tuple((1 / (share + (1 - share) / factor)).tolist())
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -138,7 +165,7 @@ class Decoder(nn.Module):
 
     def reserve(self, capacity: int) -> None:
         """Tables for positions below `capacity`, (c, e/2): what `continued` turns by."""
-        tables = rotary_tables(capacity, self.sizes.head_width, self.sizes.rotary_base)
+        tables = self.sizes.rotary_tables(capacity)
         for name, table in zip(("cos_rows", "sin_rows"), tables, strict=True):
             self.register_buffer(name, table[:, : self.sizes.head_width // 2].clone(), persistent=False)
 
@@ -156,7 +183,7 @@ class Llama(Decoder):
 
     def __init__(self, length: int, sizes: Sizes = Sizes()) -> None:
         super().__init__(sizes)
-        cos, sin = rotary_tables(length, sizes.head_width, sizes.rotary_base)
+        cos, sin = sizes.rotary_tables(length)
         mask = torch.full((length, length), torch.finfo(torch.float32).min).triu(1)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)

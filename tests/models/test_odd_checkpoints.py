@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,10 @@ from .test_generators import UNTIED, logits_of, write_folder, write_gguf  # noqa
 
 pytestmark = pytest.mark.torch
 COUNT, NUMBER = "expected a whole number of at least 1", "expected a number above 0"
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 256,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -47,7 +52,9 @@ COUNT, NUMBER = "expected a whole number of at least 1", "expected a number abov
         ("rope_theta", None, f"rope_theta is None, {NUMBER}"),
         ("rope_parameters", 3, "has rotary positions of 3, expected an object"),
         ("rope_parameters", {"rope_type": "yarn"}, r"scales its rotary positions \(yarn\)"),
-        ("rope_scaling", {"type": "linear", "factor": 2}, r"scales its rotary positions \(linear\)"),
+        ("rope_scaling", {"type": "linear"}, f"factor is None, {NUMBER}"),
+        ("rope_scaling", {"rope_type": "llama3", "factor": 8}, f"low_freq_factor is None, {NUMBER}"),
+        ("rope_scaling", {**LLAMA3, "low_freq_factor": 4}, "low_freq_factor is 4, expected less than high_freq_factor"),
         ("partial_rotary_factor", 0.5, r"turns a part of each head \(0.5\)"),
         ("layer_types", ["full_attention", "sliding_attention"], "attends in a sliding window"),
         ("max_position_embeddings", "a", f"max_position_embeddings is 'a', {COUNT}"),
@@ -97,6 +104,71 @@ def test_quantized_weights_without_their_scales_are_refused(dtype: torch.dtype, 
     folder = write_folder(tmp_path / "m", decoders.small_llama(decoders.GROUPED), dtype=dtype)
     with pytest.raises(ModelError, match=r"embed_tokens.weight holds torch.u?int8, expected floating-point numbers"):
         huggingface.load(folder)
+
+
+def by_definition(width: int, base: float, scaling: dict[str, Any]) -> list[float]:
+    """Frequencies of Llama 3.1 as Meta's implementation computes them, one by one."""
+    old, low, high = (scaling[n] for n in ("original_max_position_embeddings", "low_freq_factor", "high_freq_factor"))
+    found = []
+    for i in range(0, width, 2):
+        frequency = base ** (-i / width)
+        length = 2 * math.pi / frequency
+        if length < old / high:
+            found.append(frequency)
+        elif length > old / low:
+            found.append(frequency / scaling["factor"])
+        else:
+            smooth = (old / length - low) / (high - low)
+            found.append((1 - smooth) * frequency / scaling["factor"] + smooth * frequency)
+    return found
+
+
+def test_scaled_rotary_positions_of_llama_3(tmp_path: Path) -> None:
+    """By the folder's options as by the factors that a GGUF file holds: all three kinds of frequency occur."""
+    sizes = decoders.GROUPED
+    model = decoders.small_llama(sizes)
+    folder = write_folder(tmp_path / "m", model, config={"rope_scaling": LLAMA3})
+    found = huggingface.load(folder).decoder
+    expected = by_definition(sizes.head_width, sizes.rotary_base, LLAMA3)
+    plain = by_definition(sizes.head_width, sizes.rotary_base, {**LLAMA3, "factor": 1.0})
+    factors = np.array(plain) / np.array(expected)
+    assert factors.min() == 1 and factors.max() > 7.9 and ((factors > 1.01) & (factors < 7.9)).any()
+    cos, sin = (table.double().numpy() for table in found.sizes.rotary_tables(24))
+    angles = np.outer(np.arange(24), expected)
+    np.testing.assert_allclose(cos, np.cos(np.tile(angles, 2)), atol=1e-6)
+    np.testing.assert_allclose(sin, np.sin(np.tile(angles, 2)), atol=1e-6)
+    assert np.abs(logits_of(found) - logits_of(model)).max() > 1e-3
+
+    def add(writer: Any) -> None:
+        writer.add_tensor("rope_freqs.weight", factors.astype(np.float32))
+
+    file = write_gguf(tmp_path / "m.gguf", model, change=add)
+    np.testing.assert_allclose(logits_of(gguf_file.load(file).decoder), logits_of(found), atol=1e-5)
+
+
+def test_linearly_scaled_rotary_positions(tmp_path: Path) -> None:
+    model = decoders.small_llama(decoders.GROUPED)
+    folder = write_folder(tmp_path / "m", model, config={"rope_scaling": {"type": "linear", "factor": 2}})
+    found = huggingface.load(folder).decoder
+    cos, _ = found.sizes.rotary_tables(9)
+    plain, _ = model.sizes.rotary_tables(9)
+    np.testing.assert_allclose(cos[::2], plain[:5], atol=1e-6)
+
+    def add(writer: Any) -> None:
+        writer.add_rope_scaling_factor(2.0)
+
+    np.testing.assert_array_equal(logits_of(gguf_file.load(write_gguf(tmp_path / "a.gguf", model, change=add)).decoder),
+                                  logits_of(found))  # fmt: skip
+
+
+@pytest.mark.parametrize("factors", [np.ones(3, np.float32), np.zeros(4, np.float32), np.ones(4, np.float16)])
+def test_bad_factors_of_rotary_positions_are_refused(factors: np.ndarray, tmp_path: Path) -> None:
+    file = write_gguf(
+        tmp_path / "m.gguf", decoders.small_llama(decoders.GROUPED),
+        change=lambda writer: writer.add_tensor("rope_freqs.weight", factors),
+    )  # fmt: skip
+    with pytest.raises(ModelError, match=r"rope_freqs.weight is float\d+\[\d\], expected 4 float32 above 0"):
+        gguf_file.load(file)
 
 
 FORMS = {
