@@ -6,7 +6,7 @@ import functools
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 from .target import Target
 
@@ -72,11 +72,15 @@ def peaks(target: Target, threads: int) -> Peaks:
     return Peaks(threads, _flops(target, threads), tuple(levels))
 
 
-def reading(target: Target, threads: int) -> tuple[Callable[[], object], int]:
-    """A call that reads from memory as fast as this machine can, and the bytes that it reads: to be timed beside
-    something else. The process must have that number of threads set already.
+def moving(
+    what: Literal["read", "copy"], target: Target, threads: int, nbytes: int = 0
+) -> tuple[Callable[[], object], int]:
+    """A call that moves memory as fast as this machine can, and the bytes that it moves: to be timed beside something
+    else. The process must have that number of threads set already.
+
+    nbytes: of what is read, or of what is read and written; 0 for more than any cache holds.
     """
-    return _probe("read", target, threads, _beyond_caches(target))
+    return _probe(what, target, threads, nbytes or _beyond_caches(target))
 
 
 def _beyond_caches(target: Target) -> int:

@@ -10,7 +10,8 @@
 
 All run in one process on the same arrays, bound once, in turn; after each change of runner some runs are not timed.
 `chosen` is what a compiled model uses. The ratio is onnxruntime's time over its time, pair by pair: above 1 it is
-faster. Brackets hold the 10th and 90th percentile. `2 threads` compares the kernel with itself on one thread.
+faster. Brackets hold the 10th and 90th percentile. `2 threads` compares the kernel with itself on one thread, and
+`copying` says how much faster than one thread they copy as many bytes: what the machine gives at most.
 `memory` is what two readings and one writing take without any arithmetic, past the caches where the result is larger
 than they are: no softmax of two passes can take less.
 
@@ -51,6 +52,7 @@ QUICK = [(1, 1 << 6), (1, 1 << 14), (1, 1 << 20), (1, 1 << 24), (1000, 49), (102
 BYTES = {"float32": 4, "float16": 2}
 FORMS = ("chosen", "two-pass", "recompute", "reload")
 MEMORY = "memory"
+ALONE, COPYING, COPYING_ALONE = "one thread", "copying", "copying on one thread"
 
 
 def recompute(e: SoftmaxEmitter, rows: Any, length: Any) -> None:
@@ -141,6 +143,7 @@ def measure(
     from onnx import helper
 
     from ..runtime.measure import Spread
+    from ..runtime.peaks import moving
 
     x = aligned((np.random.default_rng(0).random(shape, np.float32) * 20 - 10).astype(dtype))
     y = aligned(np.empty_like(x))
@@ -152,7 +155,9 @@ def measure(
     for form in forms:
         runners[form] = partial(kernel(form, shape, target, threads, dtype), source, result)
     if threads > 1:
-        runners["one thread"] = partial(kernel("chosen", shape, target, 1, dtype), source, result)
+        runners[ALONE] = partial(kernel("chosen", shape, target, 1, dtype), source, result)
+        runners[COPYING], moved = moving("copy", target, threads, x.nbytes + y.nbytes)
+        runners[COPYING_ALONE], moved_alone = moving("copy", target, 1, x.nbytes + y.nbytes)
     else:
         runners[MEMORY] = partial(kernel(MEMORY, shape, target, 1, dtype), source, result)
     errors = {}
@@ -165,10 +170,13 @@ def measure(
     times = medians(take_turns(runners, SETTLE if threads > 1 else 0.0, budget))
     count = math.prod(shape)
     ratios = {}
-    for name in (*forms, "one thread" if threads > 1 else MEMORY):
+    for name in (*forms, ALONE if threads > 1 else MEMORY):
         other = "onnxruntime" if name in forms else name
         mine = name if name in forms else "chosen"
         ratios[name] = Spread.of([a / b for a, b in zip(times[other], times[mine], strict=True)]).to_json()
+    if threads > 1:
+        pairs = zip(times[COPYING_ALONE], times[COPYING], strict=True)
+        ratios[COPYING] = Spread.of([a / moved_alone / (b / moved) for a, b in pairs]).to_json()
     return {
         "shape": list(shape),
         "dtype": dtype,
@@ -273,7 +281,7 @@ def _compared(runners: dict[str, Runner], threads: int, budget: float, unit: flo
 
 
 def header(threads: int) -> list[str]:
-    extra = [f"{threads} threads over 1"] if threads > 1 else [*FORMS[1:], MEMORY, "over chosen"]
+    extra = [f"{threads} threads over 1", COPYING] if threads > 1 else [*FORMS[1:], MEMORY, "over chosen"]
     return ["rows", "length", "onnxruntime", "chosen", "ratio", *extra]
 
 
@@ -284,7 +292,7 @@ def line(row: dict[str, Any], threads: int) -> list[str]:
     def spread(name: str) -> str:
         return "{median:.2f} [{low:.2f}, {high:.2f}]".format(**ratio[name])
 
-    extra = [spread("one thread")] if threads > 1 else [
+    extra = [spread(ALONE), spread(COPYING)] if threads > 1 else [
         *(f"{nanoseconds[name]['median']:.3f}" for name in (*FORMS[1:], MEMORY)), spread(MEMORY)
     ]  # fmt: skip
     cells = [f"{nanoseconds[name]['median']:.3f}" for name in ("onnxruntime", "chosen")]
