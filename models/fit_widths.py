@@ -71,11 +71,18 @@ class Student(TorchGraph):
         first, second = self.parts[site]
         number = self.group[site]
         rest = x @ second
-        if isinstance(self.gates, Tensor):
-            rest = self.gates[..., number : number + 1] * rest
-        elif number >= self.led:
+        gates = self.gates if isinstance(self.gates, Tensor) else None
+        if gates is None and number >= self.led:
             assert self.now is not None, "features come before what is chosen by them"
-            rest = self.now[..., number : number + 1] * rest
+            gates = self.now
+        if gates is not None:
+            if gates.dim() > 1 and gates.shape[:-1] != rest.shape[:-1]:
+                rows, chosen = list(rest.shape[:-1]), list(gates.shape[:-1])
+                raise PassError(
+                    f"{site} computes rows {rows}, but widths are chosen for {chosen}; give inputs for which every row "
+                    "goes through all products"
+                )
+            rest = gates[..., number : number + 1] * rest
         y = x @ first + rest
         bias = given[2] if len(given) > 2 else None
         return (y if bias is None else y + bias,)

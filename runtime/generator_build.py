@@ -20,7 +20,6 @@ from .target import Target
 
 ONE_MODEL = ("pins", "checks", "learned", "dry_run")
 CALIBRATION_LENGTH = 512  # tokens of a calibration sample, if the cache holds so many
-MOST_WANTED = 64  # of its tokens' logits
 READ_TOKENS = 64  # of the text that the cache of a check comes from
 LENGTHS = (40, 7)  # of prefill's calls in a check
 
@@ -76,12 +75,11 @@ def text_samples(folder: GeneratorFolder, path: Path) -> Feeds:
     count = len(ids) // length
     if not count:
         raise InputError(f"{path}: holds {len(ids)} tokens; expected {length} or more, the length of a sample")
-    wanted = np.unique(np.linspace(0, length - 1, min(MOST_WANTED, length)).astype(np.int64))
     empty = np.zeros(folder.about.cache_shape, np.float32)
     return {
         "input_ids": list(ids[: count * length].reshape(count, 1, length)),
         "position": [np.zeros(1, np.int64)] * count,
-        "wanted": [wanted] * count,
+        "wanted": [np.arange(length)] * count,
         **{f"past_{name}": [empty] * count for name in folder.about.cache_names},
     }
 

@@ -101,6 +101,18 @@ def test_the_fixed_choice_is_what_is_worth_most_for_its_size() -> None:
     assert fit_widths.fixed_choice(worths, sizes, 1.0) == (0, 1, 2)
 
 
+def test_products_of_other_rows_than_the_selector_sees_are_named(tmp_path: Path) -> None:
+    made = job()
+    node = next(node for node in made.model.graph if node.outputs[0].name == "l")
+    rows = ir.Value(name="rows", const_value=ir.tensor(np.array([3]), name="rows"))
+    made.model.graph.register_initializer(rows)
+    some = ir.node("Gather", [node.inputs[0], rows], {"axis": 1})
+    made.model.graph.insert_before(node, some)
+    node.replace_input_with(0, some.outputs[0])
+    with pytest.raises(PassError, match=r"l computes rows \[1, 1\], but widths are chosen for \[1, 32\]"):
+        train(made, context(tmp_path))
+
+
 def test_too_few_samples_are_an_error(tmp_path: Path) -> None:
     with pytest.raises(PassError, match="9 calibration samples; widths need at least 10, of which one is held out"):
         train(job(), context(tmp_path, samples=9))

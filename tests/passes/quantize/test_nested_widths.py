@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -130,10 +131,20 @@ def test_a_plan_serves_every_choice_without_inputs(tmp_path: Path) -> None:
         assert close[sign < 0] < 1e-5 < close[sign > 0], close
 
 
+def test_a_selector_that_gains_next_to_nothing_is_left_out(tmp_path: Path) -> None:
+    def barely(job: WidthJob, ctx: PassContext) -> Weights:
+        found = learned(job, ctx)
+        return replace(found, stats={**found.stats, "loss_dynamic": 1.95})
+
+    _, report = converted(f"nested-widths:{OPTIONS}", context(tmp_path, trainer=barely))
+    assert report.stats["choose"] == "static"
+    plan = f"plan={tmp_path / 'm.onnx.nested-widths.npz'}"
+    _, report = converted(f"nested-widths:choose=dynamic:{plan}:{OPTIONS}", PassContext())
+    assert report.stats["choose"] == "dynamic"
+
+
 def _fixed(plan: str) -> list[ir.Model]:
     """The model with the last product wide and narrow, the others as the selector has them."""
-    from dataclasses import replace
-
     from graphwright.passes.quantize.nested import NestedPlan
     from graphwright.passes.quantize.write_nested import write_nested
     from graphwright.passes.registry import parse_pass
