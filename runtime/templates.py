@@ -285,7 +285,7 @@ def _transposes(tree: Tree, extents: Sequence[Size]) -> TypeGuard[elements.Load]
     """Whether a tree is one load whose contiguous axis is not the output's."""
     return (
         isinstance(tree, elements.Load)
-        and tree.dtype == "float32"
+        and tree.dtype in moves.ELEMENTS
         and len(extents) > 1
         and tree.strides[-1] not in (0, 1)
         and any(stride == 1 and extent != 1 for stride, extent in zip(tree.strides, extents, strict=True))
@@ -298,7 +298,7 @@ def _transposition(
     (base,) = elements.fixed([load.base])
 
     def write(v: Vectors, inputs: Sequence[Buffer], y: Buffer, index: str) -> None:
-        with moves.prelude(v):
+        with moves.prelude(v, load.dtype):
             x = inputs[load.source]
             moves.emit_transpose(v, x, base, load.strides, extents, y, target.cores, index)
 

@@ -274,7 +274,7 @@ def pack(bb: relax.BlockBuilder, x: Any, target: Target) -> Any:
         rows = bb.emit(relax.op.reshape(x, [shape[0], out[1], lanes, math.prod(shape[2:])]))
         return bb.emit(relax.op.reshape(bb.emit(relax.op.permute_dims(rows, [0, 1, 3, 2])), out))
     dtype = str(x.ty.dtype.dtype)
-    function = moves.blocks(shape, target, into=True) if dtype == "float32" else _packing(shape, out, dtype)
+    function = moves.blocks(shape, target, True, dtype) if dtype in moves.ELEMENTS else _packing(shape, out, dtype)
     return bb.emit(relax.call_tir(bb.add_func(function, "pack"), [x], relax.TensorType(out, dtype)))
 
 
@@ -299,8 +299,8 @@ def unpack(bb: relax.BlockBuilder, blocked: Any, shape: Sequence[Any], target: T
         rows = bb.emit(relax.op.reshape(blocked, [shape[0], shape[1] // lanes, math.prod(shape[2:]), lanes]))
         return relax.op.reshape(bb.emit(relax.op.permute_dims(rows, [0, 1, 3, 2])), list(shape))
     dtype = str(blocked.ty.dtype.dtype)
-    if dtype == "float32":
-        function = moves.blocks(shape, target, into=False)
+    if dtype in moves.ELEMENTS:
+        function = moves.blocks(shape, target, False, dtype)
     else:
         data = te.placeholder(list(blocked.ty.shape.values), dtype, "x")
 

@@ -1,7 +1,7 @@
 """Kernels that only move elements: transpositions by square tiles in registers, channels into blocks and out of them.
 
-A tile of L x L elements is read as L vectors along the axis that is contiguous in the source, transposed by log2(L)
-rounds of shuffles, and written as L vectors along the axis that is contiguous in the result.
+A tile of L x L elements of 1, 2 or 4 bytes is read as L vectors along the axis that is contiguous in the source,
+transposed by log2(L) rounds of shuffles, and written as L vectors along the axis that is contiguous in the result.
 """
 
 from __future__ import annotations
@@ -21,18 +21,26 @@ from .vectors import Buffer, Expr, Vectors
 OPAQUE = 8  # Relax's operator pattern of a function that nothing is fused into
 # Elements below which a second thread costs more than it gives.
 PARALLEL = 1 << 16
+# LLVM's type of elements that are moved, by the type of theirs; bits are not looked at.
+ELEMENTS = {"float32": "float", "int32": "float", "int16": "i16", "uint16": "i16", "int8": "i8", "uint8": "i8"}
+BYTES = {"float": 4, "i16": 2, "i8": 1}
 
 
-def transposition(lanes: int, part: bool = False) -> str:
-    """LLVM IR of gw_transpose_L(source, its stride, result, its stride): a tile of L x L float32, strides in elements
+def function_name(lanes: int, dtype: str, part: bool = False) -> str:
+    return f"gw_transpose_{ELEMENTS[dtype]}_{'part_' if part else ''}{lanes}"
+
+
+def transposition(lanes: int, dtype: str, part: bool = False) -> str:
+    """LLVM IR of a function (source, its stride, result, its stride): a tile of L x L elements, strides in elements
     between vectors of the source and of the result.
 
-    part: gw_transpose_part_L takes two more, how many vectors of the source and of the result there are. Those beyond
+    part: it takes two more, how many vectors of the source and of the result there are. Those beyond
     are the last one of the source, and left out of the result.
     """
-    vector = f"<{lanes} x float>"
-    name, more = ("part_", ", i64 %sn, i64 %dn") if part else ("", "")
-    lines = [f"define i32 @gw_transpose_{name}{lanes}(ptr %s, i64 %ss, ptr %d, i64 %ds{more}) alwaysinline {{"]
+    element = ELEMENTS[dtype]
+    vector, align = f"<{lanes} x {element}>", BYTES[element]
+    name, more = function_name(lanes, dtype, part), ", i64 %sn, i64 %dn" if part else ""
+    lines = [f"define i32 @{name}(ptr %s, i64 %ss, ptr %d, i64 %ds{more}) alwaysinline {{"]
 
     def address(side: str, i: int) -> None:
         number = str(i)
@@ -41,13 +49,13 @@ def transposition(lanes: int, part: bool = False) -> str:
             lines.append(f"  %{side}c{i} = icmp slt i64 {i}, %{side}n")
             lines.append(f"  {number} = select i1 %{side}c{i}, i64 {i}, i64 %{side}l")
         lines.append(f"  %{side}o{i} = mul i64 %{side}s, {number}")
-        lines.append(f"  %{side}p{i} = getelementptr float, ptr %{side}, i64 %{side}o{i}")
+        lines.append(f"  %{side}p{i} = getelementptr {element}, ptr %{side}, i64 %{side}o{i}")
 
     if part:
         lines += [f"  %{side}l = sub i64 %{side}n, 1" for side in "sd"]
     for i in range(lanes):
         address("s", i)
-        lines.append(f"  %r0_{i} = load {vector}, ptr %sp{i}, align 4")
+        lines.append(f"  %r0_{i} = load {vector}, ptr %sp{i}, align {align}")
     half, stage = lanes // 2, 0
     while half:
         # Swap the off-diagonal blocks of `half` x `half` elements between rows that are `half` apart.
@@ -66,18 +74,19 @@ def transposition(lanes: int, part: bool = False) -> str:
     # The last vector that exists is written after those beyond it, which go to its place.
     for i in reversed(range(lanes)):
         address("d", i)
-        lines.append(f"  store {vector} %r{stage}_{i}, ptr %dp{i}, align 4")
+        lines.append(f"  store {vector} %r{stage}_{i}, ptr %dp{i}, align {align}")
     return "\n".join([*lines, "  ret i32 0", "}", ""])
 
 
-def prelude(v: Vectors) -> Any:
-    """A scope in which the functions below may be called, besides that of the vectors."""
-    return T.attr(T.int32(0), "pragma_import_llvm", transposition(v.lanes) + transposition(v.lanes, part=True))
+def prelude(v: Vectors, dtype: str) -> Any:
+    """A scope in which the functions below may be called on one type of elements, besides that of the vectors."""
+    code = transposition(v.lanes, dtype) + transposition(v.lanes, dtype, part=True)
+    return T.attr(T.int32(0), "pragma_import_llvm", code)
 
 
-def blocks(shape: Sequence[Any], target: Target, into: bool) -> tirx.PrimFunc:
-    """A kernel (x, y) that brings the channels of float32 (N, C, ...) into blocks of a vector, or out of them. N may be
-    known only at run time.
+def blocks(shape: Sequence[Any], target: Target, into: bool, dtype: str) -> tirx.PrimFunc:
+    """A kernel (x, y) that brings the channels of (N, C, ...) into blocks of a vector, or out of them. N may be known
+    only at run time.
     """
     v = Vectors(target.isa)
     batch: Size = shape[0] if isinstance(shape[0], int) else Symbol(tirx.Var("batch", "int64"))
@@ -90,17 +99,17 @@ def blocks(shape: Sequence[Any], target: Target, into: bool) -> tirx.PrimFunc:
         T.func_name("pack" if into else "unpack")
         T.func_attr({"tirx.noalias": True, "op_pattern": OPAQUE, "tirx.is_scheduled": True})
         ends = [
-            T.match_buffer(T.arg(name, T.handle()), [expression(d, index) for d in dims], "float32")
+            T.match_buffer(T.arg(name, T.handle()), [expression(d, index) for d in dims], dtype)
             for name, dims in (("x", plain if into else packed), ("y", packed if into else plain))
         ]
         with T.sblock("root"):
             T.reads()
             T.writes()
             x, y = (
-                T.decl_buffer((expression(product(dims), index),), "float32", data=e.data)
+                T.decl_buffer((expression(product(dims), index),), dtype, data=e.data)
                 for e, dims in zip(ends, (plain, packed) if into else (packed, plain), strict=True)
             )
-            with v.prelude(), prelude(v):
+            with v.prelude(), prelude(v, dtype):
                 emit_blocks(v, x, y, batch, channels, places, target.cores, index, into)
     return builder.get()
 
@@ -111,7 +120,7 @@ def emit_blocks(
     """Y = X with its channels in blocks of a vector, or (into=False) out of them. Lanes beyond the channels repeat the
     last one, or are 0 where there is one place.
 
-    x, y: flat float32. Emits into the IR builder that is open, within `prelude`.
+    x, y: flat, of one type. Emits into the IR builder that is open, within `prelude`.
     """
     lanes, blocks = v.lanes, -(-channels // v.lanes)
 
@@ -147,10 +156,10 @@ def emit_blocks(
                     sides = ((outside, places, there), (inside, lanes, lanes))
                     (source, step, first), (result, apart, second) = sides if into else reversed(sides)
                     arguments = [T.address_of(x[source]), T.int64(step), T.address_of(y[result]), T.int64(apart)]
-                    name = "gw_transpose"
                     if there < lanes:
-                        name, arguments = "gw_transpose_part", [*arguments, T.int64(first), T.int64(second)]
-                    T.evaluate(T.call_extern("int32", f"{name}_{lanes}", *arguments))
+                        arguments += [T.int64(first), T.int64(second)]
+                    name = function_name(lanes, str(x.dtype), there < lanes)
+                    T.evaluate(T.call_extern("int32", name, *arguments))
 
         if channels % lanes == 0:
             move(lanes)
@@ -177,7 +186,7 @@ def emit_transpose(
     """Y[i...] = X[base + strides · i] for a row-major Y of the extents. One stride is 1, not the last. Raises
     NotElementwise where a size of that axis or of the last is known only at run time.
 
-    x, y: flat float32. Emits into the IR builder that is open, within `prelude`.
+    x, y: flat, of one type. Emits into the IR builder that is open, within `prelude`.
     """
     row_axis = max(axis for axis, stride in enumerate(strides) if stride == 1 and extents[axis] != 1)
     last = len(extents) - 1
@@ -218,7 +227,7 @@ def emit_transpose(
                         T.address_of(x[source + column * const(step_size)]), T.int64(step_size),
                         T.address_of(y[result + column]), T.int64(row_size),
                     )  # fmt: skip
-                    T.evaluate(T.call_extern("int32", f"gw_transpose_{lanes}", *arguments))
+                    T.evaluate(T.call_extern("int32", function_name(lanes, str(x.dtype)), *arguments))
             if columns % lanes:
                 with T.serial(const(lanes)) as i:
                     for j in range(columns - columns % lanes, columns):

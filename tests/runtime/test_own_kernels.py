@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from graphwright.runtime.kernels import moves
 from graphwright.runtime.target import Target
 
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -256,6 +257,24 @@ def test_a_result_by_heads_is_transposed_by_tiles() -> None:
                   four=np.array([1, 24, 2, 16]))  # fmt: skip
     assert model.kernels == {"attention", "transpose"}
     agrees(model, {"x": draw(1, 24, 32)})
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint16", "int32", "float32"])
+@pytest.mark.parametrize("sizes", [(24, 16), (25, 33), (3, 40), (40, 7), (8, 8)])
+def test_elements_of_every_width_are_transposed_by_tiles(
+    dtype: str, sizes: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, columns = sizes
+    emitted: list[object] = []
+    emit = moves.emit_transpose
+    monkeypatch.setattr(moves, "emit_transpose", lambda *given: [emitted.append(given), emit(*given)])
+    kind = dtype.replace("float32", "float")
+    model = Model(f"g ({kind}[3,{rows},{columns}] x) => ({kind}[3,{columns},{rows}] y)"
+                  "{ y = Transpose <perm=[0,2,1]> (x) }")  # fmt: skip
+    assert model.kernels == {"transpose"}
+    x = np.random.default_rng(rows).integers(0, 120, (3, rows, columns)).astype(dtype)
+    np.testing.assert_array_equal(model({"x": x})[0], x.transpose(0, 2, 1))
+    assert emitted
 
 
 def test_softcap_and_rows_that_see_nothing() -> None:

@@ -79,19 +79,32 @@ def compare(text: str, target: Target = TARGET, **weights: np.ndarray) -> list[s
 def test_into_blocks_and_out(
     runnable: Callable[[str], Target], name: str, channels: int, places: tuple[int, ...]
 ) -> None:
-    target = runnable(name)
+    moved(runnable(name), draw(2, channels, *places))
+
+
+@pytest.mark.parametrize("places", [(1,), (3,), (9,), (16, 17)])
+@pytest.mark.parametrize("channels", [1, 7, 8, 17, 33])
+@pytest.mark.parametrize("name, dtype", [("cpu-avx512", "int8"), ("cpu-avx2", "uint8"), ("cpu-baseline", "uint8")])
+def test_bytes_into_blocks_and_out(
+    runnable: Callable[[str], Target], name: str, dtype: str, channels: int, places: tuple[int, ...]
+) -> None:
+    random = np.random.default_rng(channels)
+    moved(runnable(name), random.integers(0, 120, (2, channels, *places)).astype(dtype))
+
+
+def moved(target: Target, x: np.ndarray) -> None:
+    channels, places = x.shape[1], x.shape[2:]
     lanes = max(4, target.isa.lanes(32))
-    x = draw(2, channels, *places)
     packed = blocked_array(x, lanes)
-    functions = {n: moves.blocks(x.shape, target, into=n == "pack") for n in ("pack", "unpack")}
+    functions = {n: moves.blocks(x.shape, target, n == "pack", str(x.dtype)) for n in ("pack", "unpack")}
     module = tvm.IRModule({n: f.with_attr("global_symbol", n) for n, f in functions.items()})
     compiled = machine_code(module, target)
-    y = tvm.runtime.tensor(np.full(packed.shape, 7, np.float32))
+    y = tvm.runtime.tensor(np.full(packed.shape, 7, x.dtype))
     compiled["pack"](tvm.runtime.tensor(x), y)
     there = np.moveaxis(y.numpy(), -1, 2).reshape(2, -1, *places)
     np.testing.assert_array_equal(there[:, :channels], x)
     assert np.isfinite(there).all() and np.abs(there).max() <= np.abs(x).max()
-    back = tvm.runtime.tensor(np.full(x.shape, 7, np.float32))
+    back = tvm.runtime.tensor(np.full(x.shape, 7, x.dtype))
     compiled["unpack"](tvm.runtime.tensor(packed), back)
     np.testing.assert_array_equal(back.numpy(), x)
 
