@@ -7,13 +7,10 @@ ends with the same weights. Importing this file imports torch.
 from __future__ import annotations
 
 import hashlib
-import logging
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,12 +20,12 @@ from torch import Tensor
 from .codecs import DISTORTIONS, HELD_OUT, SHRINKS, STRIDE, photos
 from .fit import schedule
 from .hyperprior import LARGEST_SYMBOL, PEAK, SCALES, SMALLEST_SCALE, STEP, Hyperprior, Sizes
+from .training_state import TrainingState
 
 LEAST = 2.0**-30  # likelihood of a symbol that the rate counts
 LARGEST_NORM = 1.0  # of all gradients together
 SAVED_EVERY, SAID_EVERY = 20.0, 2.0  # seconds
 
-log = logging.getLogger("graphwright")
 
 
 @dataclass(frozen=True)
@@ -105,7 +102,8 @@ def train(plan: Plan, checkpoint: Path, say: Callable[[str], None] = lambda mess
     images = photos()
     model.start_from(blocks(plan, images))
     optimizer = torch.optim.Adam(model.parameters(), lr=plan.rate)
-    first, spent = _restore(plan, checkpoint, model, optimizer)
+    state = TrainingState(checkpoint, _fingerprint(plan), model, optimizer)
+    first, spent = state.restore()
     now = saved = time.perf_counter()
     begun, said = now - spent, 0.0
     recent = {quality: "" for quality in range(len(DISTORTIONS))}
@@ -113,7 +111,7 @@ def train(plan: Plan, checkpoint: Path, say: Callable[[str], None] = lambda mess
     for step in range(first, plan.steps):
         if step > first and now - saved >= SAVED_EVERY:
             saved = now
-            _save(plan, checkpoint, model, optimizer, step, now - begun)
+            state.save(step, now - begun)
         for group in optimizer.param_groups:
             group["lr"] = plan.rate * schedule(step, plan.steps)
         quality = step % len(DISTORTIONS)
@@ -130,7 +128,7 @@ def train(plan: Plan, checkpoint: Path, say: Callable[[str], None] = lambda mess
             left = (now - begun - spent) / (step + 1 - first) * (plan.steps - step - 1)
             say(f"{step + 1}/{plan.steps}, bits a pixel/dB {', '.join(recent.values())}, {left / 60:.0f} min left")
     if first < plan.steps:
-        _save(plan, checkpoint, model, optimizer, plan.steps, time.perf_counter() - begun)
+        state.save(plan.steps, time.perf_counter() - begun)
     return model.eval()
 
 
@@ -142,29 +140,3 @@ def seconds_spent(checkpoint: Path) -> float:
 def _fingerprint(plan: Plan) -> str:
     """What the weights follow from: a checkpoint of anything else is of no use."""
     return hashlib.sha256(repr((plan, DISTORTIONS, HELD_OUT, SHRINKS)).encode()).hexdigest()
-
-
-def _restore(plan: Plan, checkpoint: Path, model: Hyperprior, optimizer: torch.optim.Optimizer) -> tuple[int, float]:
-    """The step to go on from, and the seconds that were spent before."""
-    if not checkpoint.is_file():
-        return 0, 0.0
-    try:
-        found: dict[str, Any] = torch.load(checkpoint, weights_only=True)
-        if found["fingerprint"] == _fingerprint(plan):
-            model.load_state_dict(found["model"])
-            optimizer.load_state_dict(found["optimizer"])
-            return found["step"], found["seconds"]
-    except Exception as error:  # whatever a damaged file raises
-        log.info("%s: %s", checkpoint, error)
-    log.warning("%s: is of another run; training starts anew", checkpoint)
-    return 0, 0.0
-
-
-def _save(
-    plan: Plan, checkpoint: Path, model: Hyperprior, optimizer: torch.optim.Optimizer, step: int, seconds: float
-) -> None:
-    temporary = checkpoint.with_name(checkpoint.name + ".new")
-    state = {"fingerprint": _fingerprint(plan), "step": step, "seconds": seconds, "model": model.state_dict(),
-             "optimizer": optimizer.state_dict()}  # fmt: skip
-    torch.save(state, temporary)
-    os.replace(temporary, checkpoint)

@@ -8,8 +8,6 @@ Importing this file imports torch.
 from __future__ import annotations
 
 import hashlib
-import logging
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,6 +23,7 @@ from torch.nn.functional import cross_entropy
 
 from .fit import schedule
 from .tiny_lm import seeded
+from .training_state import TrainingState
 
 LARGEST_NORM = 1.0  # of all gradients together
 BETAS = (0.9, 0.95)
@@ -33,7 +32,6 @@ CHECKPOINT_EVERY = 50  # steps
 SAVED_EVERY = 20.0  # seconds after which a checkpoint is written earlier, where steps take long
 SAID_EVERY = 2.0  # seconds between two lines of progress
 
-log = logging.getLogger("graphwright")
 
 
 @dataclass(frozen=True)
@@ -87,14 +85,15 @@ def train(
         [{"params": matrices, "weight_decay": DECAY}, {"params": others, "weight_decay": 0.0}],
         lr=plan.rate, betas=BETAS, fused=True,
     )  # fmt: skip
-    first, spent = _restore(plan, corpus, checkpoint, model, optimizer)
+    state = TrainingState(checkpoint, _fingerprint(plan, corpus), model, optimizer)
+    first, spent = state.restore()
     now = saved = time.perf_counter()
     begun, said, recent = now - spent, 0.0, float("nan")
     model.train()
     for step in range(first, plan.steps):
         if step > first and (step % CHECKPOINT_EVERY == 0 or now - saved >= SAVED_EVERY):
             saved = now
-            _save(plan, corpus, checkpoint, model, optimizer, step, time.perf_counter() - begun)
+            state.save(step, time.perf_counter() - begun)
         for group in optimizer.param_groups:
             group["lr"] = plan.rate * schedule(step, plan.steps)
         optimizer.zero_grad(set_to_none=True)
@@ -108,7 +107,7 @@ def train(
             left = (now - begun - spent) / (step + 1 - first) * (plan.steps - step - 1)
             say(f"{bar(step + 1, plan.steps)} {step + 1}/{plan.steps}, loss {recent:.3f}, {left / 60:.0f} min left")
     if first < plan.steps:
-        _save(plan, corpus, checkpoint, model, optimizer, plan.steps, time.perf_counter() - begun)
+        state.save(plan.steps, time.perf_counter() - begun)
     return model.eval()
 
 
@@ -172,34 +171,3 @@ def in_torch(model: nn.Module) -> Callable[[NDArray[np.int64]], NDArray[np.float
 def _fingerprint(plan: Plan, corpus: Corpus) -> str:
     """What the weights follow from: a checkpoint of anything else is of no use."""
     return hashlib.sha256(repr(plan).encode() + corpus.learned.tobytes()).hexdigest()
-
-
-def _restore(
-    plan: Plan, corpus: Corpus, checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer
-) -> tuple[int, float]:
-    """The step to go on from, and the seconds that were spent before."""
-    if not checkpoint.is_file():
-        return 0, 0.0
-    try:
-        found: dict[str, Any] = torch.load(checkpoint, weights_only=True)
-        if found["fingerprint"] == _fingerprint(plan, corpus):
-            model.load_state_dict(found["model"])
-            optimizer.load_state_dict(found["optimizer"])
-            return found["step"], found["seconds"]
-    except Exception as error:  # whatever a damaged file raises
-        log.info("%s: %s", checkpoint, error)
-    log.warning("%s: is of another run; training starts anew", checkpoint)
-    return 0, 0.0
-
-
-def _save(
-    plan: Plan, corpus: Corpus, checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int,
-    seconds: float,
-) -> None:  # fmt: skip
-    temporary = checkpoint.with_name(checkpoint.name + ".new")
-    state = {
-        "fingerprint": _fingerprint(plan, corpus), "step": step, "seconds": seconds, "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-    }  # fmt: skip
-    torch.save(state, temporary)
-    os.replace(temporary, checkpoint)
