@@ -17,6 +17,7 @@ Names: b batch, g key head, r row, i query, j key, c vector of a key or value.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from typing import Any
 from tvm.tirx.script import builder as T
 
 from .attention_spec import Causal, Layout, Mask
-from .attention_tiles import Tensors, TileEmitter
+from .attention_tiles import WRITTEN_OUT, Tensors, TileEmitter, each_vector, tail
 from .vector_tiles import VectorTiles
 from .vectors import LINE, LOWEST, NEGATIVE_INFINITY, Buffer, Expr
 
@@ -180,13 +181,15 @@ class RowEmitter:
 
         def start(r: Expr) -> None:
             origin = v.opaque(t.at("q", self.b, self.h, self.i))
-            for c in range(self.head_vectors):
-                x = v.load(t.q, origin + c * lanes, _tail(t, t.spec.head_size, c, lanes))
+
+            def take(c: Expr | int, part: Expr | None) -> None:
+                x = v.load(t.q, origin + c * lanes, part)
                 v.store(self.queries, (r * self.head_vectors + c) * lanes, T.Bind(x * v.splat(t.spec.scale)))
+
+            each_vector(t, t.spec.head_size, lanes, take)
             T.buffer_store(self.top, T.float32(LOWEST), [r])
             v.store(self.sums, r * lanes, v.splat(0.0))
-            for c in range(self.value_vectors):
-                v.store(self.result, r * self.pitch + c * lanes, v.splat(0.0))
+            self._each_value(lambda c: v.store(self.result, r * self.pitch + c * lanes, v.splat(0.0)))
 
         self._each_row(start)
         if t.spec.causal is not Causal.NO:
@@ -259,7 +262,7 @@ class RowEmitter:
             with T.serial(t.const(whole)) as c:
                 add(c, None)
             if spec.head_size % lanes:
-                add(whole, _tail(t, spec.head_size, whole, lanes))
+                add(whole, tail(t, spec.head_size, whole, lanes))
             for n in range(rows):
                 v.put_totals([total[v.at(0)] for total in totals[n]], self.scores, n * self.block + slot)
 
@@ -272,8 +275,7 @@ class RowEmitter:
 
     def _ask(self, buffer: Buffer, offset: Expr, size: int) -> None:
         """The cache lines of `size` elements."""
-        for line in range(0, size, LINE):
-            self.vectors.prefetch(buffer, offset + line)
+        each_vector(self.tensors, size, LINE, lambda line, part: self.vectors.prefetch(buffer, offset + line * LINE))
 
     def _weights(self, r: Expr, n: Expr, key: Expr, count: Expr) -> None:
         """The scores of row r, which is the bundle's n-th, become exp(s - m'); m, l and the factor of O follow."""
@@ -325,58 +327,80 @@ class RowEmitter:
     def _values(self, first: Expr, rows: int, key: Expr, count: Expr, stop: Expr) -> None:
         """O[r] = O[r] · a + s V for the rows of a bundle, a few vectors at a time; of two keys in turn where these sums
         would be too few to keep the multipliers busy."""
-        t, v, lanes = self.tensors, self.vectors, self.vectors.lanes
+        t, v = self.tensors, self.vectors
         base = v.opaque(self.v_base + key * t.step("v", "s"))
         passes = -(-self.value_vectors * rows // self.sums_held)
         wide = -(-self.value_vectors // passes)
-        for start in range(0, self.value_vectors, wide):
-            here = range(start, min(start + wide, self.value_vectors))
-            turns = 2 if rows * len(here) < 8 else 1
-            sums = [[[v.registers(1, 0.0) for _ in here] for _ in range(rows)] for _ in range(turns)]
-            for n in range(rows):
-                factor = v.load(self.factors, t.const(n * lanes))
-                for x, c in enumerate(here):
-                    old = v.load(self.result, (first + n) * self.pitch + c * lanes)
-                    T.buffer_store(sums[0][n][x], old * factor, [v.at(0)])
+        full = self.value_vectors // wide - (self.value_vectors % wide == 0)  # passes before the last
+        some = functools.partial(self._some_values, first=first, rows=rows, key=key, base=base, count=count, stop=stop)
+        if full * wide <= WRITTEN_OUT:
+            for n in range(full):
+                some(n * wide, wide)
+        else:
+            some(0, wide)
+            with T.serial(t.const(full - 1)) as n:
+                some(v.opaque((n + 1) * wide), wide)
+        some(full * wide, self.value_vectors - full * wide)
 
-            def add(j: Expr, into: list[list[Buffer]], here: range = here) -> None:
-                if self.ahead and here.start == 0 and t.spec.k is not Layout.BHDS:
-                    place = T.Bind(T.min(key + self.block + j, stop - 1))
-                    self._ask(t.k, self.k_base + place * t.step("k", "s"), t.spec.head_size)
-                p = [T.Bind(v.splat(self.scores[n * self.block + j])) for n in range(rows)]
-                for x, c in enumerate(here):
-                    y = v.load(t.v, base + j * t.step("v", "s") + c * lanes, _tail(t, t.spec.value_size, c, lanes))
-                    for n in range(rows):
-                        T.buffer_store(into[n][x], v.fma(p[n], y, into[n][x][v.at(0)]), [v.at(0)])
+    def _some_values(
+        self, start: Expr | int, size: int, *, first: Expr, rows: int, key: Expr, base: Expr, count: Expr, stop: Expr
+    ) -> None:
+        """`size` vectors of values from vector `start`."""
+        t, v, lanes = self.tensors, self.vectors, self.vectors.lanes
+        turns = 2 if rows * size < 8 else 1
+        sums = [[[v.registers(1, 0.0) for _ in range(size)] for _ in range(rows)] for _ in range(turns)]
+        for n in range(rows):
+            factor = v.load(self.factors, t.const(n * lanes))
+            for c in range(size):
+                old = v.load(self.result, (first + n) * self.pitch + (start + c) * lanes)
+                T.buffer_store(sums[0][n][c], old * factor, [v.at(0)])
 
-            with T.serial(v.opaque(T.floordiv(count, t.const(turns)))) as j:
-                for turn in range(turns):
-                    add(v.opaque(j * turns + turn), sums[turn])
-            if turns > 1:
-                with T.If(T.floormod(count, t.const(turns)) > t.const(0)), T.Then():
-                    add(count - 1, sums[0])
-            for n in range(rows):
-                for x, c in enumerate(here):
-                    total = sums[0][n][x][v.at(0)]
-                    for other in sums[1:]:
-                        total = total + other[n][x][v.at(0)]
-                    v.store(self.result, (first + n) * self.pitch + c * lanes, T.Bind(total))
+        def add(j: Expr, into: list[list[Buffer]]) -> None:
+            if self.ahead and isinstance(start, int) and start == 0 and t.spec.k is not Layout.BHDS:
+                place = T.Bind(T.min(key + self.block + j, stop - 1))
+                self._ask(t.k, self.k_base + place * t.step("k", "s"), t.spec.head_size)
+            p = [T.Bind(v.splat(self.scores[n * self.block + j])) for n in range(rows)]
+            for c in range(size):
+                part = tail(t, t.spec.value_size, start + c, lanes)
+                y = v.load(t.v, base + j * t.step("v", "s") + (start + c) * lanes, part)
+                for n in range(rows):
+                    T.buffer_store(into[n][c], v.fma(p[n], y, into[n][c][v.at(0)]), [v.at(0)])
+
+        with T.serial(v.opaque(T.floordiv(count, t.const(turns)))) as j:
+            for turn in range(turns):
+                add(v.opaque(j * turns + turn), sums[turn])
+        if turns > 1:
+            with T.If(T.floormod(count, t.const(turns)) > t.const(0)), T.Then():
+                add(count - 1, sums[0])
+        for n in range(rows):
+            for c in range(size):
+                total = sums[0][n][c][v.at(0)]
+                for other in sums[1:]:
+                    total = total + other[n][c][v.at(0)]
+                v.store(self.result, (first + n) * self.pitch + (start + c) * lanes, T.Bind(total))
+
+    def _each_value(self, body: Callable[[Expr | int], None]) -> None:
+        """Vectors of values, the last of them filled up."""
+        each_vector(self.tensors, self.pitch, self.vectors.lanes, lambda c, part: body(c))
 
     def _give(self, r: Expr, sums: Buffer, result: Buffer, place: Expr) -> None:
         """Y = O / l."""
         v, lanes = self.vectors, self.vectors.lanes
         total = v.total(v.load(sums, place * lanes))
-        self._write(total, [v.load(result, place * self.pitch + c * lanes) for c in range(self.value_vectors)])
+        self._write(total, lambda c: v.load(result, place * self.pitch + c * lanes))
 
-    def _write(self, total: Expr, values: list[Expr]) -> None:
+    def _write(self, total: Expr, value: Callable[[Expr | int], Expr]) -> None:
         t, v, lanes = self.tensors, self.vectors, self.vectors.lanes
         factor = T.Bind(T.float32(1) / total)
         start = v.opaque(t.at("y", self.b, self.h, self.i))
-        for c, value in enumerate(values):
-            y = value * v.splat(factor)
+
+        def write(c: Expr | int, part: Expr | None) -> None:
+            y = value(c) * v.splat(factor)
             if t.spec.zero_rows:
                 y = T.Select(total == T.float32(0), v.splat(0.0), y)
-            v.store(t.y, start + c * lanes, T.Bind(y), _tail(t, t.spec.value_size, c, lanes))
+            v.store(t.y, start + c * lanes, T.Bind(y), part)
+
+        each_vector(t, t.spec.value_size, lanes, write)
 
     # -- parts -----------------------------------------------------------------------------------------------
 
@@ -384,8 +408,11 @@ class RowEmitter:
         v, lanes = self.vectors, self.vectors.lanes
         T.buffer_store(results[0], self.top[r], [place])
         v.store(results[1], place * lanes, v.load(self.sums, r * lanes))
-        for c in range(self.value_vectors):
+
+        def keep(c: Expr | int) -> None:
             v.store(results[2], place * self.pitch + c * lanes, v.load(self.result, r * self.pitch + c * lanes))
+
+        self._each_value(keep)
 
     def _merge(self, r: Expr, place: Expr, parts: int, results: tuple[Buffer, ...]) -> None:
         """Parts against their common maximum."""
@@ -397,16 +424,11 @@ class RowEmitter:
             top = T.Bind(T.max(top, other))
         factors = [v.exp(T.Bind(v.splat(T.Bind(other - top)))) for other in tops]
 
-        def combined(buffer: Buffer, pitch: int, c: int) -> Expr:
+        def combined(buffer: Buffer, pitch: int, c: Expr | int) -> Expr:
             total = v.splat(0.0)
             for p, factor in zip(places, factors, strict=True):
                 total = v.fma(v.load(buffer, p * pitch + c * lanes), factor, total)
             return T.Bind(total)
 
         total = v.total(combined(results[1], lanes, 0))
-        self._write(total, [combined(results[2], self.pitch, c) for c in range(self.value_vectors)])
-
-
-def _tail(t: Tensors, size: int, vector: int, lanes: int) -> Expr | None:
-    """How many elements a vector has, None for all."""
-    return None if (vector + 1) * lanes <= size else t.const(size - vector * lanes)
+        self._write(total, lambda c: combined(results[2], self.pitch, c))

@@ -30,6 +30,8 @@ from .attention_spec import AttentionSpec, Causal, Mask
 from .vector_tiles import VectorTiles
 from .vectors import LOWEST, NEGATIVE_INFINITY, Buffer, Expr
 
+WRITTEN_OUT = 16  # vectors up to which each has code of its own; more are taken in a loop, whatever the head's size
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -125,7 +127,9 @@ class TileEmitter:
         self.head_vectors = -(-spec.head_size // v.lanes)
         most = max(self.tile.rows)
         groups = -(-self.value_vectors // most)
-        self.groups = [self.value_vectors // groups + (g < self.value_vectors % groups) for g in range(groups)]
+        size, larger = divmod(self.value_vectors, groups)
+        # How many groups of how many vectors lie behind each other. The last may have a vector that is not full.
+        self.groups = [(larger, size + 1), (groups - larger - 1, size), (1, size)]
 
     def allocate(self) -> None:
         """Scratch of one thread, where the work of a task begins."""
@@ -359,21 +363,30 @@ class TileEmitter:
         t = self.tensors
         base = self.vectors.opaque(self.v_base + key * t.step("v", "s"))
         first = 0
-        for size in self.groups:
-            rows = self.tile.rows[size]
-            if isinstance(self.rows, int):
-                whole, rest = divmod(self.rows, rows)
-                if whole:
-                    with T.serial(t.const(whole)) as n:
-                        self._output(n * rows, rows, first, size, base, count)
-                if rest:
-                    self._output(t.const(whole * rows), rest, first, size, base, count)
+        for groups, size in self.groups:
+            if groups <= WRITTEN_OUT // size:
+                for g in range(groups):
+                    self._group(first + g * size, size, base, count)
             else:
-                with T.serial(self.vectors.opaque(T.floordiv(self.rows + (rows - 1), t.const(rows)))) as n:
-                    self._output(n * rows, rows, first, size, base, count)
-            first += size
+                with T.serial(t.const(groups)) as g:
+                    self._group(self.vectors.opaque(g * size + first), size, base, count)
+            first += groups * size
 
-    def _output(self, row: Expr, rows: int, first: int, size: int, base: Expr, count: int | Expr) -> None:
+    def _group(self, first: int | Expr, size: int, base: Expr, count: int | Expr) -> None:
+        """`size` vectors of O from vector `first`."""
+        t, rows = self.tensors, self.tile.rows[size]
+        if isinstance(self.rows, int):
+            whole, rest = divmod(self.rows, rows)
+            if whole:
+                with T.serial(t.const(whole)) as n:
+                    self._output(n * rows, rows, first, size, base, count)
+            if rest:
+                self._output(t.const(whole * rows), rest, first, size, base, count)
+        else:
+            with T.serial(self.vectors.opaque(T.floordiv(self.rows + (rows - 1), t.const(rows)))) as n:
+                self._output(n * rows, rows, first, size, base, count)
+
+    def _output(self, row: Expr, rows: int, first: int | Expr, size: int, base: Expr, count: int | Expr) -> None:
         """One tile of O: `rows` queries from `row`, `size` vectors from vector `first`."""
         t, v, lanes = self.tensors, self.vectors, self.vectors.lanes
         pitch = self.value_vectors * lanes
@@ -384,8 +397,9 @@ class TileEmitter:
                 held = v.load(self.result, (row + r) * pitch + (first + c) * lanes)
                 T.buffer_store(sums[r], held * factor, [v.at(c * lanes)])
         with T.serial(self._expr(count)) as j:
+            row_of_v = base + j * t.step("v", "s")
             values = [
-                v.load(t.v, base + j * t.step("v", "s") + (first + c) * lanes, self._tail(first + c))
+                v.load(t.v, row_of_v + (first + c) * lanes, tail(t, t.spec.value_size, first + c, lanes))
                 for c in range(size)
             ]
             for r in range(rows):
@@ -397,22 +411,39 @@ class TileEmitter:
             for c in range(size):
                 v.store(self.result, (row + r) * pitch + (first + c) * lanes, sums[r][v.at(c * lanes)])
 
-    def _tail(self, vector: int) -> Expr | None:
-        """How many elements the vector of a value has, None for all."""
-        size, lanes = self.tensors.spec.value_size, self.vectors.lanes
-        return None if (vector + 1) * lanes <= size else self.tensors.const(size - vector * lanes)
-
     def _give_result(self, start: Expr) -> None:
         """Y = O / l for the queries that there are."""
         t, v, lanes = self.tensors, self.vectors, self.vectors.lanes
         with T.serial(self._expr(self.rows)) as r:
             total = T.Bind(self.sums[r])
             factor = T.Bind(T.float32(1) / total)
-            for c in range(self.value_vectors):
+
+            def give(c: Expr | int, tail: Expr | None, r: Expr = r, total: Expr = total, factor: Expr = factor) -> None:
                 held = v.load(self.result, r * (self.value_vectors * lanes) + c * lanes) * v.splat(factor)
                 if t.spec.zero_rows:
                     held = T.Select(total == T.float32(0), v.splat(0.0), held)
-                v.store(t.y, start + r * t.step("y", "s") + c * lanes, T.Bind(held), self._tail(c))
+                v.store(t.y, start + r * t.step("y", "s") + c * lanes, T.Bind(held), tail)
+
+            each_vector(t, t.spec.value_size, lanes, give)
+
+
+def each_vector(t: Tensors, size: int, lanes: int, body: Callable[[Expr | int, Expr | None], None]) -> None:
+    """body(c, tail) for each vector of `size` elements, of which the last has `tail`; None for all."""
+    whole = size // lanes
+    if whole <= WRITTEN_OUT:
+        for c in range(whole):
+            body(c, None)
+    else:
+        with T.serial(t.const(whole)) as c:
+            body(c, None)
+    if size % lanes:
+        body(whole, tail(t, size, whole, lanes))
+
+
+def tail(t: Tensors, size: int, vector: Expr | int, lanes: int) -> Expr | None:
+    """How many elements a vector of `size` elements has, None for all, as every one has that a loop takes."""
+    full = not isinstance(vector, int) or (vector + 1) * lanes <= size
+    return None if full else t.const(size - vector * lanes)
 
 
 def _sum(values: list[Expr]) -> Expr:

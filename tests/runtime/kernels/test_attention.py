@@ -170,7 +170,8 @@ def test_heads_in_columns_beside_other_things(runnable: Callable[[str], Target],
 
 
 @pytest.mark.parametrize(
-    "size, value_size", [(1, 1), (3, 5), (8, 24), (17, 33), (32, 32), (40, 80), (64, 64), (72, 128), (128, 96)]
+    "size, value_size",
+    [(1, 1), (3, 5), (8, 24), (17, 33), (32, 32), (40, 80), (64, 64), (72, 128), (128, 96), (270, 1031)],
 )
 @pytest.mark.parametrize("queries", [1, 20])
 @pytest.mark.parametrize("name", X86)
