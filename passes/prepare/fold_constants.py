@@ -13,7 +13,9 @@ import onnx_ir as ir
 from .. import graph
 from ..base import Contract, Pass, PassContext, PassReport
 from .common_subexpressions import is_random
+from .equal_dims import MADE
 from .evaluate import Limits, Refusal, check_work, evaluate, predict_bytes
+from .infer_shapes import InferShapes
 from .shape_values import LENGTH, Entries, ShapeValues
 
 QUANTIZERS = ("DequantizeLinear", "QuantizeLinear", "DynamicQuantizeLinear")
@@ -32,8 +34,9 @@ class FoldConstants(Pass):
            Y = Mul (X, v)  }
 
     Shapes are followed entry by entry: `Gather (Shape (X), 1)` is a constant when that dimension of X is
-    fixed, and a Reshape to `[N, 12, 64]` with free N becomes one to `[-1, 12, 64]`. An If with a constant
-    condition becomes its branch.
+    fixed, and a Reshape to `[N, 12, 64]` with free N becomes one to `[-1, 12, 64]`. Where a result gets its shape
+    from a constant, shapes are inferred again and what follows is folded too. An If with a constant condition becomes
+    its branch.
     Left alone, each with its reason: results above max_bytes or that make the file larger by more than
     max_growth (a ConstantOfShape of 500 MB stays one; sizes are worked out first), work that takes long,
     random operators, quantized weights, float16 and bfloat16 weights that only products and gathers read, widened by a
@@ -55,8 +58,8 @@ class FoldConstants(Pass):
 
     def run(self, model: ir.Model, ctx: PassContext) -> PassReport:
         run = _Run(self, model, self.report())
-        for scope in graph.scopes(model):
-            run.fold(scope)
+        while run.round():
+            InferShapes().run(model, ctx)
         run.report.stats["bytes"] = run.held
         return run.report
 
@@ -68,14 +71,20 @@ class _Run:
         self.options, self.model, self.report = options, model, report
         self.held = 0
         self._shapes = ShapeValues()
+        self._decides_shapes = False
         self._limits = Limits(options.max_bytes, 4 * options.max_bytes)
         self._uses_of_names: Counter[str | None] | None = None
         self._names: graph.Names | None = None
         self._chose_branch = False
 
-    def fold(self, scope: graph.Scope) -> None:
-        for node in scope.graph:
-            self._visit(node, scope)
+    def round(self) -> bool:
+        """Go through the model once. Whether a constant was made that gives a node's result a shape, from which more
+        may follow: a Pad by sizes that are computed from what the Pad before it gives."""
+        self._shapes, self._decides_shapes = ShapeValues(), False
+        for scope in graph.scopes(self.model):
+            for node in scope.graph:
+                self._visit(node, scope)
+        return self._decides_shapes
 
     def _visit(self, node: ir.Node, scope: graph.Scope) -> None:
         if node.domain != "" or node.op_type == "Constant":
@@ -188,7 +197,9 @@ class _Run:
                 graph.replace_value(old, new, keep_name=True)
                 continue
             old.name = None
-            graph.replace_value(old, graph.add_constant(scope, node, name, array))
+            new = graph.add_constant(scope, node, name, array)
+            graph.replace_value(old, new)
+            self._decides_shapes |= any(_unknown_shape(user) for user, _ in new.uses())
         graph.remove_node(node)
         self.report.changed(rule, site, f"{node.op_type} -> {', '.join(_describe(a) for a in arrays)}")
 
@@ -249,6 +260,14 @@ class _Run:
         for value in [*branch.initializers.values(), *(v for node in branch for v in node.outputs)]:
             if value.name and self._uses_of_names[value.name] > 1:
                 value.name = self._fresh(value.name)
+
+
+def _unknown_shape(node: ir.Node) -> bool:
+    """Whether nothing, or only a name that onnx has made up, is known of a result's size."""
+    return any(
+        value.shape is None or any(not isinstance(d, int) and MADE.fullmatch(d.value or "unk__0") for d in value.shape)
+        for value in node.outputs
+    )
 
 
 def _widens_weights(node: ir.Node) -> bool:

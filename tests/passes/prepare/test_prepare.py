@@ -138,6 +138,22 @@ def test_folded_shapes_wrap_as_integers_do(nodes: str, expected: np.generic) -> 
     np.testing.assert_array_equal(folded.attributes["value"].as_tensor().numpy(), [expected])
 
 
+def test_each_shape_that_follows_from_the_one_before_it_is_found() -> None:
+    """Padding to a multiple, as exporters write "same" padding, over and over; floats hide it from onnx."""
+    layers = "".join(
+        f"""s{i} = Shape (x{i}) n{i} = Gather (s{i}, last) f{i} = Cast <to = 1> (n{i}) q{i} = Div (f{i}, four)
+        c{i} = Ceil (q{i}) m{i} = Mul (c{i}, four) r{i} = Sub (m{i}, f{i}) o{i} = Cast <to = 7> (r{i})
+        p{i} = Concat <axis = 0> (three, o{i}) w{i} = Pad (x{i}, p{i}) u{i} = Relu (w{i})
+        x{i + 1} = Concat <axis = 2> (u{i}, x0)"""
+        for i in range(6)
+    )
+    text = f"""g (float[1,2,5] x0) => (float y) <int64[1] last = {{2}},
+    float[1] four = {{4}}, int64[5] three = {{0, 0, 0, 0, 0}}> {{ {layers} y = Identity (x6) }}"""
+    after, _ = Pipeline.parse("infer-shapes,fold-constants,dead-code").run(parse(text))
+    assert {node.op_type for node in after.graph} == {"Pad", "Relu", "Concat", "Identity"}
+    assert after.graph.outputs[0].shape == ir.Shape([1, 2, 53])
+
+
 def test_reports_name_every_site_and_running_again_changes_nothing() -> None:
     text = """g (float[N,6] x) => (float[N,6] y) <int64[1] zero = {0}, int64[1] six = {6}> {
       s = Shape (x) n = Gather (s, zero) t = Concat <axis = 0> (n, six)
