@@ -463,9 +463,14 @@ class _Claimer(relax.PyExprMutator):
         if kernel is not None:
             tensors = [a for a in call.args if isinstance(a.ty, relax.TensorType)]
             return relax.call_tir(kernel, tensors, outside.type(calls[-1].out))
-        if not any(c.anchor is not None for c in calls):
+        if not any(c.anchor is not None for c in calls) and not self.all_written(calls):
             return call
         return self.parted(dict(zip(function.params, call.args, strict=True)), calls, outside)
+
+    def all_written(self, calls: Sequence[_Call]) -> bool:
+        """Whether there is a kernel for each of the calls alone, as for a transposition and for the function behind it,
+        which together would be computed element by element."""
+        return all(self.lone_kernel(c) is not None for c in calls)
 
     def parted(self, values: dict[Any, Any], calls: Sequence[_Call], outside: _Outside) -> Any:
         """A group as several kernels, the first of which takes as many of the calls as it can, and so on.
@@ -505,13 +510,17 @@ class _Claimer(relax.PyExprMutator):
         single = _call_of(call, None, self.module)
         if single is None or call.args[0] not in self.module.functions:
             return call
-        key = call.args[0]
-        if key not in self.kernels:
-            params = [relax.Var(f"p{i}", a.ty) for i, a in enumerate(single.arguments)]
-            inner = _Call(single.name, single.function, list(params), relax.Var("y", single.out), single.out)
-            self.kernels[key] = self.written(key.name_hint, [inner], params)
-        kernel = self.kernels[key]
+        kernel = self.lone_kernel(single)
         return call if kernel is None else relax.call_tir(kernel, single.arguments, single.out)
+
+    def lone_kernel(self, call: _Call) -> Any:
+        """The kernel of one call; None where no template takes it."""
+        key = call.function
+        if key not in self.kernels:
+            params = [relax.Var(f"p{i}", a.ty) for i, a in enumerate(call.arguments)]
+            inner = _Call(call.name, call.function, list(params), relax.Var("y", call.out), call.out)
+            self.kernels[key] = self.written(call.name, [inner], params)
+        return self.kernels[key]
 
     def written(self, name: str, calls: Sequence[_Call], params: Sequence[Any]) -> Any:
         anchors = sum(c.anchor is not None for c in calls)

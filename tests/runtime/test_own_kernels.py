@@ -277,6 +277,17 @@ def test_elements_of_every_width_are_transposed_by_tiles(
     assert emitted
 
 
+@pytest.mark.parametrize("form, kernels", [
+    ("t = Transpose<perm=[0, 2, 1]>(x) y = Gelu(t)", {"transpose", "gelu"}),
+    ("g = Sigmoid(x) m = Mul(g, x) t = Transpose<perm=[0, 2, 1]>(m) y = Exp(t)",
+     {"tir_sigmoid_multiply", "transpose", "tir_exp"}),
+])  # fmt: skip
+def test_functions_around_a_transposition_are_computed_in_vectors(form: str, kernels: set[str]) -> None:
+    model = Model(f"m (float[2,40,33] x) => (float[2,33,40] y) {{ {form} }}")
+    assert model.kernels == kernels
+    model.check({"x": draw(2, 40, 33)})
+
+
 def test_softcap_and_rows_that_see_nothing() -> None:
     model = Model("g (float[1,2,3,8] q, float[1,2,5,8] k, float[1,2,5,8] v, bool[3,5] m) => (float[1,2,3,8] y)"
                   "{ y = Attention <softcap=2.0> (q, k, v, m) }")  # fmt: skip
