@@ -123,14 +123,14 @@ def tilings(spec: ConvSpec, isa: InstructionSet, tile: ConvTile = BY_RULE) -> li
 def step_cycles(width: int, vectors: int) -> float:
     """Of one input channel of a tile: two multiply-adds and two loads a cycle; each sum waits four for its last, and
     where nothing but eight sums hides that, any other delay costs time."""
-    return max(width * vectors / 2, (width + vectors) / 2, 4.5)
+    return max(width * vectors / 2, (width + vectors) / 2, 4.5) * loads_cost(width, vectors)
 
 
 def _cycles(width: int, vectors: int, dot: Dot, steps: int) -> float:
     """Of one tile. Weights that do not stay in the first cache come at 32 bytes a cycle."""
     weights = vectors * dot.width * dot.itemsize
     streamed = weights / 32 if steps * weights > 24 << 10 else 0.0
-    return steps * max(step_cycles(width, vectors) * loads_cost(width, vectors), streamed) + 2 * width * vectors + 20
+    return steps * max(step_cycles(width, vectors), streamed) + 2 * width * vectors + 20
 
 
 def _tiles(spec: ConvSpec, widths: list[int]) -> Iterator[Tiles]:
