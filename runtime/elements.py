@@ -218,13 +218,23 @@ def collect_loads(e: Any, loads: list[TensorLoad]) -> None:
     if isinstance(e, TensorLoad):
         loads.append(e)
         return
-    for name in ("a", "b", "value", "condition", "true_value", "false_value"):
-        part = getattr(e, name, None)
-        if isinstance(part, tvm.ir.Expr):
-            collect_loads(part, loads)
-    if isinstance(e, tvm.ir.Call):
-        for argument in e.args:
-            collect_loads(argument, loads)
+    for part in _parts(e):
+        collect_loads(part, loads)
+
+
+def computes_functions(e: Any) -> bool:
+    """Whether there is more than arithmetic in an expression: exp, erf, tanh ..."""
+    called = isinstance(e, tvm.ir.Call) and isinstance(e.op, tvm.ir.Op) and _short_name(e) in FUNCTIONS
+    return called or (not isinstance(e, TensorLoad) and any(computes_functions(part) for part in _parts(e)))
+
+
+def _parts(e: Any) -> list[Any]:
+    parts = [getattr(e, name, None) for name in ("a", "b", "value", "condition", "true_value", "false_value")]
+    return [p for p in parts if isinstance(p, tvm.ir.Expr)] + (list(e.args) if isinstance(e, tvm.ir.Call) else [])
+
+
+def _short_name(call: Any) -> str:
+    return str(call.op.name).rpartition(".")[2]
 
 
 Source: TypeAlias = "Callable[[Sequence[Any]], Tree]"
@@ -265,7 +275,7 @@ class _Reader:
         raise NotElementwise(f"it computes a {type(e).__name__}")
 
     def call(self, e: Any, dtype: str) -> Tree:
-        name = str(e.op.name).rpartition(".")[2] if isinstance(e.op, tvm.ir.Op) else ""
+        name = _short_name(e) if isinstance(e.op, tvm.ir.Op) else ""
         if name == "pow" or name == "power":
             return self.power(e, dtype)
         if name not in FUNCTIONS or dtype != "float32" or len(e.args) != 1:

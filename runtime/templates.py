@@ -463,14 +463,15 @@ class _Claimer(relax.PyExprMutator):
         if kernel is not None:
             tensors = [a for a in call.args if isinstance(a.ty, relax.TensorType)]
             return relax.call_tir(kernel, tensors, outside.type(calls[-1].out))
-        if not any(c.anchor is not None for c in calls) and not self.all_written(calls):
+        if not any(c.anchor is not None for c in calls) and not self.better_parted(calls):
             return call
         return self.parted(dict(zip(function.params, call.args, strict=True)), calls, outside)
 
-    def all_written(self, calls: Sequence[_Call]) -> bool:
-        """Whether there is a kernel for each of the calls alone, as for a transposition and for the function behind it,
-        which together would be computed element by element."""
-        return all(self.lone_kernel(c) is not None for c in calls)
+    def better_parted(self, calls: Sequence[_Call]) -> bool:
+        """Whether kernels for some of the calls alone are better than a loop nest for all, element by element: where
+        every call has one, as a transposition and a sum, or one that computes a function, as GELU before a Concat."""
+        nests = [elements.nest_of(c.function) for c in calls if self.lone_kernel(c) is not None]
+        return len(nests) == len(calls) or any(elements.computes_functions(nest.value) for nest in nests)
 
     def parted(self, values: dict[Any, Any], calls: Sequence[_Call], outside: _Outside) -> Any:
         """A group as several kernels, the first of which takes as many of the calls as it can, and so on.

@@ -281,6 +281,8 @@ def test_elements_of_every_width_are_transposed_by_tiles(
     ("t = Transpose<perm=[0, 2, 1]>(x) y = Gelu(t)", {"transpose", "gelu"}),
     ("g = Sigmoid(x) m = Mul(g, x) t = Transpose<perm=[0, 2, 1]>(m) y = Exp(t)",
      {"tir_sigmoid_multiply", "transpose", "tir_exp"}),
+    ("e = Exp(x) c = Concat<axis=2>(x, e) h, l = Split<num_outputs=2, axis=2>(c) s = Add(h, l)"
+     "y = Transpose<perm=[0, 2, 1]>(s)", {"tir_exp", "concatenate", "strided_slice_strided_slice_add", "transpose"}),
 ])  # fmt: skip
 def test_functions_around_a_transposition_are_computed_in_vectors(form: str, kernels: set[str]) -> None:
     model = Model(f"m (float[2,40,33] x) => (float[2,33,40] y) {{ {form} }}")
