@@ -8,7 +8,7 @@ import onnx_ir as ir
 from .. import graph
 from .matching import made_by, producer, scalar
 
-ABSORBS = -1e30  # scores vanish when this is added to them, so that adding it and replacing by it are the same
+HIDES = -1e4  # a weight is 0 beside others where this is added to a score, or stands in its place
 
 
 def is_causal(value: ir.Value | None, keep: bool, condition: bool, depth: int = 8) -> bool:
@@ -35,7 +35,7 @@ def is_causal(value: ir.Value | None, keep: bool, condition: bool, depth: int = 
     if graph.is_op(node, "Where"):
         seen, hidden = (scalar(node.inputs[i], node.outputs[0]) for i in (1, 2))
         for zero, low, kept in ((seen, hidden, True), (hidden, seen, False)):
-            if zero == 0.0 and low is not None and low <= ABSORBS:
+            if zero == 0.0 and low is not None and low <= HIDES:
                 return is_causal(node.inputs[0], kept, True, depth - 1)
     return False
 
@@ -49,7 +49,7 @@ def _constant(array: np.ndarray, keep: bool, condition: bool) -> bool:
         return matrix.dtype == bool and bool((matrix == (lower == keep)).all())
     if matrix.dtype.kind not in "f":
         return False
-    return bool((matrix[lower] == 0).all() and (matrix[~lower] <= ABSORBS).all())
+    return bool((matrix[lower] == 0).all() and (matrix[~lower] <= HIDES).all())
 
 
 def _keeps_matrix(node: ir.Node) -> bool:
@@ -71,7 +71,7 @@ def _triangle(node: ir.Node, keep: bool, condition: bool) -> bool:
     if number is None or start is None:
         return False
     if not condition:
-        return bool(upper) and start == 1.0 and number <= ABSORBS
+        return bool(upper) and start == 1.0 and number <= HIDES
     if upper:
         return start == 1.0 and number != 0 and not keep
     return start == 0.0 and number != 0 and keep
