@@ -40,6 +40,8 @@ class RecogniseAttention(Recogniser):
     each head several times (Unsqueeze, Expand, Reshape: grouped queries) are taken before the repetition. A model of
     an older opset is brought to 23.
     Einsum of two operands for the products, in any order of axes, is written as MatMul between transpositions first.
+    A softmax in float32 of scores in float16 or bfloat16 becomes softmax_precision; where the mask, or V, is in float32
+    too, Q, K and V are cast to it in front of Attention and its result is cast back.
     A guard that turns rows of NaN into zeros, as exporters of PyTorch write it behind a softmax whose row may be
     wholly hidden, is part of what Attention does.
     Left alone: batches or heads that are not known to be equal, masks that may be larger than the product, weights
@@ -137,12 +139,14 @@ class Side:
         assert shape is not None
         return [shape[axis] for axis in self.perm or range(len(shape))]
 
-    def write(self, writer: Writer) -> ir.Value:
-        return self.value if self.perm is None else writer.transpose(self.value, self.perm)
+    def write(self, writer: Writer, dtype: ir.DataType | None) -> ir.Value:
+        return _as(writer, self.value if self.perm is None else writer.transpose(self.value, self.perm), dtype)
 
 
 @dataclass(frozen=True)
 class Site:
+    """dtype: what Attention computes in. wide: its softmax is in float32."""
+
     q: Side
     k: Side
     v: Side
@@ -150,6 +154,7 @@ class Site:
     masks: tuple[Mask, ...]
     causal: tuple[Mask, ...]
     wide: bool
+    dtype: ir.DataType | None
     last: ir.Node
 
     @property
@@ -159,9 +164,9 @@ class Site:
     def write(self, writer: Writer) -> ir.Value:
         output = self.last.outputs[0]
         flat = len(self.q.dims) == 3
-        q, k, v = (side.write(writer) for side in (self.q, self.k, self.v))
+        q, k, v = (side.write(writer, self.dtype) for side in (self.q, self.k, self.v))
         dims = [*self.q.dims[:-1], self.v.dims[-1]]
-        mask = write_masks(writer, self.masks, q.dtype or ir.DataType.FLOAT)
+        mask = write_masks(writer, self.masks, self.dtype or ir.DataType.FLOAT)
         if flat:
             axis = writer.ints([1], "heads")
             q, k, v = (
@@ -179,10 +184,10 @@ class Site:
             attributes["is_causal"] = 1
         if self.wide:
             attributes["softmax_precision"] = int(ir.DataType.FLOAT)
-        y = writer.op("Attention", q, k, v, mask, dtype=output.dtype, shape=dims, **attributes)
+        y = writer.op("Attention", q, k, v, mask, dtype=self.dtype, shape=dims, **attributes)
         if flat:
-            y = writer.op("Squeeze", y, axis, dtype=output.dtype, shape=output.shape)
-        return y
+            y = writer.op("Squeeze", y, axis, dtype=self.dtype, shape=output.shape)
+        return _as(writer, y, output.dtype)
 
     def _expanded(self, writer: Writer, mask: ir.Value, q: ir.Value, k: ir.Value) -> ir.Value:
         """The mask with a row for each query and a column for each key."""
@@ -207,6 +212,13 @@ class Site:
             target = writer.op("Concat", *ends, axis=0, dtype=ir.DataType.INT64, shape=[4])
         lead: list[Dim] = [*[1] * (4 - len(mask.shape)), *list(mask.shape)[:-2]] if len(mask.shape) >= 2 else [1, 1]
         return writer.op("Expand", mask, target, dtype=mask.dtype, shape=[*lead, *wanted])
+
+
+def _as(writer: Writer, value: ir.Value, dtype: ir.DataType | None) -> ir.Value:
+    """The value in this type."""
+    if dtype is None or value.dtype in (dtype, None):
+        return value
+    return writer.op("Cast", value, to=int(dtype), dtype=dtype, shape=value.shape)
 
 
 def _with_head(dims: list[Dim]) -> list[Dim]:
@@ -236,12 +248,16 @@ def _site(node: ir.Node, last: ir.Node, scores: Scores) -> Site:
     whole = [*q.dims[:-1], k.dims[-2]]
     masks, causal = [], []
     for mask in scores.masks:
-        check_mask(mask, whole, dtype)
+        check_mask(mask, whole, (dtype, ir.DataType.FLOAT) if scores.wide else (dtype,))
         if is_causal(mask.value, mask.keep, mask.fill is not None) and mask.factor > 0 and same_dim(*whole[-2:]):
             causal.append(mask)
         else:
             masks.append(mask)
-    return Site(q, k, v, float(np.float32(scale)), tuple(masks), tuple(causal), scores.wide, last)
+    added = [mask.value.dtype for mask in masks if mask.fill is None]
+    if scores.wide and ir.DataType.FLOAT in (v.value.dtype, *added):
+        dtype = ir.DataType.FLOAT
+    wide = scores.wide and dtype != ir.DataType.FLOAT
+    return Site(q, k, v, float(np.float32(scale)), tuple(masks), tuple(causal), wide, dtype, last)
 
 
 def _given(value: ir.Value | None) -> ir.Value:

@@ -111,7 +111,8 @@ def _guard(weights: ir.Value) -> ir.Node | None:
     return choice if right else None
 
 
-def check_mask(mask: Mask, whole: list[Dim], dtype: ir.DataType | None) -> None:
+def check_mask(mask: Mask, whole: list[Dim], dtypes: tuple[ir.DataType | None, ...]) -> None:
+    """Raise Refused unless the mask broadcasts to scores of the sizes `whole`, in one of these types."""
     shape = mask.value.shape
     if shape is None:
         raise Refused(f"the shape of the mask {mask.value.name} is not known")
@@ -124,7 +125,7 @@ def check_mask(mask: Mask, whole: list[Dim], dtype: ir.DataType | None) -> None:
             )
     if mask.fill is not None:
         _check_low(mask, whole)
-    elif mask.value.dtype not in (dtype, None):
+    elif mask.value.dtype not in (*dtypes, None):
         raise Refused(f"the mask {mask.value.name} is of another type than the query")
 
 
