@@ -9,6 +9,10 @@ from .. import graph
 from .matching import made_by, producer, scalar
 
 HIDES = -1e4  # a weight is 0 beside others where this is added to a score, or stands in its place
+BEFORE = {  # operator: what it says of the first of its inputs, or of the second
+    "LessOrEqual": ("or equal", False), "GreaterOrEqual": ("or equal", True),
+    "Less": ("less", False), "Greater": ("less", True),
+}  # fmt: skip
 
 
 def is_causal(value: ir.Value | None, keep: bool, condition: bool, depth: int = 8) -> bool:
@@ -102,7 +106,34 @@ def _condition(node: ir.Node, keep: bool, depth: int) -> bool:
         return False
     if graph.is_op(node, "Cast"):
         return is_causal(node.inputs[0], keep, True, depth - 1)
+    if node.op_type in BEFORE:
+        first, swapped = BEFORE[node.op_type]
+        places = [_places(value) for value in (node.inputs[::-1] if swapped else node.inputs)]
+        return (places, keep, first) in (([-1, -2], True, "or equal"), ([-2, -1], False, "less"))
     return False
+
+
+def _places(value: ir.Value | None) -> int | None:
+    """-1 when the value is the number of each column, 0, 1 and so on; -2: of each row."""
+    node = made_by(value, "Unsqueeze", "Reshape", "Cast")
+    if value is None or value.shape is None:
+        return None
+    if node is not None:
+        inner = node.inputs[0]
+        if _places(inner) is None or inner is None or inner.shape is None:
+            return None
+        if node.op_type == "Cast":
+            return _places(inner)
+        long = [axis - len(value.shape) for axis, dim in enumerate(value.shape) if dim != 1]
+        return long[0] if len(long) == 1 and long[0] >= -2 else None
+    array = graph.constant_value(value)
+    if array is not None:
+        counted = array.dtype.kind in "iuf" and bool((array.reshape(-1) == np.arange(array.size)).all())
+        long = [axis - array.ndim for axis, size in enumerate(array.shape) if size != 1]
+        return long[0] if counted and len(long) == 1 and long[0] >= -2 else None
+    node = made_by(value, "Range")
+    start, step = (scalar(node.inputs[index]) for index in (0, 2)) if node is not None else (None, None)
+    return -1 if (start, step) == (0.0, 1.0) else None
 
 
 def _from_start(node: ir.Node) -> bool:
