@@ -79,6 +79,9 @@ class _Data:
         if len(counts) != 1 or 0 in counts:
             raise InputError("--calibration holds no samples, or another number of each input")
         (count,) = counts
+        for name, arrays in samples.items():
+            if broken := [i for i, a in enumerate(arrays) if a.dtype.kind == "f" and np.isnan(a).any()]:
+                raise InputError(f"--calibration: input {name!r} has NaN in sample {broken[0]}; leave such samples out")
         judged = held_out(count)
         learned = [i for i in range(count) if i not in set(judged)]
         inputs = [value for value in model.graph.inputs if value.name in samples]
@@ -375,6 +378,8 @@ class _Trainer:
             if stage.step % every == 0 or stage.step == steps:
                 found = self._judge(lambda feeds: judged(current, feeds))
                 stage.first_loss = found if stage.step == 0 else stage.first_loss
+                if not math.isfinite(stage.first_loss):
+                    raise PassError(f"{name}: values of the model are not finite on held-out samples of --calibration")
                 if found < stage.best_loss:
                     stage.best_loss, stage.worse = found, 0
                     stage.best = {key: tensor.detach().clone() for key, tensor in current.items()}
