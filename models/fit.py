@@ -33,6 +33,7 @@ from graphwright.passes.errors import InputError, PassError
 from graphwright.passes.quality import cosine_drop, held_out, rows_that_count
 from torch import Tensor
 
+from .progress import bar, minutes
 from .torch_graph import TorchGraph
 
 LARGEST_NORM = 1.0  # of all gradients together; larger ones are scaled down
@@ -408,7 +409,7 @@ class _Trainer:
             stage.step += 1
             spent = (time.perf_counter() - begun) / (stage.step - first)
             self._say(
-                f"{name} {_bar(stage.step, steps)} {stage.step}/{steps}, held-out loss {stage.first_loss:.4g} -> "
+                f"{name} {bar(stage.step, steps)} {stage.step}/{steps}, held-out loss {stage.first_loss:.4g} -> "
                 f"{stage.best_loss:.4g}, at most {minutes(spent * (steps - stage.step))} left"
             )
         return stage
@@ -480,15 +481,6 @@ def schedule(step: int, steps: int) -> float:
     if step < warm:
         return (step + 1) / warm
     return LOWEST + (1 - LOWEST) * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
-
-
-def _bar(step: int, steps: int, width: int = 20) -> str:
-    full = width * step // max(1, steps)
-    return "█" * full + "░" * (width - full)
-
-
-def minutes(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
 
 def _array(tensor: Tensor, dtype: torch.dtype) -> np.ndarray:
