@@ -15,11 +15,11 @@ from ..graph import same_dim
 from .einsum import attention_products, write_product
 from .masks import is_causal
 from .matching import Found, Recogniser, Refused, Writer, made_by, operands, scalar, user
-from .scores import Dim, Mask, Scores, check_mask, read, weighted, write_masks
+from .scores import SWAPPED, Dim, Factor, Mask, Scores, check_factor, check_mask, read, weighted, write_masks
 from .sizes import read_sizes_elsewhere
 
 ALL_AXES = 13  # from this opset on Softmax is over one axis
-SWAPPED = {3: (0, 2, 1), 4: (0, 1, 3, 2)}  # rank -> the last two axes change places
+LEAST_FACTOR = 0.05  # of a triangle that is added, for what it hides to stay hidden
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,12 @@ class RecogniseAttention(Recogniser):
         Y = MatMul (p, V)
 
     Q, K and V are (batch, heads, length, width), or (batch, length, width), which gets one head. The scale may be on
-    Q, K, the product or several of them, Mul or Div. The mask may be added, or chosen by Where (-10000 or less), in any
-    number; a mask that only hides what comes later becomes is_causal. A mask with one row for all queries is expanded,
-    as onnxruntime wants it. K may come transposed out of a larger permutation, which is rewritten; K and V that repeat
-    each head several times (Unsqueeze, Expand, Reshape: grouped queries) are taken before the repetition. A model of
-    an older opset is brought to 23.
+    Q, K, the product or several of them, Mul or Div; one that is no number, but the same for all keys, goes to Q.
+    The mask may be added, or chosen by Where (-10000 or less), in any number; a mask that only hides what comes later
+    becomes is_causal. A mask with one row for all queries is expanded, as onnxruntime wants it. K may come transposed
+    out of a larger permutation, which is rewritten; K and V that repeat each head several times (Unsqueeze, Expand or
+    Tile, Reshape: grouped queries) are taken before the repetition. V P' (channels in front of the length) is found as
+    well as P V. A model of an older opset is brought to 23.
     Einsum of two operands for the products, in any order of axes, is written as MatMul between transpositions first.
     A softmax in float32 of scores in float16 or bfloat16 becomes softmax_precision; where the mask, or V, is in float32
     too, Q, K and V are cast to it in front of Attention and its result is cast back.
@@ -80,15 +81,16 @@ class RecogniseAttention(Recogniser):
     def find(self, node: ir.Node, scope: graph.Scope) -> Found | None:
         if not graph.is_op(node, "Softmax") or graph.has_references(node):
             return None
-        last = weighted(node)
-        if last is None:
+        found = weighted(node)
+        if found is None:
             return None
+        last, turned = found
         if not graph.last_axis(node, -1 if scope.opset >= ALL_AXES else 1):
             raise Refused("softmax is not known to be over the last axis")
         scores = read(node.inputs[0])
         if scores is None:
             raise Refused("softmax is not of a product with a scale and masks")
-        site = _site(node, last, scores)
+        site = _site(last, turned, scores)
         return Found("attention", last, site.leaves, site.write)
 
 
@@ -145,26 +147,33 @@ class Side:
 
 @dataclass(frozen=True)
 class Site:
-    """dtype: what Attention computes in. wide: its softmax is in float32."""
+    """dtype: what Attention computes in. wide: its softmax is in float32. turned: the result has length and width, the
+    last two axes, in the other order."""
 
     q: Side
     k: Side
     v: Side
     scale: float
+    factor: Factor | None
     masks: tuple[Mask, ...]
     causal: tuple[Mask, ...]
     wide: bool
     dtype: ir.DataType | None
     last: ir.Node
+    turned: bool
 
     @property
     def leaves(self) -> tuple[ir.Value, ...]:
-        return (self.q.value, self.k.value, self.v.value, *(mask.value for mask in (*self.masks, *self.causal)))
+        others = [mask.value for mask in (*self.masks, *self.causal)] + ([self.factor.value] if self.factor else [])
+        return (self.q.value, self.k.value, self.v.value, *others)
 
     def write(self, writer: Writer) -> ir.Value:
         output = self.last.outputs[0]
         flat = len(self.q.dims) == 3
         q, k, v = (side.write(writer, self.dtype) for side in (self.q, self.k, self.v))
+        if self.factor is not None:
+            by = _as(writer, self.factor.value, self.dtype)
+            q = writer.op("Div" if self.factor.divides else "Mul", q, by, dtype=q.dtype, shape=self.q.dims)
         dims = [*self.q.dims[:-1], self.v.dims[-1]]
         mask = write_masks(writer, self.masks, self.dtype or ir.DataType.FLOAT)
         if flat:
@@ -186,7 +195,9 @@ class Site:
             attributes["softmax_precision"] = int(ir.DataType.FLOAT)
         y = writer.op("Attention", q, k, v, mask, dtype=self.dtype, shape=dims, **attributes)
         if flat:
-            y = writer.op("Squeeze", y, axis, dtype=self.dtype, shape=output.shape)
+            y = writer.op("Squeeze", y, axis, dtype=self.dtype, shape=[dims[0], *dims[2:]])
+        if self.turned:
+            y = writer.transpose(y, SWAPPED[3 if flat else 4])
         return _as(writer, y, output.dtype)
 
     def _expanded(self, writer: Writer, mask: ir.Value, q: ir.Value, k: ir.Value) -> ir.Value:
@@ -225,11 +236,13 @@ def _with_head(dims: list[Dim]) -> list[Dim]:
     return [dims[0], 1, *dims[1:]]
 
 
-def _site(node: ir.Node, last: ir.Node, scores: Scores) -> Site:
+def _site(last: ir.Node, turned: bool, scores: Scores) -> Site:
     """The site with everything checked. Raises Refused."""
     q, k = _query(scores.product.inputs[0]), _key(scores.product.inputs[1])
-    v = Side(_given(last.inputs[1]))
+    v = Side(_given(last.inputs[0 if turned else 1]))
     rank = len(q.dims)
+    if turned and len(v.dims) == rank:
+        v = replace(v, perm=SWAPPED.get(rank))
     if rank not in SWAPPED or len(k.dims) != rank or len(v.dims) != rank:
         raise Refused(f"query, key and value have ranks {rank}, {len(k.dims)} and {len(v.dims)}, not all 3 or all 4")
     dtype = q.value.dtype
@@ -246,18 +259,24 @@ def _site(node: ir.Node, last: ir.Node, scores: Scores) -> Site:
     if not scale > 0:
         raise Refused(f"the scale {scale:g} is not positive")
     whole = [*q.dims[:-1], k.dims[-2]]
-    masks, causal = [], []
+    masks, causal, dtypes = [], [], (dtype, ir.DataType.FLOAT) if scores.wide else (dtype,)
+    if scores.factor is not None:
+        check_factor(scores.factor, whole, dtypes)
     for mask in scores.masks:
-        check_mask(mask, whole, (dtype, ir.DataType.FLOAT) if scores.wide else (dtype,))
-        if is_causal(mask.value, mask.keep, mask.fill is not None) and mask.factor > 0 and same_dim(*whole[-2:]):
+        check_mask(mask, whole, dtypes)
+        chosen = mask.fill is not None
+        hides = chosen or mask.factor >= LEAST_FACTOR
+        if hides and is_causal(mask.value, mask.keep, chosen) and same_dim(*whole[-2:]):
             causal.append(mask)
         else:
             masks.append(mask)
     added = [mask.value.dtype for mask in masks if mask.fill is None]
+    added += [scores.factor.value.dtype] if scores.factor is not None else []
     if scores.wide and ir.DataType.FLOAT in (v.value.dtype, *added):
         dtype = ir.DataType.FLOAT
     wide = scores.wide and dtype != ir.DataType.FLOAT
-    return Site(q, k, v, float(np.float32(scale)), tuple(masks), tuple(causal), wide, dtype, last)
+    scale = float(np.float32(scale))
+    return Site(q, k, v, scale, scores.factor, tuple(masks), tuple(causal), wide, dtype, last, turned)
 
 
 def _given(value: ir.Value | None) -> ir.Value:
@@ -340,9 +359,21 @@ def _ungrouped(q: Side, k: Side, v: Side) -> tuple[Side, Side]:
 
 
 def _repeated(value: ir.Value) -> tuple[ir.Value, int] | None:
-    """(x, n) when the value is x (B, H, S, D) with each head n times: Reshape(Expand(x with an axis of 1 behind H))."""
+    """(x, n) when the value is x (B, H, S, D) with each head n times: Reshape(Expand(x with an axis of 1 behind H)).
+
+    Or when it is x with its only head n times.
+    """
+    only = made_by(value, "Expand", "Tile")
+    if only is not None and user(value) is not None:
+        x = only.inputs[0]
+        one, many = (list(v.shape or ()) if v is not None else [] for v in (x, value))
+        right = len(one) == len(many) == 4 and one[1] == 1
+        count = many[1] if right else None
+        if x is None or not isinstance(count, int) or not all(same_dim(one[i], many[i]) for i in (0, 2, 3)):
+            return None
+        return x, count
     merge = made_by(value, "Reshape")
-    expand = made_by(merge.inputs[0] if merge is not None else None, "Expand")
+    expand = made_by(merge.inputs[0] if merge is not None else None, "Expand", "Tile")
     split = made_by(expand.inputs[0] if expand is not None else None, "Unsqueeze", "Reshape")
     x = split.inputs[0] if split is not None else None
     if expand is None or split is None or x is None or user(value) is None:

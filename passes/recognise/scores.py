@@ -15,6 +15,8 @@ from .matching import Refused, Writer, only_user, operands, producer, same, scal
 
 ABSORBS = -1e30  # a score vanishes when it is added to this, which onnxruntime does not take for -inf
 
+SWAPPED = {3: (0, 2, 1), 4: (0, 1, 3, 2)}  # rank -> the last two axes change places
+
 Dim = int | ir.SymbolicDim
 
 
@@ -34,11 +36,23 @@ class Mask:
 
 
 @dataclass(frozen=True)
+class Factor:
+    """What the product is multiplied by, or divided, before any mask: the same for all keys of a query."""
+
+    value: ir.Value
+    divides: bool
+
+
+@dataclass(frozen=True)
 class Scores:
-    """(q · kᵀ) times `scale` plus `masks`; `product` is the MatMul. wide: the softmax is in float32 between casts."""
+    """(q · kᵀ) times `scale` and `factor`, plus `masks`; `product` is the MatMul.
+
+    wide: the softmax is in float32 between casts.
+    """
 
     product: ir.Node
     scale: float = 1.0
+    factor: Factor | None = None
     masks: tuple[Mask, ...] = ()
     wide: bool = False
 
@@ -56,13 +70,18 @@ def read(value: ir.Value | None, depth: int = 8) -> Scores | None:
             return replace(inner, wide=True)
         return None
     if graph.is_op(node, "Mul", "Div"):
-        for a, b in operands(node) if node.op_type == "Mul" else [(node.inputs[0], node.inputs[1])]:
+        pairs = list(operands(node)) if node.op_type == "Mul" else [(node.inputs[0], node.inputs[1])]
+        for a, b in pairs:
             number = scalar(b, a)
             inner = None if number is None else read(a, depth - 1)
             if inner is not None and number:
                 number = number if node.op_type == "Mul" else 1 / number
                 masks = tuple(replace(mask, factor=mask.factor * number) for mask in inner.masks)
                 return replace(inner, scale=inner.scale * number, masks=masks)
+        for a, b in pairs:
+            inner = read(a, depth - 1) if _one_for_all_keys(b) else None
+            if b is not None and inner is not None and not inner.masks and inner.factor is None:
+                return replace(inner, factor=Factor(b, node.op_type == "Div"))
         return None
     if graph.is_op(node, "Add"):
         for a, b in operands(node):
@@ -81,10 +100,17 @@ def read(value: ir.Value | None, depth: int = 8) -> Scores | None:
     return None
 
 
-def weighted(node: ir.Node) -> ir.Node | None:
-    """The MatMul that the weights go into, behind a cast or a guard against NaN. None when there is none."""
-    value = node.outputs[0]
-    for _ in range(3):
+def _one_for_all_keys(value: ir.Value | None) -> bool:
+    return value is not None and value.shape is not None and list(value.shape)[-1:] in ([], [1])
+
+
+def weighted(node: ir.Node) -> tuple[ir.Node, bool] | None:
+    """The MatMul that the weights go into, behind a cast or a guard against NaN, and whether it is V P' and not P V.
+
+    None when there is none.
+    """
+    value, turned = node.outputs[0], False
+    for _ in range(4):
         following = user(value) or _guard(value)
         if following is None:
             near = any(graph.is_op(u, "MatMul") and u.inputs[0] is value for u, _ in value.uses())
@@ -92,8 +118,13 @@ def weighted(node: ir.Node) -> ir.Node | None:
                 only_user(value)  # says why not
             return None
         if graph.is_op(following, "MatMul"):
-            return following if same(following.inputs[0], value) else None
-        if not graph.is_op(following, "Cast", "Where"):
+            return (following, turned) if same(following.inputs[1 if turned else 0], value) else None
+        if graph.is_op(following, "Transpose") and not graph.has_references(following):
+            perm = tuple(graph.attribute(following, "perm") or ())
+            if turned or perm != SWAPPED.get(len(perm)):
+                return None
+            turned = True
+        elif not graph.is_op(following, "Cast", "Where"):
             return None
         value = following.outputs[0]
     return None
@@ -113,20 +144,31 @@ def _guard(weights: ir.Value) -> ir.Node | None:
 
 def check_mask(mask: Mask, whole: list[Dim], dtypes: tuple[ir.DataType | None, ...]) -> None:
     """Raise Refused unless the mask broadcasts to scores of the sizes `whole`, in one of these types."""
-    shape = mask.value.shape
-    if shape is None:
-        raise Refused(f"the shape of the mask {mask.value.name} is not known")
-    if len(shape) > len(whole):
-        raise Refused(f"the mask {mask.value.name} has rank {len(shape)}")
-    for mine, theirs in zip(list(shape)[::-1], whole[::-1], strict=False):
-        if mine != 1 and not same_dim(mine, theirs):
-            raise Refused(
-                f"an axis of the mask {mask.value.name} ({mine}) is not known to be that of the product ({theirs})"
-            )
+    _check_shape("mask", mask.value, whole)
     if mask.fill is not None:
         _check_low(mask, whole)
     elif mask.value.dtype not in (*dtypes, None):
         raise Refused(f"the mask {mask.value.name} is of another type than the query")
+
+
+def check_factor(factor: Factor, whole: list[Dim], dtypes: tuple[ir.DataType | None, ...]) -> None:
+    """Raise Refused unless the factor broadcasts to scores of the sizes `whole`, in one of these types."""
+    _check_shape("factor", factor.value, whole)
+    if factor.value.dtype not in (*dtypes, None):
+        raise Refused(f"the factor {factor.value.name} is of another type than the query")
+
+
+def _check_shape(what: str, value: ir.Value, whole: list[Dim]) -> None:
+    shape = value.shape
+    if shape is None:
+        raise Refused(f"the shape of the {what} {value.name} is not known")
+    if len(shape) > len(whole):
+        raise Refused(f"the {what} {value.name} has rank {len(shape)}")
+    for mine, theirs in zip(list(shape)[::-1], whole[::-1], strict=False):
+        if mine != 1 and not same_dim(mine, theirs):
+            raise Refused(
+                f"an axis of the {what} {value.name} ({mine}) is not known to be that of the product ({theirs})"
+            )
 
 
 def _check_low(mask: Mask, whole: list[Dim]) -> None:
