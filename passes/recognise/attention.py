@@ -40,6 +40,8 @@ class RecogniseAttention(Recogniser):
     out of a larger permutation, which is rewritten; K and V that repeat each head several times (Unsqueeze, Expand or
     Tile, Reshape: grouped queries) are taken before the repetition. V P' (channels in front of the length) is found as
     well as P V. A model of an older opset is brought to 23.
+    A mask for each window of an image, which is added with windows on an axis of their own (Swin), is repeated for the
+    images of the batch.
     Einsum of two operands for the products, in any order of axes, is written as MatMul between transpositions first.
     A softmax in float32 of scores in float16 or bfloat16 becomes softmax_precision; where the mask, or V, is in float32
     too, Q, K and V are cast to it in front of Attention and its result is cast back.
@@ -175,7 +177,7 @@ class Site:
             by = _as(writer, self.factor.value, self.dtype)
             q = writer.op("Div" if self.factor.divides else "Mul", q, by, dtype=q.dtype, shape=self.q.dims)
         dims = [*self.q.dims[:-1], self.v.dims[-1]]
-        mask = write_masks(writer, self.masks, self.dtype or ir.DataType.FLOAT)
+        mask = write_masks(writer, self.masks, self.dtype or ir.DataType.FLOAT, q, self.q.dims[0])
         if flat:
             axis = writer.ints([1], "heads")
             q, k, v = (

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from .. import graph
 from ..graph import same_dim
 from .masks import HIDES
-from .matching import Refused, Writer, only_user, operands, producer, same, scalar, user
+from .matching import Refused, Writer, made_by, only_user, operands, producer, same, scalar, user
 
 ABSORBS = -1e30  # a score vanishes when it is added to this, which onnxruntime does not take for -inf
 
@@ -22,12 +22,17 @@ Dim = int | ir.SymbolicDim
 
 @dataclass(frozen=True)
 class Mask:
-    """Added to the scores; or, with `fill`, a condition that leaves scores where it is `keep`. `factor`: of either."""
+    """Added to the scores; or, with `fill`, a condition that leaves scores where it is `keep`. `factor`: of either.
+
+    windows: 0, or how many windows of an image follow each other in the batch; the mask, (1, windows, 1 or heads,
+    queries, keys), is that of each.
+    """
 
     value: ir.Value
     factor: float = 1.0
     fill: float | None = None
     keep: bool = True
+    windows: int = 0
 
     @property
     def low(self) -> float:
@@ -89,6 +94,8 @@ def read(value: ir.Value | None, depth: int = 8) -> Scores | None:
             if inner is not None:
                 return replace(inner, masks=(*inner.masks, Mask(b)))
         return None
+    if graph.is_op(node, "Reshape"):
+        return _of_windows(node, depth)
     if graph.is_op(node, "Where"):
         condition, *choices = node.inputs
         for keep in (True, False):
@@ -97,6 +104,26 @@ def read(value: ir.Value | None, depth: int = 8) -> Scores | None:
             inner = None if fill is None else read(kept, depth - 1)
             if inner is not None and condition is not None:
                 return replace(inner, masks=(*inner.masks, Mask(condition, fill=fill, keep=keep)))
+    return None
+
+
+def _of_windows(back: ir.Node, depth: int) -> Scores | None:
+    """Scores (b·w, h, q, k) that get a mask (1, w, 1, q, k) as (b, w, h, q, k), as in Swin transformers."""
+    add = made_by(back.inputs[0], "Add")
+    for a, mask in operands(add):
+        apart = made_by(a, "Reshape")
+        inner = read(apart.inputs[0], depth - 1) if apart is not None and user(a) is add else None
+        if apart is None or inner is None:
+            continue
+        values = (apart.inputs[0], a, mask, back.outputs[0])
+        before, split, hidden, after = (list(v.shape or ()) if v is not None else [] for v in values)
+        count = split[1] if len(split) == 5 else None
+        if len(before) != 4 or len(after) != 4 or not isinstance(count, int):
+            continue
+        kept = all(same_dim(before[i], shape[i - 4]) for i in (1, 2, 3) for shape in (split, after))
+        fits = hidden[-4:-3] == [count] and hidden[-3] in (1, before[1]) and hidden[-2:] == before[2:]
+        if kept and fits and hidden[:-4] in ([], [1]) and all(isinstance(dim, int) for dim in hidden):
+            return replace(inner, masks=(*inner.masks, Mask(mask, windows=count)))
     return None
 
 
@@ -144,7 +171,8 @@ def _guard(weights: ir.Value) -> ir.Node | None:
 
 def check_mask(mask: Mask, whole: list[Dim], dtypes: tuple[ir.DataType | None, ...]) -> None:
     """Raise Refused unless the mask broadcasts to scores of the sizes `whole`, in one of these types."""
-    _check_shape("mask", mask.value, whole)
+    if not mask.windows:
+        _check_shape("mask", mask.value, whole)
     if mask.fill is not None:
         _check_low(mask, whole)
     elif mask.value.dtype not in (*dtypes, None):
@@ -180,14 +208,18 @@ def _check_low(mask: Mask, whole: list[Dim]) -> None:
         raise Refused(f"{name} hides all keys of a query or none, by -inf: weights of NaN, which are 0 in Attention")
 
 
-def write_masks(writer: Writer, masks: tuple[Mask, ...], dtype: ir.DataType) -> ir.Value | None:
-    """All masks as one of numbers to add. As in the scores, what hides replaces what was added before.
+def write_masks(
+    writer: Writer, masks: tuple[Mask, ...], dtype: ir.DataType, q: ir.Value, batch: Dim
+) -> ir.Value | None:
+    """All masks as one of numbers to add, for q (batch, heads, queries, size).
 
-    A number that hides becomes one that absorbs every score, so that a row of which all is hidden keeps equal weights.
+    As in the scores, what hides replaces what was added before. A number that hides becomes one that absorbs every
+    score, so that a row of which all is hidden keeps equal weights.
     """
     total: ir.Value | None = None
     for mask in masks:
-        value, shape = mask.value, _broadcast(mask.value, total)
+        value = _for_every_image(writer, mask, q, batch) if mask.windows else mask.value
+        shape = _broadcast(value, total)
         if mask.fill is not None:
             lowest = ABSORBS if dtype != ir.DataType.FLOAT16 else float(np.finfo(np.float16).min)
             low = mask.low if mask.low == -math.inf else lowest
@@ -201,6 +233,23 @@ def write_masks(writer: Writer, masks: tuple[Mask, ...], dtype: ir.DataType) -> 
             value = writer.op("Mul", value, factor, dtype=dtype, shape=value.shape)
         total = value if total is None else writer.op("Add", total, value, dtype=dtype, shape=shape)
     return total
+
+
+def _for_every_image(writer: Writer, mask: Mask, q: ir.Value, batch: Dim) -> ir.Value:
+    """A mask of windows for the whole batch, (batch, 1 or heads, queries, keys)."""
+    value, count = mask.value, mask.windows
+    dims = [dim for dim in list(value.shape or ())[-3:] if isinstance(dim, int)]
+    value = writer.reshape(value, [count, *dims])
+    if batch == count:
+        return value
+    if isinstance(batch, int):
+        times = writer.ints([batch // count, 1, 1, 1], "images")
+    else:
+        size = writer.op("Shape", q, start=0, end=1, dtype=ir.DataType.INT64, shape=[1])
+        images = writer.op("Div", size, writer.ints([count], "count"), dtype=ir.DataType.INT64, shape=[1])
+        ones = writer.ints([1, 1, 1], "ones")
+        times = writer.op("Concat", images, ones, axis=0, dtype=ir.DataType.INT64, shape=[4])
+    return writer.op("Tile", value, times, dtype=value.dtype, shape=[batch, *dims])
 
 
 def _broadcast(a: ir.Value, b: ir.Value | None) -> list[Dim] | None:
