@@ -10,7 +10,7 @@ A row is divided by its maximum before the power, which cancels and cannot overf
 becomes their mean.
 
 Inputs: Q (batch, heads, queries, d), K (batch, heads, keys, d), V (batch, heads, keys, e), and a mask of float numbers
-that broadcasts to (batch, heads, queries, keys): at or below `HIDDEN` the key is not seen, everything else is added as b.
+that broadcasts to (batch, heads, queries, keys): at or below `HIDDEN` the key is not seen, all else is added as b.
 causal: 0 sees all keys, 1 keys j <= i, 2 keys j <= i + keys - queries. A row that sees no key is 0.
 
 Source: Gao and Spratling, "Softplus Attention with Re-weighting", arXiv 2501.13428.
