@@ -33,6 +33,7 @@ from graphwright.passes.errors import InputError, PassError
 from graphwright.passes.quality import cosine_drop, held_out, rows_that_count
 from torch import Tensor
 
+from .progress import bar, minutes
 from .torch_graph import TorchGraph
 
 LARGEST_NORM = 1.0  # of all gradients together; larger ones are scaled down
@@ -79,6 +80,9 @@ class _Data:
         if len(counts) != 1 or 0 in counts:
             raise InputError("--calibration holds no samples, or another number of each input")
         (count,) = counts
+        for name, arrays in samples.items():
+            if broken := [i for i, a in enumerate(arrays) if a.dtype.kind == "f" and np.isnan(a).any()]:
+                raise InputError(f"--calibration: input {name!r} has NaN in sample {broken[0]}; leave such samples out")
         judged = held_out(count)
         learned = [i for i in range(count) if i not in set(judged)]
         inputs = [value for value in model.graph.inputs if value.name in samples]
@@ -375,6 +379,8 @@ class _Trainer:
             if stage.step % every == 0 or stage.step == steps:
                 found = self._judge(lambda feeds: judged(current, feeds))
                 stage.first_loss = found if stage.step == 0 else stage.first_loss
+                if not math.isfinite(stage.first_loss):
+                    raise PassError(f"{name}: values of the model are not finite on held-out samples of --calibration")
                 if found < stage.best_loss:
                     stage.best_loss, stage.worse = found, 0
                     stage.best = {key: tensor.detach().clone() for key, tensor in current.items()}
@@ -403,7 +409,7 @@ class _Trainer:
             stage.step += 1
             spent = (time.perf_counter() - begun) / (stage.step - first)
             self._say(
-                f"{name} {_bar(stage.step, steps)} {stage.step}/{steps}, held-out loss {stage.first_loss:.4g} -> "
+                f"{name} {bar(stage.step, steps)} {stage.step}/{steps}, held-out loss {stage.first_loss:.4g} -> "
                 f"{stage.best_loss:.4g}, at most {minutes(spent * (steps - stage.step))} left"
             )
         return stage
@@ -475,15 +481,6 @@ def schedule(step: int, steps: int) -> float:
     if step < warm:
         return (step + 1) / warm
     return LOWEST + (1 - LOWEST) * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
-
-
-def _bar(step: int, steps: int, width: int = 20) -> str:
-    full = width * step // max(1, steps)
-    return "█" * full + "░" * (width - full)
-
-
-def minutes(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
 
 def _array(tensor: Tensor, dtype: torch.dtype) -> np.ndarray:

@@ -29,7 +29,8 @@ from graphwright.passes.errors import PassError
 from graphwright.passes.quality import held_out
 from torch import Tensor
 
-from .fit import divergence, minutes
+from .fit import divergence
+from .progress import minutes
 from .torch_graph import TorchGraph
 
 FAST_STEPS, FAST_RATE, FAST_BATCH = 600, 2e-3, 256  # of learning from worths alone

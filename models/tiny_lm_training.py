@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from .fit import schedule
+from .progress import bar
 from .tiny_lm import seeded
 from .training_state import TrainingState
 
@@ -31,7 +32,6 @@ DECAY = 0.1  # of matrices
 CHECKPOINT_EVERY = 50  # steps
 SAVED_EVERY = 20.0  # seconds after which a checkpoint is written earlier, where steps take long
 SAID_EVERY = 2.0  # seconds between two lines of progress
-
 
 
 @dataclass(frozen=True)
@@ -114,11 +114,6 @@ def train(
 def use_threads(count: int) -> None:
     """How many torch computes with. Sums of more threads are others in their last digits."""
     torch.set_num_threads(count)
-
-
-def bar(step: int, steps: int, width: int = 20) -> str:
-    full = width * step // max(1, steps)
-    return "█" * full + "░" * (width - full)
 
 
 def seconds_spent(checkpoint: Path) -> float:

@@ -51,7 +51,8 @@ def load_weights(path: Path) -> Weights:
             raise ValueError(f"format {about['format']}")
         return Weights(arrays, tuple(about["sites"]), about["record"], about["stats"])
     except (AttributeError, EOFError, KeyError, OSError, TypeError, ValueError, zipfile.BadZipFile) as error:
-        raise WeightsError(f"{path}: holds no learned weights ({error}); expected what a run has written") from error
+        reason = "it holds something else than arrays" if "pickle" in str(error) else error  # not NumPy's advice
+        raise WeightsError(f"{path}: holds no learned weights ({reason}); expected what a run has written") from error
 
 
 def put_weights(weights: Weights, model: ir.Model) -> None:

@@ -70,7 +70,8 @@ def load_feeds(path: str | os.PathLike[str], model: ir.Model | None = None, *, s
                 )
             return {name: data[name] for name in data.files}
     except (ValueError, OSError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
-        raise InputError(f"{path}: cannot be read as .npz ({error}); write it with numpy.savez") from error
+        reason = "it holds something else than arrays" if "pickle" in str(error) else error  # not NumPy's advice
+        raise InputError(f"{path}: cannot be read as .npz ({reason}); write it with numpy.savez") from error
 
 
 def _declared_sizes(path: Path) -> dict[str, tuple[tuple[int, ...], int]]:

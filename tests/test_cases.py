@@ -146,6 +146,8 @@ def test_case(path: Path, request: pytest.FixtureRequest) -> None:
 
     limit = pipeline.contract.limit
     assert (limit is None) == case.another, "only a learned pass gives another function"
+    if limit is not None and any(value.dtype == ir.DataType.FLOAT16 for value in before.graph.inputs):
+        limit = max(limit, 2 * float(np.finfo(np.float16).eps))  # the original rounds what it is made of
     for seed in (0, 1):
         feeds = feeds_for(after if case.pins else before, seed)
         for expected_array, got in zip(run(before, feeds), run(after, feeds), strict=True):
@@ -154,7 +156,7 @@ def test_case(path: Path, request: pytest.FixtureRequest) -> None:
                 assert np.isfinite(got).all()
             elif got.dtype.kind == "f":
                 assert limit is not None
-                scale = float(np.abs(expected_array).max(initial=1.0))
+                scale = float(np.abs(expected_array[np.isfinite(expected_array)]).max(initial=1.0))
                 np.testing.assert_allclose(got, expected_array, rtol=0, atol=limit * scale)
             else:
                 np.testing.assert_array_equal(got, expected_array)

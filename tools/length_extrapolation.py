@@ -33,6 +33,7 @@ FACTORS = (1, 2, 4, 8, 16)
 CHECKED = (FACTORS[0], FACTORS[-1])
 PASSES = "fused-attention,recognise-softplus-attention"
 MOST_GROWTH, LEAST_GROWTH = 0.05, 0.30  # at the last length: what LSSAR may lose, and what softmax loses more than
+POSITIVE = click.IntRange(1)
 
 
 def text() -> bytes:
@@ -167,17 +168,17 @@ def plot(results: list[dict[str, Any]], file: str) -> None:
 @click.command(cls=Command, name="length_extrapolation")
 @click.option("--folder", default="extrapolation", show_default=True, help="Where everything is kept.")
 @click.option("--attention", type=click.Choice(["softmax", "lssar", "both"]), default="both", show_default=True)
-@click.option("--length", default=128, show_default=True, help="Bytes of a window in training.")
-@click.option("--steps", default=1200, show_default=True)
-@click.option("--batch", default=8, show_default=True, help="Windows of a step.")
-@click.option("--power", default=15, show_default=True, help="Of the re-weighting of lssar.")
-@click.option("--layers", default=4, show_default=True)
-@click.option("--width", default=192, show_default=True)
-@click.option("--heads", default=3, show_default=True)
-@click.option("--stretches", default=32, show_default=True, help="Held-out pieces of 16 windows each.")
-@click.option("--checked", default=2, show_default=True, help="Pieces on which the runtimes are compared.")
-@click.option("--seed", default=0, show_default=True)
-@click.option("--threads", default=1, show_default=True)
+@click.option("--length", type=POSITIVE, default=128, show_default=True, help="Bytes of a window in training.")
+@click.option("--steps", type=POSITIVE, default=1200, show_default=True)
+@click.option("--batch", type=POSITIVE, default=8, show_default=True, help="Windows of a step.")
+@click.option("--power", type=click.IntRange(1, 64), default=15, show_default=True, help="Of lssar's re-weighting.")
+@click.option("--layers", type=POSITIVE, default=4, show_default=True)
+@click.option("--width", type=click.IntRange(2), default=192, show_default=True, help="A multiple of twice the heads.")
+@click.option("--heads", type=POSITIVE, default=3, show_default=True)
+@click.option("--stretches", type=POSITIVE, default=32, show_default=True, help="Held-out pieces of 16 windows each.")
+@click.option("--checked", type=POSITIVE, default=2, show_default=True, help="Pieces that all runtimes compute.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--threads", type=POSITIVE, default=1, show_default=True)
 @click.option("--plot", "picture", metavar="FILE.svg", help="Draw the losses.")
 @click.option("--json", "file", metavar="FILE", help="Write the figures there.")
 @verbosity_options
@@ -187,11 +188,17 @@ def command(
 ) -> None:  # fmt: skip
     """Train small decoders with softmax and LSSAR at one length and print their losses at up to 16 times that."""
     from graphwright.models import tiny_lm, tiny_lm_training
+    from graphwright.passes.errors import InputError
 
     from .shell import write_json
 
+    if width % (2 * heads):
+        raise click.BadParameter(f"{width} is no multiple of {2 * heads}, twice the heads", param_hint="'--width'")
     place = Path(folder)
-    place.mkdir(parents=True, exist_ok=True)
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be made ({error.strerror}); give another --folder") from error
     tiny_lm_training.use_threads(threads)
     corpus = tiny_lm_training.Corpus.of(text(), stretches, FACTORS[-1] * length + 1)
     results = []

@@ -90,6 +90,7 @@ class LearnedAttention(LearnedPass):
             for node, scope in attentions(teacher)
             if scope.parent is None and scope.function is None and self._refusal(node) is None
         )
+        self._check_numbers(len(blocks))
         blocks = tuple(block for i, block in enumerate(blocks) if self._numbers is None or i in self._numbers)
         keep = 0
         if self.layers == "auto":
@@ -123,6 +124,12 @@ class LearnedAttention(LearnedPass):
         """The layers that are named; None: not by number."""
         return None if self.layers in ("all", "auto") else {int(part) for part in self.layers.split("+")}
 
+    def _check_numbers(self, count: int) -> None:
+        """Raise PassError where `layers` names one that is none of the model's `count` layers."""
+        beyond = [number for number in sorted(self._numbers or ()) if number >= count]
+        if beyond and count:
+            raise PassError(f"layers={self.layers}: there is no layer {beyond[0]}; the model has 0 to {count - 1}")
+
     def _rewrite(self, model: ir.Model, sites: Collection[str] | None, report: PassReport) -> None:
         """Replace the attentions at `sites`, or with None those that `layers` names, and say what became of all."""
         operator = self.operator
@@ -146,6 +153,8 @@ class LearnedAttention(LearnedPass):
                 scope.function.opset_imports[operator.domain] = operator.version
             done.add(site)
             report.changed(RULE, site, f"layer {number}: {self.detail}")
+        if sites is None:
+            self._check_numbers(index)
         missing = set(sites or ()) - done
         if missing:
             raise PassError(f"the weights are for another model or preset: it has no attention {sorted(missing)[0]!r}")

@@ -10,7 +10,7 @@ A row is divided by its maximum before the power, which cancels and cannot overf
 becomes their mean.
 
 Inputs: Q (batch, heads, queries, d), K (batch, heads, keys, d), V (batch, heads, keys, e), and a mask of float numbers
-that broadcasts to (batch, heads, queries, keys): below `HIDDEN` the key is not seen, everything else is added as b.
+that broadcasts to (batch, heads, queries, keys): at or below `HIDDEN` the key is not seen, all else is added as b.
 causal: 0 sees all keys, 1 keys j <= i, 2 keys j <= i + keys - queries. A row that sees no key is 0.
 
 Source: Gao and Spratling, "Softplus Attention with Re-weighting", arXiv 2501.13428.
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 LSSA, LSSAR, VERSION = "SoftplusAttention", "ReweightedSoftplusAttention", 1
-HIDDEN = -1e4  # a mask below this hides a key
+HIDDEN = -1e4  # a mask at or below this hides a key
 FEW = 3  # rows that see at most so many keys keep them all
 NO, START, END = 0, 1, 2  # values of `causal`
 SMALLEST = 1.1754944e-38  # the smallest normal float32

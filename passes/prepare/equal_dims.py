@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 Dim: TypeAlias = "int | str | None"
 MADE = re.compile(r"unk__\d+")  # how onnx names a size that it does not know
 MOST = 64  # elements of vectors that are followed as shapes
-BROADCAST = frozenset({"Add", "And", "Div", "Equal", "Less", "LessOrEqual", "Mul", "Or", "Pow", "Sub", "Where"})
+BROADCAST = frozenset(
+    {"Add", "And", "Div", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Max", "Min", "Mod", "Mul", "Or",
+     "Pow", "Sub", "Where", "Xor"}
+)  # fmt: skip
 PASSED = frozenset({"Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze"})  # keep a shape of rank 0 or 1 as it is
 
 
@@ -23,7 +26,8 @@ def name_equal_dims(inferred: onnx.ModelProto) -> None:
     """Give sizes that onnx named itself the names and numbers that follow for them, in the annotations of the graph.
 
     Reshape keeps the number of elements, so that the one size that it leaves open may be what the others leave;
-    Range counts to a size; Slice leaves other axes as they are; sizes that are broadcast together and equal stay so.
+    Range counts to a size; Slice and Tile leave other axes as they are; Expand makes the sizes that it is given; sizes
+    that are broadcast together and equal stay so.
     A size that is cut off at another one, and broadcast with it, is that one wherever the model can run.
     """
     if not any(MADE.fullmatch(dim.dim_param) for info in inferred.graph.value_info for dim in _dims(info)):
@@ -106,6 +110,15 @@ class _Names:
                 self._set(out[0], self.resolve(end))
         elif node.op_type == "Slice":
             self._slice(node, out)
+        elif node.op_type == "Tile":
+            given, counts = self._shape(node.input[0]), self._numbers(node, 1)
+            if given is not None and counts is not None and len(given) == len(counts) == len(out):
+                for made, dim, count in zip(out, given, counts, strict=True):
+                    self._set(made, dim if count == 1 else dim * count if isinstance(dim, int) else None)
+        elif node.op_type == "Expand":
+            wanted = [self.resolve(dim) for dim in self._content.get(node.input[1], [])]
+            if len(wanted) <= len(out) and None not in wanted:
+                self._broadcast([self._shape(node.input[0]), wanted], out)
         elif node.op_type == "MatMul":
             sides = [self._shape(name) for name in node.input]
             if all(side is not None and len(side) >= 2 for side in sides):
@@ -118,6 +131,10 @@ class _Names:
         attributes = {attribute.name: attribute for attribute in node.attribute}
         if node.op_type == "Constant" and "value" in attributes:
             self._keep(node.output[0], attributes["value"].t)
+        elif node.op_type == "Constant" and "value_int" in attributes:
+            result = [attributes["value_int"].i]
+        elif node.op_type == "Constant" and "value_ints" in attributes:
+            result = list(attributes["value_ints"].ints)
         elif node.op_type == "Shape":
             dims = self._shape(node.input[0])
             bounds = [attributes[name].i if name in attributes else None for name in ("start", "end")]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -14,14 +13,13 @@ from .. import graph
 from ..base import Contract, PassContext, PassReport
 from ..graph import same_dim
 from .einsum import attention_products, write_product
-from .masks import ABSORBS, is_causal
-from .matching import Found, Recogniser, Refused, Writer, made_by, only_user, operands, producer, same, scalar, user
+from .masks import is_causal
+from .matching import Found, Recogniser, Refused, Writer, made_by, operands, scalar, user
+from .scores import SWAPPED, Dim, Factor, Mask, Scores, check_factor, check_mask, read, weighted, write_masks
 from .sizes import read_sizes_elsewhere
 
 ALL_AXES = 13  # from this opset on Softmax is over one axis
-SWAPPED = {3: (0, 2, 1), 4: (0, 1, 3, 2)}  # rank -> the last two axes change places
-
-Dim = int | ir.SymbolicDim
+LEAST_FACTOR = 0.05  # of a triangle that is added, for what it hides to stay hidden
 
 
 @dataclass(frozen=True)
@@ -36,12 +34,17 @@ class RecogniseAttention(Recogniser):
         Y = MatMul (p, V)
 
     Q, K and V are (batch, heads, length, width), or (batch, length, width), which gets one head. The scale may be on
-    Q, K, the product or several of them, Mul or Div. The mask may be added, or chosen by Where, in any number; a
-    mask that only hides what comes later becomes is_causal. A mask with one row for all queries is expanded, as
-    onnxruntime wants it. K may come transposed out of a larger permutation, which is rewritten; K and V that repeat
-    each head several times (Unsqueeze, Expand, Reshape: grouped queries) are taken before the repetition. A model of
-    an older opset is brought to 23.
+    Q, K, the product or several of them, Mul or Div; one that is no number, but the same for all keys, goes to Q.
+    The mask may be added, or chosen by Where (-10000 or less), in any number; a mask that only hides what comes later
+    becomes is_causal. A mask with one row for all queries is expanded, as onnxruntime wants it. K may come transposed
+    out of a larger permutation, which is rewritten; K and V that repeat each head several times (Unsqueeze, Expand or
+    Tile, Reshape: grouped queries) are taken before the repetition. V P' (channels in front of the length) is found as
+    well as P V. A model of an older opset is brought to 23.
+    A mask for each window of an image, which is added with windows on an axis of their own (Swin), is repeated for the
+    images of the batch.
     Einsum of two operands for the products, in any order of axes, is written as MatMul between transpositions first.
+    A softmax in float32 of scores in float16 or bfloat16 becomes softmax_precision; where the mask, or V, is in float32
+    too, Q, K and V are cast to it in front of Attention and its result is cast back.
     A guard that turns rows of NaN into zeros, as exporters of PyTorch write it behind a softmax whose row may be
     wholly hidden, is part of what Attention does.
     Left alone: batches or heads that are not known to be equal, masks that may be larger than the product, weights
@@ -80,21 +83,22 @@ class RecogniseAttention(Recogniser):
     def find(self, node: ir.Node, scope: graph.Scope) -> Found | None:
         if not graph.is_op(node, "Softmax") or graph.has_references(node):
             return None
-        last = _weighted(node)
-        if last is None:
+        found = weighted(node)
+        if found is None:
             return None
+        last, turned = found
         if not graph.last_axis(node, -1 if scope.opset >= ALL_AXES else 1):
             raise Refused("softmax is not known to be over the last axis")
-        scores = _read(node.inputs[0])
+        scores = read(node.inputs[0])
         if scores is None:
             raise Refused("softmax is not of a product with a scale and masks")
-        site = _site(node, last, scores)
+        site = _site(last, turned, scores)
         return Found("attention", last, site.leaves, site.write)
 
 
 def _measured(softmax: ir.Node) -> list[tuple[ir.Node, ir.Node]]:
     """The Shape nodes that read scores between their product and the softmax, each with the product."""
-    scores = None if graph.has_references(softmax) else _read(softmax.inputs[0])
+    scores = None if graph.has_references(softmax) else read(softmax.inputs[0])
     if scores is None or scores.product.outputs[0].shape is None:
         return []
     found: list[tuple[ir.Node, ir.Node]] = []
@@ -126,94 +130,6 @@ def _size_source(product: ir.Node, axis: int) -> tuple[ir.Value, int] | None:
 
 
 @dataclass(frozen=True)
-class Mask:
-    """Added to the scores times `factor`; or, with `fill`, a condition that leaves scores where it is `keep`."""
-
-    value: ir.Value
-    factor: float = 1.0
-    fill: float | None = None
-    keep: bool = True
-
-
-@dataclass(frozen=True)
-class Scores:
-    """(q · kᵀ) times `scale` plus `masks`; `product` is the MatMul. wide: the softmax is in float32 between casts."""
-
-    product: ir.Node
-    scale: float = 1.0
-    masks: tuple[Mask, ...] = ()
-    wide: bool = False
-
-
-def _read(value: ir.Value | None, depth: int = 8) -> Scores | None:
-    """The scores as read backwards from the softmax. None when they do not come from a MatMul."""
-    node = producer(value)
-    if node is None or depth == 0 or value is None or graph.has_references(node):
-        return None
-    if graph.is_op(node, "MatMul"):
-        return Scores(node)
-    if graph.is_op(node, "Cast"):
-        inner = _read(node.inputs[0], depth - 1)
-        if inner is not None and graph.attribute(node, "to") == ir.DataType.FLOAT:
-            return replace(inner, wide=True)
-        return None
-    if graph.is_op(node, "Mul", "Div"):
-        for a, b in operands(node) if node.op_type == "Mul" else [(node.inputs[0], node.inputs[1])]:
-            number = scalar(b, a)
-            inner = None if number is None else _read(a, depth - 1)
-            if inner is not None and number:
-                number = number if node.op_type == "Mul" else 1 / number
-                masks = tuple(replace(mask, factor=mask.factor * number) for mask in inner.masks)
-                return replace(inner, scale=inner.scale * number, masks=masks)
-        return None
-    if graph.is_op(node, "Add"):
-        for a, b in operands(node):
-            inner = _read(a, depth - 1)
-            if inner is not None:
-                return replace(inner, masks=(*inner.masks, Mask(b)))
-        return None
-    if graph.is_op(node, "Where"):
-        condition, *choices = node.inputs
-        for keep in (True, False):
-            kept, other = choices if keep else choices[::-1]
-            fill = scalar(other, kept)
-            inner = None if fill is None or fill > ABSORBS else _read(kept, depth - 1)
-            if inner is not None and condition is not None:
-                return replace(inner, masks=(*inner.masks, Mask(condition, fill=fill, keep=keep)))
-    return None
-
-
-def _weighted(node: ir.Node) -> ir.Node | None:
-    """The MatMul that the weights go into, behind a cast or a guard against NaN. None when there is none."""
-    value = node.outputs[0]
-    for _ in range(3):
-        following = user(value) or _guard(value)
-        if following is None:
-            near = any(graph.is_op(u, "MatMul") and u.inputs[0] is value for u, _ in value.uses())
-            if near and _read(node.inputs[0]) is not None:
-                only_user(value)  # says why not
-            return None
-        if graph.is_op(following, "MatMul"):
-            return following if same(following.inputs[0], value) else None
-        if not graph.is_op(following, "Cast", "Where"):
-            return None
-        value = following.outputs[0]
-    return None
-
-
-def _guard(weights: ir.Value) -> ir.Node | None:
-    """Where(IsNaN(weights), 0, weights)"""
-    users = [node for node, _ in weights.uses()]
-    test = next((node for node in users if graph.is_op(node, "IsNaN")), None)
-    choice = None if test is None else user(test.outputs[0])
-    if choice is None or len(users) != 2 or weights.is_graph_output() or not graph.is_op(choice, "Where"):
-        return None
-    condition, zero, other = choice.inputs
-    right = same(condition, test.outputs[0] if test else None) and scalar(zero, weights) == 0.0 and same(other, weights)
-    return choice if right else None
-
-
-@dataclass(frozen=True)
 class Side:
     """One of Q, K and V: its value, how it is to be transposed, and the factor that was on it."""
 
@@ -227,47 +143,51 @@ class Side:
         assert shape is not None
         return [shape[axis] for axis in self.perm or range(len(shape))]
 
-    def write(self, writer: Writer) -> ir.Value:
-        return self.value if self.perm is None else writer.transpose(self.value, self.perm)
+    def write(self, writer: Writer, dtype: ir.DataType | None) -> ir.Value:
+        return _as(writer, self.value if self.perm is None else writer.transpose(self.value, self.perm), dtype)
 
 
 @dataclass(frozen=True)
 class Site:
+    """dtype: what Attention computes in. wide: its softmax is in float32. turned: the result has length and width, the
+    last two axes, in the other order."""
+
     q: Side
     k: Side
     v: Side
     scale: float
+    factor: Factor | None
     masks: tuple[Mask, ...]
     causal: tuple[Mask, ...]
     wide: bool
+    dtype: ir.DataType | None
     last: ir.Node
+    turned: bool
 
     @property
     def leaves(self) -> tuple[ir.Value, ...]:
-        return (self.q.value, self.k.value, self.v.value, *(mask.value for mask in (*self.masks, *self.causal)))
+        others = [mask.value for mask in (*self.masks, *self.causal)] + ([self.factor.value] if self.factor else [])
+        return (self.q.value, self.k.value, self.v.value, *others)
 
     def write(self, writer: Writer) -> ir.Value:
         output = self.last.outputs[0]
         flat = len(self.q.dims) == 3
-        q, k, v = (side.write(writer) for side in (self.q, self.k, self.v))
+        q, k, v = (side.write(writer, self.dtype) for side in (self.q, self.k, self.v))
+        if self.factor is not None:
+            by = _as(writer, self.factor.value, self.dtype)
+            q = writer.op("Div" if self.factor.divides else "Mul", q, by, dtype=q.dtype, shape=self.q.dims)
         dims = [*self.q.dims[:-1], self.v.dims[-1]]
-        masks = [self._mask(writer, mask, q.dtype) for mask in self.masks]
+        mask = write_masks(writer, self.masks, self.dtype or ir.DataType.FLOAT, q, self.q.dims[0])
         if flat:
             axis = writer.ints([1], "heads")
             q, k, v = (
                 writer.op("Unsqueeze", value, axis, dtype=value.dtype, shape=_with_head(side.dims))
                 for value, side in ((q, self.q), (k, self.k), (v, self.v))
             )
-            masks = [
-                writer.op("Unsqueeze", m, axis, dtype=m.dtype, shape=_with_head(list(m.shape)))
-                if m.shape is not None and len(m.shape) == 3
-                else m
-                for m in masks
-            ]
+            if mask is not None and mask.shape is not None and len(mask.shape) == 3:
+                shape = _with_head(list(mask.shape))
+                mask = writer.op("Unsqueeze", mask, axis, dtype=mask.dtype, shape=shape)
             dims = _with_head(dims)
-        mask = masks[0] if masks else None
-        for other in masks[1:]:
-            mask = writer.op("Add", mask, other, dtype=other.dtype, shape=_broadcast(mask, other))
         if mask is not None:
             mask = self._expanded(writer, mask, q, k)
         attributes: dict[str, float | int] = {"scale": self.scale}
@@ -275,26 +195,12 @@ class Site:
             attributes["is_causal"] = 1
         if self.wide:
             attributes["softmax_precision"] = int(ir.DataType.FLOAT)
-        y = writer.op("Attention", q, k, v, mask, dtype=output.dtype, shape=dims, **attributes)
+        y = writer.op("Attention", q, k, v, mask, dtype=self.dtype, shape=dims, **attributes)
         if flat:
-            y = writer.op("Squeeze", y, axis, dtype=output.dtype, shape=output.shape)
-        return y
-
-    def _mask(self, writer: Writer, mask: Mask, dtype: ir.DataType | None) -> ir.Value:
-        """The mask as numbers to add."""
-        kind = dtype or ir.DataType.FLOAT
-        if mask.fill is not None:
-            fill = max(mask.fill, float(np.finfo(np.float32).min)) if math.isfinite(mask.fill) else mask.fill
-            pair = [
-                writer.constant(np.array(x, kind.numpy()), name, kind) for x, name in ((0, "zero"), (fill, "hidden"))
-            ]
-            return writer.op(
-                "Where", mask.value, *(pair if mask.keep else pair[::-1]), dtype=kind, shape=mask.value.shape
-            )
-        if mask.factor != 1.0:
-            factor = writer.constant(np.array(mask.factor, kind.numpy()), "factor", kind)
-            return writer.op("Mul", mask.value, factor, dtype=kind, shape=mask.value.shape)
-        return mask.value
+            y = writer.op("Squeeze", y, axis, dtype=self.dtype, shape=[dims[0], *dims[2:]])
+        if self.turned:
+            y = writer.transpose(y, SWAPPED[3 if flat else 4])
+        return _as(writer, y, output.dtype)
 
     def _expanded(self, writer: Writer, mask: ir.Value, q: ir.Value, k: ir.Value) -> ir.Value:
         """The mask with a row for each query and a column for each key."""
@@ -321,23 +227,24 @@ class Site:
         return writer.op("Expand", mask, target, dtype=mask.dtype, shape=[*lead, *wanted])
 
 
+def _as(writer: Writer, value: ir.Value, dtype: ir.DataType | None) -> ir.Value:
+    """The value in this type."""
+    if dtype is None or value.dtype in (dtype, None):
+        return value
+    return writer.op("Cast", value, to=int(dtype), dtype=dtype, shape=value.shape)
+
+
 def _with_head(dims: list[Dim]) -> list[Dim]:
     return [dims[0], 1, *dims[1:]]
 
 
-def _broadcast(a: ir.Value | None, b: ir.Value) -> list[Dim] | None:
-    if a is None or a.shape is None or b.shape is None:
-        return None
-    count = max(len(a.shape), len(b.shape))
-    pairs = zip([1] * (count - len(a.shape)) + list(a.shape), [1] * (count - len(b.shape)) + list(b.shape), strict=True)
-    return [y if x == 1 else x for x, y in pairs]
-
-
-def _site(node: ir.Node, last: ir.Node, scores: Scores) -> Site:
+def _site(last: ir.Node, turned: bool, scores: Scores) -> Site:
     """The site with everything checked. Raises Refused."""
     q, k = _query(scores.product.inputs[0]), _key(scores.product.inputs[1])
-    v = Side(_given(last.inputs[1]))
+    v = Side(_given(last.inputs[0 if turned else 1]))
     rank = len(q.dims)
+    if turned and len(v.dims) == rank:
+        v = replace(v, perm=SWAPPED.get(rank))
     if rank not in SWAPPED or len(k.dims) != rank or len(v.dims) != rank:
         raise Refused(f"query, key and value have ranks {rank}, {len(k.dims)} and {len(v.dims)}, not all 3 or all 4")
     dtype = q.value.dtype
@@ -354,14 +261,24 @@ def _site(node: ir.Node, last: ir.Node, scores: Scores) -> Site:
     if not scale > 0:
         raise Refused(f"the scale {scale:g} is not positive")
     whole = [*q.dims[:-1], k.dims[-2]]
-    masks, causal = [], []
+    masks, causal, dtypes = [], [], (dtype, ir.DataType.FLOAT) if scores.wide else (dtype,)
+    if scores.factor is not None:
+        check_factor(scores.factor, whole, dtypes)
     for mask in scores.masks:
-        _check_mask(mask, whole, dtype)
-        if is_causal(mask.value, mask.keep, mask.fill is not None) and mask.factor > 0 and same_dim(*whole[-2:]):
+        check_mask(mask, whole, dtypes)
+        chosen = mask.fill is not None
+        hides = chosen or mask.factor >= LEAST_FACTOR
+        if hides and is_causal(mask.value, mask.keep, chosen) and same_dim(*whole[-2:]):
             causal.append(mask)
         else:
             masks.append(mask)
-    return Site(q, k, v, float(np.float32(scale)), tuple(masks), tuple(causal), scores.wide, last)
+    added = [mask.value.dtype for mask in masks if mask.fill is None]
+    added += [scores.factor.value.dtype] if scores.factor is not None else []
+    if scores.wide and ir.DataType.FLOAT in (v.value.dtype, *added):
+        dtype = ir.DataType.FLOAT
+    wide = scores.wide and dtype != ir.DataType.FLOAT
+    scale = float(np.float32(scale))
+    return Site(q, k, v, scale, scores.factor, tuple(masks), tuple(causal), wide, dtype, last, turned)
 
 
 def _given(value: ir.Value | None) -> ir.Value:
@@ -444,9 +361,21 @@ def _ungrouped(q: Side, k: Side, v: Side) -> tuple[Side, Side]:
 
 
 def _repeated(value: ir.Value) -> tuple[ir.Value, int] | None:
-    """(x, n) when the value is x (B, H, S, D) with each head n times: Reshape(Expand(x with an axis of 1 behind H))."""
+    """(x, n) when the value is x (B, H, S, D) with each head n times: Reshape(Expand(x with an axis of 1 behind H)).
+
+    Or when it is x with its only head n times.
+    """
+    only = made_by(value, "Expand", "Tile")
+    if only is not None and user(value) is not None:
+        x = only.inputs[0]
+        one, many = (list(v.shape or ()) if v is not None else [] for v in (x, value))
+        right = len(one) == len(many) == 4 and one[1] == 1
+        count = many[1] if right else None
+        if x is None or not isinstance(count, int) or not all(same_dim(one[i], many[i]) for i in (0, 2, 3)):
+            return None
+        return x, count
     merge = made_by(value, "Reshape")
-    expand = made_by(merge.inputs[0] if merge is not None else None, "Expand")
+    expand = made_by(merge.inputs[0] if merge is not None else None, "Expand", "Tile")
     split = made_by(expand.inputs[0] if expand is not None else None, "Unsqueeze", "Reshape")
     x = split.inputs[0] if split is not None else None
     if expand is None or split is None or x is None or user(value) is None:
@@ -466,18 +395,3 @@ def _repeated(value: ir.Value) -> tuple[ir.Value, int] | None:
         return None
     unknown = [i for i in (0, 2, 3) if not same_dim(before[i], after[i])]
     return (x, count) if len(unknown) <= 1 else None  # one size is told by the number of elements
-
-
-def _check_mask(mask: Mask, whole: list[Dim], dtype: ir.DataType | None) -> None:
-    shape = mask.value.shape
-    if shape is None:
-        raise Refused(f"the shape of the mask {mask.value.name} is not known")
-    if len(shape) > len(whole):
-        raise Refused(f"the mask {mask.value.name} has rank {len(shape)}")
-    for mine, theirs in zip(list(shape)[::-1], whole[::-1], strict=False):
-        if mine != 1 and not same_dim(mine, theirs):
-            raise Refused(
-                f"an axis of the mask {mask.value.name} ({mine}) is not known to be that of the product ({theirs})"
-            )
-    if mask.fill is None and mask.value.dtype not in (dtype, None):
-        raise Refused(f"the mask {mask.value.name} is of another type than the query")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from string import ascii_letters
 
 import onnx_ir as ir
 
@@ -50,6 +51,17 @@ def product_of(equation: str) -> Product | None:
     )
 
 
+def spelled_out(equation: str, ranks: list[int]) -> str:
+    """The equation with letters for "...", where it stands for as many axes of every operand; else as it is."""
+    operands = equation.replace(" ", "").partition("->")[0].split(",")
+    if len(operands) != len(ranks) or any("..." not in part for part in operands):
+        return equation
+    counts = {rank + 3 - len(part) for part, rank in zip(operands, ranks, strict=True)}
+    free = [letter for letter in ascii_letters if letter not in equation]
+    count = counts.pop()
+    return equation if counts or not 0 <= count <= len(free) else equation.replace("...", "".join(free[:count]))
+
+
 def attention_products(softmax: ir.Node) -> list[ir.Node]:
     """The Einsum nodes that make what a softmax is of, or take its weights."""
     found: dict[ir.Node, None] = {}
@@ -70,8 +82,10 @@ def write_product(node: ir.Node, scope: graph.Scope, names: graph.Names) -> bool
     """Put transpositions and a MatMul in the place of an Einsum. Returns whether it is a product of matrices."""
     if graph.has_references(node) or len(node.inputs) != 2:
         return False
-    product = product_of(str(graph.attribute(node, "equation", "")))
     a, b = node.inputs
+    ranks = [graph.rank(a), graph.rank(b)]
+    equation = str(graph.attribute(node, "equation", ""))
+    product = product_of(spelled_out(equation, [rank for rank in ranks if rank is not None]))
     if product is None or a is None or b is None:
         return False
     output, writer = node.outputs[0], Writer(scope, node, names)

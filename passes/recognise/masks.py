@@ -8,7 +8,11 @@ import onnx_ir as ir
 from .. import graph
 from .matching import made_by, producer, scalar
 
-ABSORBS = -1e30  # scores vanish when this is added to them, so that adding it and replacing by it are the same
+HIDES = -1e4  # a weight is 0 beside others where this is added to a score, or stands in its place
+BEFORE = {  # operator: what it says of the first of its inputs, or of the second
+    "LessOrEqual": ("or equal", False), "GreaterOrEqual": ("or equal", True),
+    "Less": ("less", False), "Greater": ("less", True),
+}  # fmt: skip
 
 
 def is_causal(value: ir.Value | None, keep: bool, condition: bool, depth: int = 8) -> bool:
@@ -35,7 +39,7 @@ def is_causal(value: ir.Value | None, keep: bool, condition: bool, depth: int = 
     if graph.is_op(node, "Where"):
         seen, hidden = (scalar(node.inputs[i], node.outputs[0]) for i in (1, 2))
         for zero, low, kept in ((seen, hidden, True), (hidden, seen, False)):
-            if zero == 0.0 and low is not None and low <= ABSORBS:
+            if zero == 0.0 and low is not None and low <= HIDES:
                 return is_causal(node.inputs[0], kept, True, depth - 1)
     return False
 
@@ -49,7 +53,7 @@ def _constant(array: np.ndarray, keep: bool, condition: bool) -> bool:
         return matrix.dtype == bool and bool((matrix == (lower == keep)).all())
     if matrix.dtype.kind not in "f":
         return False
-    return bool((matrix[lower] == 0).all() and (matrix[~lower] <= ABSORBS).all())
+    return bool((matrix[lower] == 0).all() and (matrix[~lower] <= HIDES).all())
 
 
 def _keeps_matrix(node: ir.Node) -> bool:
@@ -71,7 +75,7 @@ def _triangle(node: ir.Node, keep: bool, condition: bool) -> bool:
     if number is None or start is None:
         return False
     if not condition:
-        return bool(upper) and start == 1.0 and number <= ABSORBS
+        return bool(upper) and start == 1.0 and number <= HIDES
     if upper:
         return start == 1.0 and number != 0 and not keep
     return start == 0.0 and number != 0 and keep
@@ -102,7 +106,34 @@ def _condition(node: ir.Node, keep: bool, depth: int) -> bool:
         return False
     if graph.is_op(node, "Cast"):
         return is_causal(node.inputs[0], keep, True, depth - 1)
+    if node.op_type in BEFORE:
+        first, swapped = BEFORE[node.op_type]
+        places = [_places(value) for value in (node.inputs[::-1] if swapped else node.inputs)]
+        return (places, keep, first) in (([-1, -2], True, "or equal"), ([-2, -1], False, "less"))
     return False
+
+
+def _places(value: ir.Value | None) -> int | None:
+    """-1 when the value is the number of each column, 0, 1 and so on; -2: of each row."""
+    node = made_by(value, "Unsqueeze", "Reshape", "Cast")
+    if value is None or value.shape is None:
+        return None
+    if node is not None:
+        inner = node.inputs[0]
+        if _places(inner) is None or inner is None or inner.shape is None:
+            return None
+        if node.op_type == "Cast":
+            return _places(inner)
+        long = [axis - len(value.shape) for axis, dim in enumerate(value.shape) if dim != 1]
+        return long[0] if len(long) == 1 and long[0] >= -2 else None
+    array = graph.constant_value(value)
+    if array is not None:
+        counted = array.dtype.kind in "iuf" and bool((array.reshape(-1) == np.arange(array.size)).all())
+        long = [axis - array.ndim for axis, size in enumerate(array.shape) if size != 1]
+        return long[0] if counted and len(long) == 1 and long[0] >= -2 else None
+    node = made_by(value, "Range")
+    start, step = (scalar(node.inputs[index]) for index in (0, 2)) if node is not None else (None, None)
+    return -1 if (start, step) == (0.0, 1.0) else None
 
 
 def _from_start(node: ir.Node) -> bool:

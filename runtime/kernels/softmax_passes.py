@@ -143,12 +143,12 @@ class SoftmaxEmitter:
         v = self.vectors
         if self.factor is not None:
             x, factor = v.load(self.x, offset, part), self.factor.value
-            x = x * factor if self.mask is None else self.mask.applied(v, x, factor, offset, part)
+            x = v.product(x, factor) if self.mask is None else self.mask.applied(v, x, factor, offset, part)
             return v.placed(x if part is None else v.ended(x, part))
         x = v.load(self.x, offset, part, math.copysign(math.inf, -self.x_scale))
         scale = v.splat(self.x_scale)
         if self.mask is None:
-            return x if self.x_scale == 1 else T.Bind(x * scale)
+            return x if self.x_scale == 1 else v.product(x, scale)
         return self.mask.applied(v, x, scale, offset, part)
 
     def at_row(self, row: Expr, start: Expr) -> None:

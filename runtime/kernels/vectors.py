@@ -85,6 +85,11 @@ class Vectors:
         name, dtype = ("llvm.fma.f32", "float32") if lanes == 1 else (f"llvm.fma.v{lanes}f32", f"float32x{lanes}")
         return T.call_llvm_pure_intrin(T.llvm_lookup_intrinsic_id(name), a, b, c, dtype=dtype)
 
+    def product(self, a: Expr, b: Expr) -> Expr:
+        """a·b as it is rounded: what is added to it is no part of a multiply-add, whose product is exact."""
+        fence = T.llvm_lookup_intrinsic_id(f"llvm.arithmetic.fence.v{self.lanes}f32")
+        return T.Bind(T.call_llvm_pure_intrin(fence, a * b, dtype=self.dtype))
+
     def round(self, x: Expr, magic: float | Expr, parts: int = 1) -> Expr:
         """x·log2 e in whole `parts`, plus `magic`, whose low mantissa bits it is in."""
         log2e = self.splat(LOG2E * parts)

@@ -15,9 +15,10 @@ import pytest
 from graphwright.passes import io
 from graphwright.passes.attention.linear_attention import LinearAttention
 from graphwright.passes.attention.softplus_attention import SoftplusAttention
-from graphwright.passes.base import Loss, PassContext
+from graphwright.passes.base import Loss, PassContext, Recover
 from graphwright.passes.errors import InputError, PassError
 from graphwright.passes.pipeline import Pipeline
+from graphwright.passes.quality import held_out
 from graphwright.passes.weights import load_weights
 
 torch = pytest.importorskip("torch")
@@ -179,9 +180,29 @@ def test_only_the_weights_that_the_pass_names_change(tmp_path: Path) -> None:
 
 def test_a_gradient_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
     ctx = context(tmp_path)
-    broken = {"x": [x * np.float32(np.nan) for x in ctx.calibration["x"]]}  # type: ignore[index]  # it is given
+    samples = ctx.calibration["x"]  # type: ignore[index]  # it is given
+    judged = held_out(len(samples))
+    broken = {"x": [x if i in judged else x * np.float32(np.inf) for i, x in enumerate(samples)]}
     with pytest.raises(PassError, match="the gradient is not finite 11 times in a row; try a smaller rate"):
         Pipeline((small(),)).run(two_layers(), dataclasses.replace(ctx, calibration=broken))
+
+
+def test_samples_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
+    """Nothing would be learned from them, without a word."""
+    ctx = context(tmp_path)
+    samples = list(ctx.calibration["x"])  # type: ignore[index]  # it is given
+    samples[3] = samples[3] * np.float32(np.nan)
+    with pytest.raises(InputError, match="input 'x' has NaN in sample 3; leave such samples out"):
+        Pipeline((small(),)).run(two_layers(), dataclasses.replace(ctx, calibration={"x": samples}))
+    infinite = {"x": [x * np.float32(np.inf) for x in ctx.calibration["x"]]}  # type: ignore[index]  # it is given
+    with pytest.raises(PassError, match="blocks: values of the model are not finite on held-out samples"):
+        Pipeline((small(),)).run(two_layers(), dataclasses.replace(ctx, calibration=infinite))
+
+
+@pytest.mark.parametrize("options", [{}, {"recover": Recover.NONE}])
+def test_a_layer_that_does_not_exist_is_refused(tmp_path: Path, options: dict[str, object]) -> None:
+    with pytest.raises(PassError, match=r"layers=0\+2: there is no layer 2; the model has 0 to 1"):
+        Pipeline((small(layers="0+2", **options),)).run(two_layers(), context(tmp_path))
 
 
 def test_refusals(tmp_path: Path) -> None:

@@ -110,6 +110,21 @@ def test_the_script_prints_losses_that_all_runtimes_agree_on(tmp_path: Path, mon
     assert run() == printed  # nothing is computed again
 
 
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ("--length 0", "0 is not in the range x>=1"),
+        ("--threads 0", "0 is not in the range x>=1"),
+        ("--seed -1", "-1 is not in the range x>=0"),
+        ("--width 6 --heads 2", "6 is no multiple of 4, twice the heads"),
+        ("--folder /proc/none", "/proc/none: cannot be made"),
+    ],
+)
+def test_options_that_make_no_sense(arguments: str, message: str) -> None:
+    result = CliRunner().invoke(length_extrapolation.command, arguments.split())
+    assert result.exit_code in (1, 2) and message in result.output
+
+
 def test_steps_of_an_axis_are_round_numbers() -> None:
     assert [nice_step(span) for span in (0.9, 1.3, 5.0, 40.0)] == [0.2, 0.5, 1.0, 10.0]
     chart = line_chart("a < b", ["1", "2"], {"x": [1.0, 2.0], "y": [1.0, 1.0]})

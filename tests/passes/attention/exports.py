@@ -123,6 +123,40 @@ class Sdpa(nn.Module):
         return y.transpose(1, 2).flatten(-2)
 
 
+class Windows(nn.Module):
+    """Attention in windows of an image, as in Swin: one mask for each window, added on five axes; a bias of places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.o = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.bias = nn.Parameter(torch.randn(HEADS, 16, 16))
+        self.register_buffer("mask", torch.where(torch.rand(4, 16, 16) < 0.3, -100.0, 0.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.view(-1, 2, 4, 2, 4, WIDTH).permute(0, 1, 3, 2, 4, 5).reshape(-1, 16, WIDTH)
+        q, k, v = self.qkv(rows).reshape(-1, 16, 3, HEADS, SIZE).permute(2, 0, 3, 1, 4).unbind(0)
+        scores = (q * SIZE**-0.5) @ k.transpose(-2, -1) + self.bias.unsqueeze(0)
+        scores = scores.view(-1, 4, HEADS, 16, 16) + self.mask.unsqueeze(1).unsqueeze(0)
+        mixed = scores.view(-1, HEADS, 16, 16).softmax(-1) @ v
+        return self.o(mixed.transpose(1, 2).reshape(-1, 16, WIDTH))
+
+
+class MaskedFill(nn.Module):
+    """As in "The Annotated Transformer": keys that the mask does not show get a score of -1e9."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(VOCABULARY, WIDTH)
+        self.q, self.k, self.v, self.o = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        x = self.words(ids)
+        q, k, v = (f(x).view(x.size(0), -1, HEADS, SIZE).transpose(1, 2) for f in (self.q, self.k, self.v))
+        scores = torch.matmul(q, k.transpose(-2, -1)) / math.sqrt(SIZE)
+        weights = scores.masked_fill(mask[:, None, None] == 0, -1e9).softmax(-1)
+        return self.o(torch.matmul(weights, v).transpose(1, 2).contiguous().view(x.size(0), -1, WIDTH))
+
+
 IDS = torch.arange(16).reshape(2, 8)
 
 
@@ -224,6 +258,23 @@ def einsums(legacy: bool) -> ir.Model:
     return export.from_torch("e", Einsums(), example, inputs, ("y",))
 
 
+def windows(legacy: bool) -> ir.Model:
+    example = (torch.randn(2, 8, 8, WIDTH),)
+    if legacy:
+        return scripted(Windows(), example, {"x": {0: "batch"}})
+    return export.from_torch("w", Windows(), example, {"x": ("batch", 8, 8, WIDTH)}, ("y",))
+
+
+def masked_fill(legacy: bool) -> ir.Model:
+    example = (IDS, torch.ones_like(IDS))
+    if legacy:
+        axes = {0: "batch", 1: "length"}
+        return scripted(MaskedFill(), example, {"ids": axes, "mask": axes})
+    return export.from_torch(
+        "f", MaskedFill(), example, {"ids": ("batch", "length"), "mask": ("batch", "length")}, ("y",)
+    )
+
+
 def sdpa() -> ir.Model:
     """Opset 23: the exporter writes the standard's Attention."""
     program = torch.onnx.export(Sdpa().eval(), (IDS,), dynamo=True, opset_version=23, input_names=["ids"],
@@ -250,4 +301,8 @@ EXPORTS = {
     "sdpa-opset-23": Export(sdpa, 1),
     "einsum": Export(lambda: einsums(False), 2),
     "einsum-scripted": Export(lambda: einsums(True), 2),
+    "windows": Export(lambda: windows(False), 1),
+    "windows-scripted": Export(lambda: windows(True), 1),
+    "masked-fill": Export(lambda: masked_fill(False), 1),
+    "masked-fill-scripted": Export(lambda: masked_fill(True), 1),
 }

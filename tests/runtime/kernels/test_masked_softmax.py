@@ -102,6 +102,16 @@ def masked(shape: Sequence[int], axes: str, kind: str) -> tuple[np.ndarray, np.n
     return draw(shape), mask
 
 
+@pytest.mark.parametrize("form", [Form.AUTO, Form.TWO_PASS])
+def test_products_beyond_whole_numbers_are_rounded_before_the_maximum_is_subtracted(form: Form) -> None:
+    """A multiply-add would leave what rounding takes from the greatest product, whose exponential is no number."""
+    run = kernel(Target.named("cpu"), (None, None), None, None, 0.7, form)
+    for length in (1, 9, 65, 2049):
+        for number in (1e12, -1e12, 1e30, -1e30, 1e38):
+            x = np.full((2, length), number, np.float32)
+            np.testing.assert_allclose(run(x), 1 / length, rtol=TOLERANCE)
+
+
 @pytest.mark.parametrize("scale, form", [(0.125, Form.AUTO), (-2.0, Form.AUTO), (3.0, Form.TWO_PASS)])
 def test_scales_alone(scale: float, form: Form) -> None:
     target = Target.named("cpu")
