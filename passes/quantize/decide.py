@@ -16,6 +16,7 @@ from .calibrate import Channels, Feeds, Seen, observe
 from .equalise import equalise, equalising, pairs
 from .layers import Layer, find_layers
 from .learn import Learning, learn
+from .paying import Clock, paying
 from .placement import Placement, place
 from .plan import Edit, LayerPlan, Plan, Point
 from .ranges import Histogram, Method
@@ -58,6 +59,7 @@ class Options:
     mixed: float | None
     outputs: tuple[str, ...]
     learning: Learning | None
+    measure: bool
 
 
 def decide(
@@ -121,7 +123,12 @@ class _Decision:
             )
         if self.ctx.max_drop is not None:
             plan = self._within_budget(plan, self.ctx.max_drop)
-        return self._described(plan)
+        errors = self._errors(plan)
+        if self.options.measure and plan.layers:
+            timed = self._paying(plan, errors)
+            errors = errors if set(timed.layers) == set(plan.layers) else self._errors(timed)
+            plan = timed
+        return self._described(plan, errors)
 
     # --- edits
 
@@ -318,16 +325,35 @@ class _Decision:
 
         return rest(fewest(order, lambda count: judge.drop(self._model(rest(count))) <= budget))
 
+    # --- time
+
+    def _paying(self, plan: Plan, errors: Mapping[str, float]) -> Plan:
+        assert self.ctx.stopwatch is not None
+        clock = Clock(self.ctx.stopwatch, self._model, self._operations(), self.feeds[0], self.ctx.progress)
+        return paying(plan, clock, errors)
+
+    def _operations(self) -> dict[str, float]:
+        """Of each layer of the model, quantized or not, on the first sample."""
+        assert self.ctx.evaluator is not None
+        layers = find_layers(self.base)[0]
+        names = {layer.site: layer.data.name or "" if _scatters(layer) else layer.site for layer in layers}
+        found = self.ctx.evaluator(self.base, list(dict.fromkeys(names.values())), self.feeds[:1])
+        sizes = {name: array.size for _, name, array in found}
+        return {
+            layer.site: 2.0 * layer.size * sizes[names[layer.site]] / layer.shape[0 if _scatters(layer) else layer.axis]
+            for layer in layers
+        }
+
     # --- the report
 
-    def _described(self, plan: Plan) -> Plan:
+    def _described(self, plan: Plan, errors: Mapping[str, float]) -> Plan:
         """The plan with each layer's width and error."""
-        errors = self._errors(plan)
+        what = "result" if self.feeds else "weight"
         layers = {}
         for site, layer in plan.layers.items():
             block = f" in blocks of {layer.codes.block}" if layer.codes.block else ""
             data = f", {plan.values[_data_name(self.layers, site)].bits}-bit data" if layer.data else ""
-            detail = f"{layer.bits}-bit weights{block}{data}; {errors[site]}"
+            detail = f"{layer.bits}-bit weights{block}{data}; {what} {_decibels(errors[site])}"
             layers[site] = replace(layer, detail=detail)
         sizes = {layer.site: layer.size for layer in self.layers if layer.site in layers}
         total = max(sum(sizes.values()), 1)
@@ -337,11 +363,12 @@ class _Decision:
         }  # fmt: skip
         return replace(plan, layers=layers, stats=stats)
 
-    def _errors(self, plan: Plan) -> dict[str, str]:
-        """Signal to noise of each layer: of its result in the quantized model, or without inputs of its weight."""
+    def _errors(self, plan: Plan) -> dict[str, float]:
+        """Decibels of each layer above its error: of its result in the quantized model, or without inputs of its
+        weight."""
         if not self.feeds:
             return {
-                layer.site: f"weight {_decibels(signal_to_noise(layer.matrix(layer.weight()), found.codes.values))}"
+                layer.site: signal_to_noise(layer.matrix(layer.weight()), found.codes.values)
                 for layer in self.layers
                 if (found := plan.layers.get(layer.site)) is not None
             }
@@ -355,7 +382,12 @@ class _Decision:
             wide = expected.astype(np.float64)
             signal[name] += float((wide**2).sum())
             noise[name] += float(((wide - array) ** 2).sum())
-        return {name: f"result {_decibels(decibels(signal[name], noise[name]))}" for name in names}
+        return {name: decibels(signal[name], noise[name]) for name in names}
+
+
+def _scatters(layer: Layer) -> bool:
+    """Whether it is the numbers of the data that each meet a row of weights, and not those of the result."""
+    return layer.node.op_type == "ConvTranspose"
 
 
 def _gram_of(layer: Layer) -> str:
