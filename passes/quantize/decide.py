@@ -31,7 +31,7 @@ from .scales import (
     signal_to_noise,
     weight_grid,
 )
-from .sensitivity import Judge, allot, fewest
+from .sensitivity import Flips, Judge, allot, class_output, fewest
 from .smooth import smooth, smoothing
 from .write import bias_place, write
 
@@ -60,6 +60,7 @@ class Options:
     outputs: tuple[str, ...]
     learning: Learning | None
     measure: bool
+    flips: float | None
 
 
 def decide(
@@ -123,6 +124,8 @@ class _Decision:
             )
         if self.ctx.max_drop is not None:
             plan = self._within_budget(plan, self.ctx.max_drop)
+        if self.options.flips is not None and self.feeds and plan.layers:
+            plan = self._within_flips(plan, self.options.flips)
         errors = self._errors(plan)
         if self.options.measure and plan.layers:
             timed = self._paying(plan, errors)
@@ -304,26 +307,51 @@ class _Decision:
         widths = allot(damages, {layer.site: layer.size for layer in self.layers}, mean_bits)
         return replace(plan, layers={site: fitted[bits][site] for site, bits in widths.items()})
 
-    def _within_budget(self, plan: Plan, budget: float) -> Plan:
-        """The plan with as few layers in float as hold the budget, those first that hurt most by themselves."""
+    def _apart(self) -> list[Feeds]:
+        """The samples that quality is measured on."""
         assert self.ctx.calibration is not None
         count = min(len(values) for values in self.ctx.calibration.values())
-        apart = [{name: values[i] for name, values in self.ctx.calibration.items()} for i in judged(count)]
+        return [{name: values[i] for name, values in self.ctx.calibration.items()} for i in judged(count)]
+
+    def _within_budget(self, plan: Plan, budget: float) -> Plan:
+        """The plan with as few layers in float as hold the budget, those first that hurt most for their operations."""
         self.ctx.progress("dynaquant: budget")
-        judge = self._judge(apart)
-        if judge.drop(self._model(plan)) <= budget:
+        judge = self._judge(self._apart())
+        what = f"more than --max-drop {budget:g} leaves"
+        return self._within(plan, lambda tried: judge.drop(self._model(tried)) <= budget, what)
+
+    def _within_flips(self, plan: Plan, most: float) -> Plan:
+        """The same, until of rows no more are expected to change their class. Other models stay as they are."""
+        output = class_output(self.base)
+        if output is None:
+            return plan
+        self.ctx.progress("dynaquant: classes")
+        assert self.ctx.evaluator is not None
+        judged_on = [*self._apart(), *self.feeds][: max(DAMAGE_SAMPLES, len(self._apart()))]
+        flips = Flips(self.base, output, [*self.feeds, *self._apart()], judged_on, self.ctx.evaluator)
+        shares: dict[tuple[str, ...], float] = {}
+
+        def share(tried: Plan) -> float:
+            key = tuple(tried.layers)
+            if key not in shares:
+                shares[key] = flips.share(self._model(tried))
+            return shares[key]
+
+        found = self._within(plan, lambda tried: share(tried) <= most, f"more than flips={most:g} leaves")
+        return replace(found, stats={**found.stats, "flips": round(share(found), 4)})
+
+    def _within(self, plan: Plan, holds: Callable[[Plan], bool], what: str) -> Plan:
+        if holds(plan):
             return plan
         damages = self._damages(plan.layers, plan, self._judge(self.feeds[:DAMAGE_SAMPLES]), "damage of layer")
-        order = sorted(damages, key=lambda site: -damages[site])
-        reasons = {
-            site: f"by itself it costs {damages[site]:.2g} of the outputs, more than --max-drop {budget:g} leaves"
-            for site in order
-        }
+        operations = self._operations()  # what a layer in float costs in time
+        order = sorted(damages, key=lambda site: -damages[site] / operations[site])
+        reasons = {site: f"by itself it costs {damages[site]:.2g} of the outputs, {what}" for site in order}
 
         def rest(count: int) -> Plan:
             return plan.without({site: reasons[site] for site in order[:count]})
 
-        return rest(fewest(order, lambda count: judge.drop(self._model(rest(count))) <= budget))
+        return rest(fewest(order, lambda count: holds(rest(count))))
 
     # --- time
 

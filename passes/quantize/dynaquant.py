@@ -41,6 +41,8 @@ class DynaQuant(Pass):
     activations=none quantizes the weights alone. The result of calibration is a file beside the output, and the
     recorded pipeline names it: `plan=FILE` repeats the result without any inputs.
     With --max-drop the layers that cost most return to float until the outputs drop by no more.
+    With flips=0.02 they do until at most 2 % of images are expected to change their first class, as the margins of
+    the samples and the errors of the held-out ones tell.
     With measure=true the model is compiled for the target with codes and in float, kernels are timed, and layers that
     are slower in codes return to float where that makes the whole faster; the report has a table of all.
     With learn=all what was chosen so is learned further on the same inputs: block by block, then the whole model, to
@@ -92,6 +94,7 @@ class DynaQuant(Pass):
     batch: int = 16  # samples of a step
     rate: float = 2e-3  # learning rate of the whole model; blocks take five times that
     loss: Loss = Loss.AUTO  # of the outputs: auto, cosine, kl or mse
+    flips: float | None = None  # of images, the part that may be expected to change their class
     measure: bool = False  # layers that are slower in codes on the target return to float
 
     def __post_init__(self) -> None:
@@ -103,6 +106,8 @@ class DynaQuant(Pass):
             raise ValueError(f"group is {self.group}, must be at least 0")
         if self.group and self.weights > 4 and self.activations and self.mixed is None:
             raise ValueError("group is for 4 bits, or for weights alone; products of bytes have a scale a channel")
+        if self.flips is not None and not 0 < self.flips < 1:
+            raise ValueError(f"flips is {self.flips:g}, must be between 0 and 1")
         if self.samples < 1:
             raise ValueError(f"samples is {self.samples}, must be at least 1")
         if self.mixed is not None and not min(WIDTHS) <= self.mixed <= max(WIDTHS):
@@ -135,6 +140,8 @@ class DynaQuant(Pass):
             return frozenset()
         if self.measure:
             return frozenset({"times", "samples"})
+        if self.flips is not None:
+            return frozenset({"ranges"})
         if self.learn:
             return frozenset({"learning"})
         if self.activations is None and self.mixed is None:
@@ -196,7 +203,7 @@ class DynaQuant(Pass):
         return Options(
             self.weights, self.activations, self.method, self.group, self._is_symmetric, self._strength,
             self.smooth != "none", self.equalise, self.correct, self.together,
-            self.mixed, self.outputs, self._learning, self.measure,
+            self.mixed, self.outputs, self._learning, self.measure, self.flips,
         )  # fmt: skip
 
     @property
