@@ -5,11 +5,10 @@
 The hyperprior codec is quantized to 8 bits, and each convolution of analysis and synthesis reads all of its codes or
 the leading 6 or 4 bits. What a narrower layer costs an image, in rate + weight x squared error of real streams, is
 measured layer by layer: on crops of photos that the codec learned from, and on the photos that are held out. Widths
-chosen once are those with the least cost on the crops; widths that follow the image are those with the least cost on
-that very image, with the same mean, which no selector that has to foresee the cost can surpass but by luck. Both are
-then coded as they are. A selector's own time is that of pooling the first layer's result to 5 x 5 places and of two
-products, compiled; the convolutions take the same time at every width, since all compute with bytes.
-Streams that were coded are not coded again.
+chosen once have the least sum of costs on the crops; widths that follow the image the least sum on that very image,
+with the same mean: what a selector would choose that knew the costs. Both are then coded as they are. A selector's own
+time is that of pooling the first layer's result to 5 x 5 places and of two products, compiled; the convolutions take
+the same time at every width, since all compute with bytes. Streams that were coded are not coded again.
 """
 
 from __future__ import annotations

@@ -39,6 +39,7 @@ MOST_LOST = 0.03  # of the squares of a row of data
 MOST_BIAS = 2.0**30  # of a bias in steps of its scale
 DAMAGE_SAMPLES, ERROR_SAMPLES = 8, 4
 WIDTHS = (4, 6, 8)
+READING = 16  # operations that take as long as a float weight takes from memory, about
 BLOCK = 32  # of 4-bit weights of products
 
 
@@ -314,7 +315,7 @@ class _Decision:
         return [{name: values[i] for name, values in self.ctx.calibration.items()} for i in judged(count)]
 
     def _within_budget(self, plan: Plan, budget: float) -> Plan:
-        """The plan with as few layers in float as hold the budget, those first that hurt most for their operations."""
+        """The plan with as few layers in float as hold the budget, those first that hurt most for their time."""
         self.ctx.progress("dynaquant: budget")
         judge = self._judge(self._apart())
         what = f"more than --max-drop {budget:g} leaves"
@@ -344,8 +345,8 @@ class _Decision:
         if holds(plan):
             return plan
         damages = self._damages(plan.layers, plan, self._judge(self.feeds[:DAMAGE_SAMPLES]), "damage of layer")
-        operations = self._operations()  # what a layer in float costs in time
-        order = sorted(damages, key=lambda site: -damages[site] / operations[site])
+        costs = self._costs()
+        order = sorted(damages, key=lambda site: -damages[site] / costs[site])
         reasons = {site: f"by itself it costs {damages[site]:.2g} of the outputs, {what}" for site in order}
 
         def rest(count: int) -> Plan:
@@ -354,6 +355,11 @@ class _Decision:
         return rest(fewest(order, lambda count: holds(rest(count))))
 
     # --- time
+
+    def _costs(self) -> dict[str, float]:
+        """About how much time each layer takes in float, in operations."""
+        operations = self._operations()
+        return {layer.site: operations[layer.site] + READING * layer.size for layer in find_layers(self.base)[0]}
 
     def _paying(self, plan: Plan, errors: Mapping[str, float]) -> Plan:
         assert self.ctx.stopwatch is not None
