@@ -55,7 +55,9 @@ class Skip:
 
 @dataclass
 class PassReport:
-    """What one run of a pass did. `stats` are counts and sizes by name; `seconds` is wall time."""
+    """What one run of a pass did. `stats` are counts and sizes by name; `seconds` is wall time. `rows`: a table of what
+    was measured, a row for each site, all with the same columns.
+    """
 
     spec: str
     contract: Contract
@@ -63,6 +65,7 @@ class PassReport:
     skips: list[Skip] = field(default_factory=list)
     stats: dict[str, int | float | str] = field(default_factory=dict)
     seconds: float = 0.0
+    rows: list[dict[str, Any]] = field(default_factory=list)
 
     def changed(self, rule: str, value: str | None, detail: str = "") -> None:
         self.changes.append(Change(rule, value or "", detail))
@@ -78,6 +81,7 @@ class PassReport:
             "skips": [[s.rule, s.value, s.reason] for s in self.skips],
             "stats": dict(self.stats),
             "seconds": round(self.seconds, 4),
+            **({"rows": list(self.rows)} if self.rows else {}),
         }
 
 
@@ -104,6 +108,35 @@ class Evaluator(Protocol):
 
 
 @dataclass(frozen=True)
+class Ratio:
+    """How many times as fast one model is as another: the median of pairs of turns, and the interval that holds it with
+    95 % confidence."""
+
+    median: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.median:.2f} [{self.low:.2f}, {self.high:.2f}] times as fast"
+
+
+class Stopwatch(Protocol):
+    """Compiles models for the target and times them on this machine."""
+
+    def compile(self, model: ir.Model) -> Any:
+        """Something to hand to the other functions; the model stays as it is. Raises CompileError."""
+
+    def layers(
+        self, compiled: Sequence[Any], operations: Mapping[str, float], feeds: Mapping[str, np.ndarray]
+    ) -> list[dict[str, float]]:
+        """Seconds of each layer of each model, which take turns. operations: site -> operations on these inputs, of all
+        layers in their order. A layer that no kernel can be told for is left out."""
+
+    def ratio(self, candidate: Any, reference: Any, feeds: Mapping[str, np.ndarray]) -> Ratio:
+        """How many times as fast `candidate` is as `reference`, which take turns."""
+
+
+@dataclass(frozen=True)
 class PassContext:
     """Everything a pass may read besides the model.
 
@@ -111,7 +144,8 @@ class PassContext:
     target: the target's name, or None when only the ONNX file is rewritten. seed: of every random choice.
     dry_run: report as usual, learn nothing; the caller throws the model away. trainer: fits what a learned pass asks
     for (`graphwright.models.fit.train`); None where nothing can be trained. evaluator: values inside a model
-    (`graphwright.runtime.evaluator.evaluate`); None where nothing can be run. output: what the result is called;
+    (`graphwright.runtime.evaluator.evaluate`); None where nothing can be run. stopwatch: times models
+    (`graphwright.runtime.stopwatch`); None without a target that this machine runs. output: what the result is called;
     learned weights are written beside it. overwrite: whether they may replace a file.
     """
 
@@ -125,6 +159,7 @@ class PassContext:
     dry_run: bool = False
     trainer: Callable[[TrainingJob | WidthJob, PassContext], Weights] | None = field(default=None, repr=False)
     evaluator: Evaluator | None = field(default=None, repr=False)
+    stopwatch: Stopwatch | None = field(default=None, repr=False)
     output: Path = Path("model")
     overwrite: bool = False
 
@@ -140,7 +175,8 @@ class Pass(ABC):
     contract: ClassVar[Contract]
 
     def needs(self) -> frozenset[str]:
-        """What must be in the context, of {"calibration", "target", "ranges", "widths", "learning", "recovery"}."""
+        """What must be in the context, of {"calibration", "target", "samples", "times", "ranges", "widths", "learning",
+        "recovery"}."""
         return frozenset()
 
     @abstractmethod

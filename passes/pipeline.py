@@ -22,6 +22,10 @@ log = logging.getLogger("graphwright")
 NEEDS = {
     "calibration": "real inputs: give --calibration FILE.npz",
     "target": "a target: give --target NAME",
+    "samples": "real inputs to take times with: give --calibration, plan=FILE.npz of an earlier run, or leave "
+    "measure out",
+    "times": "a target that this machine runs, to see which layers are faster: give --target cpu, plan=FILE.npz of an "
+    "earlier run, or leave measure out",
     "ranges": "real inputs to see how large numbers become: give --calibration, plan=FILE.npz of an earlier run, or "
     "activations=none for the weights alone",
     "widths": "real inputs to choose widths by: give --calibration, or plan=FILE.npz of an earlier run",
@@ -70,6 +74,8 @@ class Pipeline:
         given = {
             "calibration": ctx.calibration is not None,
             "target": ctx.target is not None,
+            "samples": ctx.calibration is not None or ctx.dry_run,
+            "times": ctx.stopwatch is not None or ctx.dry_run,
             "ranges": ctx.calibration is not None or ctx.dry_run,
             "widths": ctx.calibration is not None or ctx.dry_run,
             "learning": ctx.calibration is not None or ctx.dry_run,

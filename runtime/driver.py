@@ -27,6 +27,7 @@ from .compare import Verdict
 from .evaluator import evaluate
 from .feeds import Unfed
 from .reference import NoKernel
+from .stopwatch import Stopwatch
 from .target import Target
 from .tuner import Tuned, check_tunable, find_tiles
 
@@ -158,7 +159,9 @@ def optimize(
     ctx = PassContext(
         pins=pins or {}, calibration=calibration, target=goal.name if goal else None, seed=seed, max_drop=max_drop,
         progress=progress, dry_run=dry_run, trainer=trainer, output=learned or path, overwrite=overwrite,
-        evaluator=functools.partial(evaluate, threads=threads or 0), **({"caches": goal.caches} if goal else {}),
+        evaluator=functools.partial(evaluate, threads=threads or 0),
+        stopwatch=Stopwatch(goal, threads, progress) if goal is not None and goal.runs_here else None,
+        **({"caches": goal.caches} if goal else {}),
     )  # fmt: skip
     pipeline.check_needs(ctx)
     unverified = "" if verify and not dry_run else "--no-verify"

@@ -114,7 +114,7 @@ def _sum(values: Iterator[float | None]) -> float | None:
 
 
 @dataclass
-class _Call:
+class Call:
     """One call of a kernel, or a run of a region on onnxruntime. shapes: of its arguments, () for what is no tensor.
     sizes: of the tensors, in bytes.
     """
@@ -137,7 +137,7 @@ class _Call:
 class _Watch:
     """The observer: every call of a kernel, in order."""
 
-    calls: list[_Call] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
     _start: float = 0.0
 
     def __call__(self, function: Any, name: str, before: bool, result: Any, *arguments: Any) -> int:
@@ -145,7 +145,7 @@ class _Watch:
             tensors = [a for a in arguments if hasattr(a, "data_ptr")]
             shapes = [tuple(a.shape) if hasattr(a, "data_ptr") else () for a in arguments]
             sizes = [math.prod(a.shape) * a.dtype.itemsize for a in tensors]
-            self.calls.append(_Call(name, shapes=shapes, sizes=sizes))
+            self.calls.append(Call(name, shapes=shapes, sizes=sizes))
             self._start = time.perf_counter()
         else:
             self.calls[-1].seconds = time.perf_counter() - self._start
@@ -164,18 +164,18 @@ def profile(session: Session, feeds: Mapping[str, Any], runs: int = RUNS) -> Pro
         start = time.perf_counter()
         session.run(None, feeds)
         unwatched.append(time.perf_counter() - start)
-    watched = [_watched(session, feeds) for _ in range(WARMUP + runs)][WARMUP:]
+    seen = [watched(session, feeds) for _ in range(WARMUP + runs)][WARMUP:]
     most = peaks(artifact.target, session.threads)
     return Profile(
-        session.threads, runs, statistics.median(unwatched), _rows(artifact, watched, most), most,
+        session.threads, runs, statistics.median(unwatched), _rows(artifact, seen, most), most,
         artifact.activation_bytes,
     )  # fmt: skip
 
 
-def _watched(session: Session, feeds: Mapping[str, Any]) -> list[_Call]:
-    """Every call of one run."""
+def watched(session: Session, feeds: Mapping[str, Any]) -> list[Call]:
+    """Every call of a kernel in one run, in order, and every run of a region on onnxruntime."""
     values = session._check(feeds)
-    calls: list[_Call] = []
+    calls: list[Call] = []
     regions = session.artifact.manifest.regions
     for index, (step, region) in enumerate(zip(session._steps, regions, strict=True)):
         start = time.perf_counter()
@@ -188,7 +188,7 @@ def _watched(session: Session, feeds: Mapping[str, Any]) -> list[_Call]:
                     calls.append(call)
         else:
             values.update(step(values))
-            calls.append(_Call(f"region {index} on onnxruntime", time.perf_counter() - start))
+            calls.append(Call(f"region {index} on onnxruntime", time.perf_counter() - start))
     return calls
 
 
@@ -211,21 +211,28 @@ def _watch(step: Step) -> Iterator[_Watch]:
             step._idle.remove(machine)
 
 
-def _rows(artifact: Artifact, watched: list[list[_Call]], most: Peaks) -> tuple[Row, ...]:
+def _rows(artifact: Artifact, runs: list[list[Call]], most: Peaks) -> tuple[Row, ...]:
     """Calls of the same kernel as one row, each call's time the median of the runs."""
-    work: dict[str, KernelWork] = {}
-    regions = artifact.manifest.regions
-    for index, region in enumerate(regions):
-        work.update({_label(regions, index, name): known for name, known in region.kernels.items()})
-    names = [call.name for call in watched[0]]
-    if any([call.name for call in run] != names for run in watched):
+    work = work_by_name(artifact)
+    names = [call.name for call in runs[0]]
+    if any([call.name for call in run] != names for run in runs):
         raise InputError("the model takes another way through its branches in every run; nothing to average")
     calls: dict[str, list[Row]] = {}
-    for index, call in enumerate(watched[0]):
+    for index, call in enumerate(runs[0]):
         known = work.get(call.name)
         flops, nbytes = call.flops(known), call.bytes(known)
-        time_ = statistics.median(run[index].seconds for run in watched)
+        time_ = statistics.median(run[index].seconds for run in runs)
         row = Row(call.name, known.op if known else call.name, 1, time_, flops, nbytes, most.seconds(flops, nbytes))
         calls.setdefault(call.name, []).append(row)
     rows = [_joined(name, several[0].op, several) for name, several in calls.items()]
     return tuple(sorted(rows, key=lambda row: -row.seconds))
+
+
+def work_by_name(artifact: Artifact) -> dict[str, KernelWork]:
+    """The work of each kernel, by the name of its calls."""
+    regions = artifact.manifest.regions
+    return {
+        _label(regions, index, name): known
+        for index, region in enumerate(regions)
+        for name, known in region.kernels.items()
+    }

@@ -61,6 +61,13 @@ PAGE = """<!doctype html>
 {% endfor %}
 </table>
 
+{% for p in data.passes if p.rows is defined %}
+<h2>What <code>{{ p.spec.partition(":")[0] }}</code> has measured</h2>
+<table><tr>{% for name in p.rows[0] %}<th>{{ name }}</th>{% endfor %}</tr>
+{% for row in p.rows %}
+<tr>{% for cell in row.values() %}<td>{{ "-" if cell is none else cell }}</td>{% endfor %}</tr>
+{% endfor %}</table>
+{% endfor %}
 {% if data.native %}
 <h2>Where it runs</h2>
 {% if data.native.activation_bytes %}<p>Activations take {{ data.native.activation_bytes|bytes }}.</p>{% endif %}

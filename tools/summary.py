@@ -166,6 +166,8 @@ def print_summary(data: Mapping[str, Any]) -> None:
     """The tables that end `optimize`."""
     print_passes(data["passes"])
     click.echo()
+    for one in data["passes"]:
+        print_measured(one)
     rows = [("nodes", data["nodes"]["before"], data["nodes"]["after"]),
             ("weights", *(as_bytes(data["weights_bytes"][k]) for k in ("before", "after")))]  # fmt: skip
     if data["file_bytes"]["after"] is not None:
@@ -201,6 +203,15 @@ def print_sites(report: Mapping[str, Any]) -> None:
         print_table(("site", "fires", "rule", "why"), rows)
     else:
         click.echo("no site: the model holds nothing that this pass looks for")
+
+
+def print_measured(report: Mapping[str, Any]) -> None:
+    """The table of what one pass has measured, where it has."""
+    if rows := report.get("rows"):
+        columns = tuple(rows[0])
+        texts = [tuple("-" if row[column] is None else str(row[column]) for column in columns) for row in rows]
+        print_table(columns, texts, right=[c for c in columns if not isinstance(rows[0][c], str)])
+        click.echo()
 
 
 def print_native(native: Mapping[str, Any]) -> None:

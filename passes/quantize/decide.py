@@ -16,6 +16,7 @@ from .calibrate import Channels, Feeds, Seen, observe
 from .equalise import equalise, equalising, pairs
 from .layers import Layer, find_layers
 from .learn import Learning, learn
+from .paying import Clock, paying
 from .placement import Placement, place
 from .plan import Edit, LayerPlan, Plan, Point
 from .ranges import Histogram, Method
@@ -30,7 +31,7 @@ from .scales import (
     signal_to_noise,
     weight_grid,
 )
-from .sensitivity import Judge, allot, fewest
+from .sensitivity import Flips, Judge, allot, class_output, fewest
 from .smooth import smooth, smoothing
 from .write import bias_place, write
 
@@ -38,6 +39,7 @@ MOST_LOST = 0.03  # of the squares of a row of data
 MOST_BIAS = 2.0**30  # of a bias in steps of its scale
 DAMAGE_SAMPLES, ERROR_SAMPLES = 8, 4
 WIDTHS = (4, 6, 8)
+READING = 16  # operations that take as long as a float weight takes from memory, about
 BLOCK = 32  # of 4-bit weights of products
 
 
@@ -58,6 +60,8 @@ class Options:
     mixed: float | None
     outputs: tuple[str, ...]
     learning: Learning | None
+    measure: bool
+    flips: float | None
 
 
 def decide(
@@ -121,7 +125,14 @@ class _Decision:
             )
         if self.ctx.max_drop is not None:
             plan = self._within_budget(plan, self.ctx.max_drop)
-        return self._described(plan)
+        if self.options.flips is not None and self.feeds and plan.layers:
+            plan = self._within_flips(plan, self.options.flips)
+        errors = self._errors(plan)
+        if self.options.measure and plan.layers:
+            timed = self._paying(plan, errors)
+            errors = errors if set(timed.layers) == set(plan.layers) else self._errors(timed)
+            plan = timed
+        return self._described(plan, errors)
 
     # --- edits
 
@@ -297,37 +308,86 @@ class _Decision:
         widths = allot(damages, {layer.site: layer.size for layer in self.layers}, mean_bits)
         return replace(plan, layers={site: fitted[bits][site] for site, bits in widths.items()})
 
-    def _within_budget(self, plan: Plan, budget: float) -> Plan:
-        """The plan with as few layers in float as hold the budget, those first that hurt most by themselves."""
+    def _apart(self) -> list[Feeds]:
+        """The samples that quality is measured on."""
         assert self.ctx.calibration is not None
         count = min(len(values) for values in self.ctx.calibration.values())
-        apart = [{name: values[i] for name, values in self.ctx.calibration.items()} for i in judged(count)]
+        return [{name: values[i] for name, values in self.ctx.calibration.items()} for i in judged(count)]
+
+    def _within_budget(self, plan: Plan, budget: float) -> Plan:
+        """The plan with as few layers in float as hold the budget, those first that hurt most for their time."""
         self.ctx.progress("dynaquant: budget")
-        judge = self._judge(apart)
-        if judge.drop(self._model(plan)) <= budget:
+        judge = self._judge(self._apart())
+        what = f"more than --max-drop {budget:g} leaves"
+        return self._within(plan, lambda tried: judge.drop(self._model(tried)) <= budget, what)
+
+    def _within_flips(self, plan: Plan, most: float) -> Plan:
+        """The same, until of rows no more are expected to change their class. Other models stay as they are."""
+        output = class_output(self.base)
+        if output is None:
+            return plan
+        self.ctx.progress("dynaquant: classes")
+        assert self.ctx.evaluator is not None
+        judged_on = [*self._apart(), *self.feeds][: max(DAMAGE_SAMPLES, len(self._apart()))]
+        flips = Flips(self.base, output, [*self.feeds, *self._apart()], judged_on, self.ctx.evaluator)
+        shares: dict[tuple[str, ...], float] = {}
+
+        def share(tried: Plan) -> float:
+            key = tuple(tried.layers)
+            if key not in shares:
+                shares[key] = flips.share(self._model(tried))
+            return shares[key]
+
+        found = self._within(plan, lambda tried: share(tried) <= most, f"more than flips={most:g} leaves")
+        return replace(found, stats={**found.stats, "flips": round(share(found), 4)})
+
+    def _within(self, plan: Plan, holds: Callable[[Plan], bool], what: str) -> Plan:
+        if holds(plan):
             return plan
         damages = self._damages(plan.layers, plan, self._judge(self.feeds[:DAMAGE_SAMPLES]), "damage of layer")
-        order = sorted(damages, key=lambda site: -damages[site])
-        reasons = {
-            site: f"by itself it costs {damages[site]:.2g} of the outputs, more than --max-drop {budget:g} leaves"
-            for site in order
-        }
+        costs = self._costs()
+        order = sorted(damages, key=lambda site: -damages[site] / costs[site])
+        reasons = {site: f"by itself it costs {damages[site]:.2g} of the outputs, {what}" for site in order}
 
         def rest(count: int) -> Plan:
             return plan.without({site: reasons[site] for site in order[:count]})
 
-        return rest(fewest(order, lambda count: judge.drop(self._model(rest(count))) <= budget))
+        return rest(fewest(order, lambda count: holds(rest(count))))
+
+    # --- time
+
+    def _costs(self) -> dict[str, float]:
+        """About how much time each layer takes in float, in operations."""
+        operations = self._operations()
+        return {layer.site: operations[layer.site] + READING * layer.size for layer in find_layers(self.base)[0]}
+
+    def _paying(self, plan: Plan, errors: Mapping[str, float]) -> Plan:
+        assert self.ctx.stopwatch is not None
+        clock = Clock(self.ctx.stopwatch, self._model, self._operations(), self.feeds[0], self.ctx.progress)
+        return paying(plan, clock, errors)
+
+    def _operations(self) -> dict[str, float]:
+        """Of each layer of the model, quantized or not, on the first sample."""
+        assert self.ctx.evaluator is not None
+        layers = find_layers(self.base)[0]
+        names = {layer.site: layer.data.name or "" if _scatters(layer) else layer.site for layer in layers}
+        found = self.ctx.evaluator(self.base, list(dict.fromkeys(names.values())), self.feeds[:1])
+        sizes = {name: array.size for _, name, array in found}
+        return {
+            layer.site: 2.0 * layer.size * sizes[names[layer.site]] / layer.shape[0 if _scatters(layer) else layer.axis]
+            for layer in layers
+        }
 
     # --- the report
 
-    def _described(self, plan: Plan) -> Plan:
+    def _described(self, plan: Plan, errors: Mapping[str, float]) -> Plan:
         """The plan with each layer's width and error."""
-        errors = self._errors(plan)
+        what = "result" if self.feeds else "weight"
         layers = {}
         for site, layer in plan.layers.items():
             block = f" in blocks of {layer.codes.block}" if layer.codes.block else ""
             data = f", {plan.values[_data_name(self.layers, site)].bits}-bit data" if layer.data else ""
-            detail = f"{layer.bits}-bit weights{block}{data}; {errors[site]}"
+            detail = f"{layer.bits}-bit weights{block}{data}; {what} {_decibels(errors[site])}"
             layers[site] = replace(layer, detail=detail)
         sizes = {layer.site: layer.size for layer in self.layers if layer.site in layers}
         total = max(sum(sizes.values()), 1)
@@ -337,11 +397,12 @@ class _Decision:
         }  # fmt: skip
         return replace(plan, layers=layers, stats=stats)
 
-    def _errors(self, plan: Plan) -> dict[str, str]:
-        """Signal to noise of each layer: of its result in the quantized model, or without inputs of its weight."""
+    def _errors(self, plan: Plan) -> dict[str, float]:
+        """Decibels of each layer above its error: of its result in the quantized model, or without inputs of its
+        weight."""
         if not self.feeds:
             return {
-                layer.site: f"weight {_decibels(signal_to_noise(layer.matrix(layer.weight()), found.codes.values))}"
+                layer.site: signal_to_noise(layer.matrix(layer.weight()), found.codes.values)
                 for layer in self.layers
                 if (found := plan.layers.get(layer.site)) is not None
             }
@@ -355,7 +416,12 @@ class _Decision:
             wide = expected.astype(np.float64)
             signal[name] += float((wide**2).sum())
             noise[name] += float(((wide - array) ** 2).sum())
-        return {name: f"result {_decibels(decibels(signal[name], noise[name]))}" for name in names}
+        return {name: decibels(signal[name], noise[name]) for name in names}
+
+
+def _scatters(layer: Layer) -> bool:
+    """Whether it is the numbers of the data that each meet a row of weights, and not those of the result."""
+    return layer.node.op_type == "ConvTranspose"
 
 
 def _gram_of(layer: Layer) -> str:

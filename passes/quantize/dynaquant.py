@@ -17,7 +17,7 @@ from ..prepare.convert_opset import ConvertOpset
 from .decide import WIDTHS, Options, decide, edited, samples
 from .layers import MOST_INPUTS, Layer, find_layers
 from .learn import PARTS, Learning
-from .plan import Plan
+from .plan import Plan, Timed
 from .ranges import Method
 from .write import write
 
@@ -41,6 +41,10 @@ class DynaQuant(Pass):
     activations=none quantizes the weights alone. The result of calibration is a file beside the output, and the
     recorded pipeline names it: `plan=FILE` repeats the result without any inputs.
     With --max-drop the layers that cost most return to float until the outputs drop by no more.
+    With flips=0.02 they do until at most 2 % of images are expected to change their first class, as the margins of
+    the samples and the errors of the held-out ones tell.
+    With measure=true the model is compiled for the target with codes and in float, kernels are timed, and layers that
+    are slower in codes return to float where that makes the whole faster; the report has a table of all.
     With learn=all what was chosen so is learned further on the same inputs: block by block, then the whole model, to
     give what the float model gives. The file then holds what was learned.
     Left alone, each with its reason: operators without a constant weight, inside bodies of If, Loop, Scan and
@@ -61,6 +65,7 @@ class DynaQuant(Pass):
     come from. outputs: those that quality is measured on. learn: all, or some of scales, offsets (zero points and
     biases) and rounding (of weights), joined by +. modulator: how much more numbers near the border between two codes
     learn; 0 is the straight-through estimator. block_steps, steps, batch, rate, loss: of the training.
+    measure: needs --target and a machine that runs it; it compiles the model two to six times.
     """
 
     name: ClassVar[str] = "dynaquant"
@@ -89,6 +94,8 @@ class DynaQuant(Pass):
     batch: int = 16  # samples of a step
     rate: float = 2e-3  # learning rate of the whole model; blocks take five times that
     loss: Loss = Loss.AUTO  # of the outputs: auto, cosine, kl or mse
+    flips: float | None = None  # of images, the part that may be expected to change their class
+    measure: bool = False  # layers that are slower in codes on the target return to float
 
     def __post_init__(self) -> None:
         if self.weights not in WIDTHS:
@@ -99,6 +106,8 @@ class DynaQuant(Pass):
             raise ValueError(f"group is {self.group}, must be at least 0")
         if self.group and self.weights > 4 and self.activations and self.mixed is None:
             raise ValueError("group is for 4 bits, or for weights alone; products of bytes have a scale a channel")
+        if self.flips is not None and not 0 < self.flips < 1:
+            raise ValueError(f"flips is {self.flips:g}, must be between 0 and 1")
         if self.samples < 1:
             raise ValueError(f"samples is {self.samples}, must be at least 1")
         if self.mixed is not None and not min(WIDTHS) <= self.mixed <= max(WIDTHS):
@@ -127,9 +136,15 @@ class DynaQuant(Pass):
             return math.nan
 
     def needs(self) -> frozenset[str]:
-        if self.learn and not self.plan:
+        if self.plan:
+            return frozenset()
+        if self.measure:
+            return frozenset({"times", "samples"})
+        if self.flips is not None:
+            return frozenset({"ranges"})
+        if self.learn:
             return frozenset({"learning"})
-        if self.plan or (self.activations is None and self.mixed is None):
+        if self.activations is None and self.mixed is None:
             return frozenset()
         return frozenset({"ranges"})
 
@@ -188,7 +203,7 @@ class DynaQuant(Pass):
         return Options(
             self.weights, self.activations, self.method, self.group, self._is_symmetric, self._strength,
             self.smooth != "none", self.equalise, self.correct, self.together,
-            self.mixed, self.outputs, self._learning,
+            self.mixed, self.outputs, self._learning, self.measure, self.flips,
         )  # fmt: skip
 
     @property
@@ -208,6 +223,7 @@ class DynaQuant(Pass):
             report.changed(RULE, site, layer.detail)
         for site, reason in plan.kept.items():
             report.skipped(RULE, site, reason)
+        report.rows += [_row(site, timed) for site, timed in plan.timing.items()]
         report.stats.update(plan.stats)
         report.stats.update({"weights_before": before, "weights_after": io.weights_nbytes(model)})
         return report
@@ -247,6 +263,18 @@ class DynaQuant(Pass):
         report.changes += [change for change in conversion.changes if change.rule == "opset"]
         report.skips += conversion.skips
         return not conversion.skips
+
+
+def _row(site: str, timed: Timed) -> dict[str, object]:
+    """Of the table that people read."""
+    return {
+        "layer": site, "bits": timed.bits, "dB": _rounded(timed.decibels, 1, 1), "ms": _rounded(timed.coded, 1e3, 3),
+        "ms in float": _rounded(timed.plain, 1e3, 3), "decision": timed.decision,
+    }  # fmt: skip
+
+
+def _rounded(number: float | None, unit: float, digits: int) -> float | None:
+    return None if number is None or not math.isfinite(number) else round(number * unit, digits)
 
 
 def _checked(calibration: Mapping[str, object], model: ir.Model) -> Mapping[str, list]:

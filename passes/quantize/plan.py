@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -51,14 +51,28 @@ class Point:
 
 
 @dataclass(frozen=True)
+class Timed:
+    """What was measured of a layer. bits: of its weights in codes. decibels: of its result above its error. coded,
+    plain: seconds in codes and in float; None where no kernel is known to be its own. decision: codes or float, and
+    why."""
+
+    bits: int
+    decibels: float | None
+    coded: float | None
+    plain: float | None
+    decision: str
+
+
+@dataclass(frozen=True)
 class Plan:
-    """layers: by site. values: by name. kept: layers that stay in float -> why."""
+    """layers: by site. values: by name. kept: layers that stay in float -> why. timing: by site, of those measured."""
 
     edits: tuple[Edit, ...] = ()
     layers: Mapping[str, LayerPlan] = field(default_factory=dict)
     values: Mapping[str, Point] = field(default_factory=dict)
     kept: Mapping[str, str] = field(default_factory=dict)
     stats: Mapping[str, int | float | str] = field(default_factory=dict)
+    timing: Mapping[str, Timed] = field(default_factory=dict)
 
     def without(self, reasons: Mapping[str, str]) -> Plan:
         """The same with these layers in float."""
@@ -82,7 +96,10 @@ class Plan:
             arrays[f"{number}|edit"] = edit.factors
             edits.append([edit.kind, list(edit.sites)])
         values = {name: [point.scale, point.zero, point.bits] for name, point in self.values.items()}
-        text = json.dumps({"layers": layers, "edits": edits, "values": values, "kept": dict(self.kept)})
+        timing = {site: list(astuple(timed)) for site, timed in self.timing.items()}
+        text = json.dumps(
+            {"layers": layers, "edits": edits, "values": values, "kept": dict(self.kept), "timing": timing}
+        )
         save_weights(Weights(arrays, tuple(self.layers), record, {**self.stats, PLAN: text}), path)
 
     @classmethod
@@ -105,7 +122,8 @@ class Plan:
             )
             values = {name: Point(*point) for name, point in text["values"].items()}
             kept = dict(text["kept"])
+            timing = {site: Timed(*timed) for site, timed in text.get("timing", {}).items()}
         except (KeyError, TypeError, ValueError) as error:
             raise WeightsError(f"{path}: holds no plan of dynaquant ({error}); expected what a run wrote") from error
         stats = {name: value for name, value in found.stats.items() if name != PLAN}
-        return cls(edits, layers, values, kept, stats)
+        return cls(edits, layers, values, kept, stats, timing)

@@ -267,3 +267,18 @@ def test_the_line_about_tuning_says_what_is_left() -> None:
     )
     assert "none was measured" in tuning_line({**found, "known": 0, "faster": 0, "rule_ms": 0.0, "tuned_ms": 0.0})
     assert "fix sizes with --pin" in tuning_line({**found, "kernels": 0})
+
+
+def test_what_a_pass_has_measured_is_a_table(capsys: pytest.CaptureFixture[str]) -> None:
+    from graphwright.tools.summary import print_measured
+
+    rows = [
+        {"layer": "conv", "bits": 8, "ms": 0.25, "decision": "codes"},
+        {"layer": "fc", "bits": 8, "ms": None, "decision": "codes; no kernel is known to be its own"},
+    ]
+    print_measured({"rows": rows})
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.strip()]
+    assert lines[0] == ["layer", "bits", "ms", "decision"]
+    assert lines[1] == ["conv", "8", "0.25", "codes"] and lines[2][:4] == ["fc", "8", "-", "codes;"]
+    print_measured({"spec": "simplify"})
+    assert not capsys.readouterr().out
