@@ -55,12 +55,14 @@ class DynaQuant(Pass):
     4-bit products. symmetric: weights without zero points; by default all but those of 4 bits with activations=none.
     smooth: auto, none, or a strength between 0 and 1. equalise: channels between two layers are scaled alike. correct:
     biases make up for the means that rounding to the nearest code shifts. together: weights are rounded so that the
-    errors of a row cancel, else each to its nearest code. mixed: the mean width of weights; layers are given 4, 6 or 8
-    bits by what each costs. layers: all, or their numbers from 0. keep: first, last, or outputs of layers that stay in
-    float, joined by +. least: weights with which an operator is worth it. samples: most calibration samples that ranges
-    come from. outputs: those that quality is measured on. learn: all, or some of scales, offsets (zero points and
-    biases) and rounding (of weights), joined by +. modulator: how much more numbers near the border between two codes
-    learn; 0 is the straight-through estimator. block_steps, steps, batch, rate, loss: of the training.
+    errors of a row cancel, else each to its nearest code. narrow_sums: 8-bit weights, four together, stay so small
+    that int16 holds their products with any bytes, which processors without VNNI compute faster. mixed: the mean width
+    of weights; layers are given 4, 6 or 8 bits by what each costs. layers: all, or their numbers from 0. keep: first,
+    last, or outputs of layers that stay in float, joined by +. least: weights with which an operator is worth it.
+    samples: most calibration samples that ranges come from. outputs: those that quality is measured on. learn: all, or
+    some of scales, offsets (zero points and biases) and rounding (of weights), joined by +. modulator: how much more
+    numbers near the border between two codes learn; 0 is the straight-through estimator. block_steps, steps, batch,
+    rate, loss: of the training.
     """
 
     name: ClassVar[str] = "dynaquant"
@@ -76,6 +78,7 @@ class DynaQuant(Pass):
     equalise: bool = False  # cross-layer equalisation
     correct: bool = True  # bias correction, where weights are rounded each to its nearest code
     together: bool = True  # the weights of a row are rounded together; else each to its nearest code
+    narrow_sums: bool = True  # of 8-bit weights that meet in an int16, so that it holds their products with any bytes
     mixed: float | None = None  # mean bits of weights; each layer gets 4, 6 or 8
     layers: str = "all"  # all, or numbers joined by +
     keep: tuple[str, ...] = ()  # first, last, or outputs of layers that stay in float, joined by +
@@ -188,7 +191,7 @@ class DynaQuant(Pass):
         return Options(
             self.weights, self.activations, self.method, self.group, self._is_symmetric, self._strength,
             self.smooth != "none", self.equalise, self.correct, self.together,
-            self.mixed, self.outputs, self._learning,
+            self.mixed, self.outputs, self._learning, self.narrow_sums,
         )  # fmt: skip
 
     @property
