@@ -13,7 +13,8 @@ FEW_STEPS = 16  # of a grid below which scales of blocks are numbers that float1
 SMALLEST = 2.0**-100  # of a scale: smaller ones stand for a tensor of zeros
 WIDE_SHRINKS = np.linspace(1.0, 0.4, 31)  # factors on the range of a row that the search tries, with few codes
 SHRINKS = np.linspace(1.0, 0.8, 11)  # and with many, of which a large number costs less
-GROWTHS = np.geomspace(1.1, 4.0, 14)  # tried too where lanes hold the sums of codes: larger steps make them smaller
+# Tried where lanes hold the sums of codes: larger steps make them smaller.
+HELD_SHRINKS = (1.0, 0.9, 0.8, 1.15, 1.3, 1.5, 1.75, 2.0, 2.35, 2.75, 3.3, 4.0)
 PIECE = 1 << 18  # weights that are fitted at a time: they stay in the cache
 
 
@@ -143,8 +144,8 @@ def _fit_rows(
     scale, zero = affine(low, high, grid)
     if search:
         _, error = _tried(rows, grid, of, scale, zero, lanes)
-        shrinks = (WIDE_SHRINKS if grid.steps < 64 else SHRINKS)[1:]
-        for shrink in shrinks if lanes is None else (*shrinks, *GROWTHS):
+        shrinks = WIDE_SHRINKS if grid.steps < 64 else SHRINKS if lanes is None else HELD_SHRINKS
+        for shrink in shrinks[1:]:
             candidate = affine(low * shrink, high * shrink, grid)
             _, found = _tried(rows, grid, of, *candidate, lanes)
             scale, zero, error = _better((*candidate, found), (scale, zero, error))
