@@ -62,6 +62,11 @@ def narrowed(tree: Tree) -> Tree | None:
     return tree.args[0] if RANGES[tree.dtype][0] <= low and high <= RANGES[tree.dtype][1] else None
 
 
+def _widened_again(tree: Apply) -> Tree | None:
+    """The int32 tree behind one that is cast to 8 bits and back, which lose nothing."""
+    return narrowed(tree.args[0]) if tree.op == "cast" and tree.dtype == "int32" else None
+
+
 def _saturated(tree: Tree) -> Tree | None:
     """The int32 tree that a tree of 8 bits holds between the bounds of its type; None where it does not."""
     inner = narrowed(tree)
@@ -148,6 +153,8 @@ class TreeEmitter:
             result = v.apart(
                 self._emit(tree.args[0], place, count, anchor) * self._emit(tree.args[1], place, count, anchor)
             )
+        elif (whole := _widened_again(tree)) is not None:
+            result = self._emit(whole, place, count, anchor)
         elif self.vectors.saturates and (within := _saturated(tree)) is not None:
             result = v.narrow(self._emit(within, place, count, anchor), tree.dtype)
         elif (wide := narrowed(tree)) is not None:
