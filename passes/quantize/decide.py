@@ -59,7 +59,7 @@ class Options:
     mixed: float | None
     outputs: tuple[str, ...]
     learning: Learning | None
-    narrow_sums: bool
+    narrow_sums: int
 
 
 def decide(
@@ -251,7 +251,7 @@ class _Decision:
         importance = layer.per_input(channels.mean_square) if channels is not None and search else None
         grid = weight_grid(bits, self.options.symmetric)
         narrow = self.options.narrow_sums and bits == 8 and point is not None and grid.symmetric
-        lanes = lanes_of(layer) if narrow else None
+        lanes = lanes_of(layer, self.options.narrow_sums) if narrow else None
         codes = fit_weights(matrix, grid, self._block(layer, bits), importance, search, least, lanes)
         gram = self.grams.get(_gram_of(layer))
         if gram is not None:

@@ -1,10 +1,10 @@
 """Weights whose products with bytes int16 holds, a few together: processors without VNNI multiply such ones faster.
 
 AVX2 multiplies bytes by int8 and adds neighbours in int16 (pmaddubsw), which saturates for general weights. Where of
-any four inputs that meet in one int16 neither the positive weights nor the negative ones exceed 128 in sum, nothing
-can be lost, whatever the data are: 255 · 128 < 2^15. What meets are inputs 0, 1, 4, 5 and 2, 3, 6, 7 of every eight,
-at each tap of a convolution by itself: two steps of four bytes, in the order of every kernel that reads channels in
-fours.
+any inputs that meet in one int16 neither the positive weights nor the negative ones exceed 128 in sum, nothing can be
+lost, whatever the data are: 255 · 128 < 2^15. In a step of four bytes inputs 0, 1 and 2, 3 meet; where two steps are
+added in int16, inputs 0, 1, 4, 5 and 2, 3, 6, 7 of every eight. Each tap of a convolution has its own. That is the
+order of every kernel that reads channels in fours.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import numpy as np
 from .layers import Layer
 
 MOST = 128  # of the weights of one sign that meet in an int16
-MEETING = 4  # inputs
+MEETING = (2, 4)  # inputs that can: of one step, or of two
 
 
 @dataclass(frozen=True, eq=False)
 class Lanes:
-    """Which inputs meet. of: (inputs,) the number of each one's lane. places: (lanes, MEETING) the inputs of each,
+    """Which inputs meet. of: (inputs,) the number of each one's lane. places: (lanes, meeting) the inputs of each,
     `inputs` where there is none."""
 
     of: np.ndarray
@@ -74,30 +74,30 @@ class Room:
         return held
 
 
-def lanes_of(layer: Layer) -> Lanes | None:
+def lanes_of(layer: Layer, meeting: int) -> Lanes | None:
     """Of the columns of a layer's matrix; None where no two inputs meet."""
     inputs = layer.size // layer.channels
     taps = 1 if layer.is_product else int(np.prod(layer.shape[2:]))
     if inputs == taps:
         return None
-    return lanes(inputs // taps, taps)
+    return lanes(inputs // taps, taps, meeting)
 
 
-def lanes(channels: int, taps: int = 1) -> Lanes:
-    """Of inputs (channels, taps)."""
+def lanes(channels: int, taps: int = 1, meeting: int = 4) -> Lanes:
+    """Of inputs (channels, taps), of which `meeting` meet."""
     channel, tap = np.divmod(np.arange(channels * taps), taps)
-    of = (channel // 8 * 2 + channel % 4 // 2) * taps + tap
+    of = (channel // 2 if meeting == 2 else channel // 8 * 2 + channel % 4 // 2) * taps + tap
     _, of = np.unique(of, return_inverse=True)
     order = np.argsort(of, kind="stable")
     count = int(of.max()) + 1
     starts = np.searchsorted(of[order], np.arange(count))
-    places = np.full((count, MEETING), channels * taps)
+    places = np.full((count, meeting), channels * taps)
     places[of[order], np.arange(len(order)) - starts[of[order]]] = order
     return Lanes(of, places)
 
 
 def _nearer(parts: np.ndarray) -> np.ndarray:
-    """Lanes (n, MEETING), each sign of which is brought down to MOST."""
+    """Lanes (n, meeting), each sign of which is brought down to MOST."""
     wide = parts.astype(np.int32)
     result = np.zeros_like(wide)
     for sign in (1, -1):

@@ -10,31 +10,32 @@ from graphwright.passes.quantize.scales import fit_weights, weight_grid
 from hypothesis import given
 from hypothesis import strategies as st
 
+MEET = {2: ([0, 1], [2, 3], [4, 5], [6, 7]), 4: ([0, 1, 4, 5], [2, 3, 6, 7])}  # of every eight channels
 
-def sums(codes: np.ndarray, channels: int, taps: int) -> np.ndarray:
-    """Of positive codes and of negative ones, of every lane, by the definition: of channels 0, 1, 4, 5 and 2, 3, 6, 7
-    of every eight."""
+
+def sums(codes: np.ndarray, channels: int, taps: int, meeting: int = 4) -> np.ndarray:
+    """Of positive codes and of negative ones, of every lane, by the definition."""
     shaped = codes.astype(int).reshape(-1, channels, taps)
     padded = np.pad(shaped, ((0, 0), (0, -channels % 8), (0, 0))).reshape(len(shaped), -1, 8, taps)
-    lane = np.stack([padded[:, :, [0, 1, 4, 5]], padded[:, :, [2, 3, 6, 7]]])
+    lane = np.stack([padded[:, :, list(places)] for places in MEET[meeting]])
     return np.stack([np.maximum(lane, 0).sum(3), np.maximum(-lane, 0).sum(3)])
 
 
 SHAPES = st.tuples(st.integers(1, 19), st.integers(1, 9))
 
 
-@given(SHAPES, st.integers(0, 2**32 - 1), st.sampled_from(["int8", "int32", "float32"]))
-def test_held_codes_fit_and_no_others_change(shape: tuple[int, int], seed: int, dtype: str) -> None:
+@given(SHAPES, st.integers(0, 2**32 - 1), st.sampled_from(["int8", "int32", "float32"]), st.sampled_from([2, 4]))
+def test_held_codes_fit_and_no_others_change(shape: tuple[int, int], seed: int, dtype: str, meeting: int) -> None:
     channels, taps = shape
     codes = np.random.default_rng(seed).integers(-127, 128, (3, channels * taps)).astype(dtype)
-    found = lanes(channels, taps)
+    found = lanes(channels, taps, meeting)
     held = found.held(codes)
     assert held.dtype == codes.dtype
-    assert sums(held, channels, taps).max() <= MOST
+    assert sums(held, channels, taps, meeting).max() <= MOST
     assert found.fits(held)
     assert (np.abs(held) <= np.abs(codes)).all()
     assert (np.sign(held) * np.sign(codes) >= 0).all()
-    fits = sums(codes, channels, taps).max() <= MOST
+    fits = sums(codes, channels, taps, meeting).max() <= MOST
     assert found.fits(codes) == fits
     if fits:
         np.testing.assert_array_equal(held, codes)
@@ -46,7 +47,7 @@ def test_what_is_too_much_is_taken_in_equal_shares() -> None:
     np.testing.assert_array_equal(lanes(8).held(codes), [[86, 36, -9, 3, 6, -100, 0, 0]])
 
 
-def test_kernels_take_such_weights_two_steps_at_a_time() -> None:
+def test_kernels_take_such_weights_one_or_two_steps_at_a_time() -> None:
     dots = pytest.importorskip("graphwright.runtime.kernels.dots")
     from graphwright.runtime.target import Target
 
@@ -54,7 +55,9 @@ def test_kernels_take_such_weights_two_steps_at_a_time() -> None:
     draw = np.random.default_rng(0)
     codes = draw.integers(-127, 128, (40, 21 * 9)).astype(np.int8)
     assert dots.joined_steps(codes.reshape(40, 21, 3, 3), 1, isa) == 0
-    assert dots.joined_steps(lanes(21, 9).held(codes).reshape(40, 21, 3, 3), 1, isa) == 2
+    for meeting, steps in ((2, 1), (4, 2)):
+        held = lanes(21, 9, meeting).held(codes)
+        assert dots.joined_steps(held.reshape(40, 21, 3, 3), 1, isa) == steps
 
 
 @pytest.mark.parametrize("together", [False, True])
