@@ -397,9 +397,9 @@ def print_line(cells: Sequence[str]) -> None:
 # --- the command -------------------------------------------------------------------------------------------------
 
 
-def ask(name: str, arguments: Sequence[str]) -> list[dict[str, Any]]:
+def ask(name: str, arguments: Sequence[str], tool: str = "bench_suite") -> list[dict[str, Any]]:
     """The rows of one model, from a process of its own. Raises GraphwrightError with the last line it wrote."""
-    command = [sys.executable, "-m", "graphwright.tools.bench_suite", "--child", name, *arguments]
+    command = [sys.executable, "-m", f"graphwright.tools.{tool}", "--child", name, *arguments]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=None, text=True, check=False)
     lines = done.stdout.strip().splitlines()
     if done.returncode or not lines:

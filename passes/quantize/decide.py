@@ -16,6 +16,7 @@ from .calibrate import Channels, Feeds, Seen, observe
 from .equalise import equalise, equalising, pairs
 from .layers import Layer, find_layers
 from .learn import Learning, learn
+from .narrow_sums import lanes_of
 from .paying import Clock, paying
 from .placement import Placement, place
 from .plan import Edit, LayerPlan, Plan, Point
@@ -62,6 +63,7 @@ class Options:
     learning: Learning | None
     measure: bool
     flips: float | None
+    narrow_sums: int
 
 
 def decide(
@@ -259,10 +261,12 @@ class _Decision:
         search = self.options.method is not Method.MINMAX
         importance = layer.per_input(channels.mean_square) if channels is not None and search else None
         grid = weight_grid(bits, self.options.symmetric)
-        codes = fit_weights(matrix, grid, self._block(layer, bits), importance, search, least)
+        narrow = self.options.narrow_sums and bits == 8 and point is not None and grid.symmetric
+        lanes = lanes_of(layer, self.options.narrow_sums) if narrow else None
+        codes = fit_weights(matrix, grid, self._block(layer, bits), importance, search, least, lanes)
         gram = self.grams.get(_gram_of(layer))
         if gram is not None:
-            codes = round_together(matrix, codes, grid, gram)
+            codes = round_together(matrix, codes, grid, gram, lanes)
         corrected = None
         if self.options.correct and channels is not None and gram is None:  # X'X holds the mean, and the borders
             corrected = _corrected_bias(layer, matrix - codes.values, channels)

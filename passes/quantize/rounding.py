@@ -14,6 +14,7 @@ import numpy as np
 
 from .. import graph
 from .layers import Layer
+from .narrow_sums import Lanes
 from .scales import Codes, Grid, dequantize, quantize
 
 MOST_INPUTS = 4608  # of a row; X'X of more takes too much memory
@@ -60,9 +61,11 @@ def _windows(layer: Layer, data: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(picked.swapaxes(0, 1))
 
 
-def round_together(weights: np.ndarray, codes: Codes, grid: Grid, gram: np.ndarray) -> Codes:
+def round_together(
+    weights: np.ndarray, codes: Codes, grid: Grid, gram: np.ndarray, lanes: Lanes | None = None
+) -> Codes:
     """The codes of a matrix (channels, inputs) with the same scales, rounded together. gram: (groups, inputs, inputs)
-    X'X. A row that ends with a larger error on X than before keeps its codes."""
+    X'X. lanes: what sums of codes are held by. A row that ends with a larger error on X than before keeps its codes."""
     channels, inputs = weights.shape
     groups = len(gram)
     matrix = gram.astype(np.float64)
@@ -82,8 +85,9 @@ def round_together(weights: np.ndarray, codes: Codes, grid: Grid, gram: np.ndarr
     shaped = weights[:, order].reshape(groups, rows_of, inputs)
     scale, zero = scale.reshape(shaped.shape), zero.reshape(shaped.shape)
     step = max(1, PIECE // (groups * inputs))
+    moved = None if lanes is None else lanes.reordered(order)
     parts = [
-        _rounded(shaped[:, at : at + step], scale[:, at : at + step], zero[:, at : at + step], grid, factor)
+        _rounded(shaped[:, at : at + step], scale[:, at : at + step], zero[:, at : at + step], grid, factor, moved)
         for at in range(0, rows_of, step)
     ]
     new = np.concatenate(parts, 1).reshape(channels, inputs)[:, back].astype(codes.codes.dtype)
@@ -92,17 +96,21 @@ def round_together(weights: np.ndarray, codes: Codes, grid: Grid, gram: np.ndarr
     return replace(codes, codes=np.where(better[:, None], new, codes.codes))
 
 
-def _rounded(weights: np.ndarray, scale: np.ndarray, zero: np.ndarray, grid: Grid, factor: np.ndarray) -> np.ndarray:
+def _rounded(
+    weights: np.ndarray, scale: np.ndarray, zero: np.ndarray, grid: Grid, factor: np.ndarray, lanes: Lanes | None
+) -> np.ndarray:
     """Codes int32 of (groups, rows, inputs), whose inputs are in the order of rounding. factor: upper triangles."""
     left = weights.astype(np.float32).copy()
     codes = np.zeros(left.shape, np.int32)
+    room = None if lanes is None else lanes.room(left.shape[:-1])
     inputs = left.shape[-1]
     for start in range(0, inputs, BLOCK):
         end = min(start + BLOCK, inputs)
         errors = np.zeros((*left.shape[:2], end - start), np.float32)
         for j in range(start, end):
             one = left[..., j]
-            codes[..., j] = quantize(one, scale[..., j], zero[..., j], grid)
+            nearest = quantize(one, scale[..., j], zero[..., j], grid)
+            codes[..., j] = nearest if room is None else room.take(nearest, j)
             lost = one - dequantize(codes[..., j], scale[..., j], zero[..., j])
             error = lost / factor[:, j, j, None]
             errors[..., j - start] = error

@@ -7,10 +7,14 @@ from functools import lru_cache
 
 import numpy as np
 
+from .narrow_sums import Lanes
+
 FEW_STEPS = 16  # of a grid below which scales of blocks are numbers that float16 holds too: a fifth of all bytes else
 SMALLEST = 2.0**-100  # of a scale: smaller ones stand for a tensor of zeros
 WIDE_SHRINKS = np.linspace(1.0, 0.4, 31)  # factors on the range of a row that the search tries, with few codes
 SHRINKS = np.linspace(1.0, 0.8, 11)  # and with many, of which a large number costs less
+# Tried where lanes hold the sums of codes: larger steps make them smaller.
+HELD_SHRINKS = (1.0, 0.9, 0.8, 1.15, 1.3, 1.5, 1.75, 2.0, 2.35, 2.75, 3.3, 4.0)
 PIECE = 1 << 18  # weights that are fitted at a time: they stay in the cache
 
 
@@ -92,13 +96,13 @@ class Codes:
 
 def fit_weights(
     weights: np.ndarray, grid: Grid, block: int = 0, importance: np.ndarray | None = None, search: bool = True,
-    least: np.ndarray | None = None,
+    least: np.ndarray | None = None, lanes: Lanes | None = None,
 ) -> Codes:  # fmt: skip
     """Codes of a matrix (channels, inputs), each row, or each `block` of a row, with a scale of its own.
 
     search: take of several ranges the one with the least squared error, each error weighted by `importance`
     (1 or channels, inputs): the mean square of what the weight is multiplied with. Else the range of the largest
-    weight. least: (channels,) smallest scale allowed.
+    weight. least: (channels,) smallest scale allowed. lanes: what sums of codes are held by, of whole rows.
     """
     channels, inputs = weights.shape
     step = max(1, PIECE // max(1, inputs))
@@ -106,7 +110,8 @@ def fit_weights(
     for at in range(0, channels, step):
         rows = slice(at, at + step)
         of = None if importance is None else importance if len(importance) == 1 else importance[rows]
-        parts.append(_fit_rows(weights[rows], grid, block, of, search, None if least is None else least[rows]))
+        smallest = None if least is None else least[rows]
+        parts.append(_fit_rows(weights[rows], grid, block, of, search, smallest, lanes))
     codes, scale, zero = (np.concatenate([part[i] for part in parts]) for i in range(3))
     return Codes(codes, scale, zero, block)
 
@@ -118,7 +123,8 @@ def in_half(scale: np.ndarray) -> np.ndarray:
 
 
 def _fit_rows(
-    weights: np.ndarray, grid: Grid, block: int, importance: np.ndarray | None, search: bool, least: np.ndarray | None
+    weights: np.ndarray, grid: Grid, block: int, importance: np.ndarray | None, search: bool,
+    least: np.ndarray | None, lanes: Lanes | None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Codes, scales and zero points of some rows."""
     channels, inputs = weights.shape
@@ -137,29 +143,31 @@ def _fit_rows(
     low, high = rows.min(-1, keepdims=True), rows.max(-1, keepdims=True)
     scale, zero = affine(low, high, grid)
     if search:
-        _, error = _tried(rows, grid, of, scale, zero)
-        for shrink in (WIDE_SHRINKS if grid.steps < 64 else SHRINKS)[1:]:
+        _, error = _tried(rows, grid, of, scale, zero, lanes)
+        shrinks = WIDE_SHRINKS if grid.steps < 64 else SHRINKS if lanes is None else HELD_SHRINKS
+        for shrink in shrinks[1:]:
             candidate = affine(low * shrink, high * shrink, grid)
-            _, found = _tried(rows, grid, of, *candidate)
+            _, found = _tried(rows, grid, of, *candidate, lanes)
             scale, zero, error = _better((*candidate, found), (scale, zero, error))
         # The scale that fits these codes best, by least squares; the codes are then rounded anew.
-        steps, _ = _tried(rows, grid, of, scale, zero)
+        steps, _ = _tried(rows, grid, of, scale, zero, lanes)
         weighted = steps if of is None else steps * of
         norm = np.maximum((weighted * steps).sum(-1, keepdims=True), np.float32(1e-30))
         fitted = (weighted * rows).sum(-1, keepdims=True) / norm
         fitted = np.where(fitted > SMALLEST, fitted, scale)
-        _, found = _tried(rows, grid, of, fitted, zero)
+        _, found = _tried(rows, grid, of, fitted, zero, lanes)
         scale, zero, error = _better((fitted, zero, found), (scale, zero, error))
     if block and grid.steps < FEW_STEPS:
         scale = in_half(scale)
     if least is not None:
         scale = np.maximum(scale, least.astype(np.float32).reshape(-1, 1, 1))
     flat = quantize(rows, scale, zero, grid).reshape(channels, -1)[:, :inputs]
+    flat = flat if lanes is None else lanes.held(flat)
     return np.ascontiguousarray(flat.astype(np.int8 if grid.low < 0 else np.uint8)), scale[..., 0], zero[..., 0]
 
 
 def _tried(
-    rows: np.ndarray, grid: Grid, of: np.ndarray | None, scale: np.ndarray, zero: np.ndarray
+    rows: np.ndarray, grid: Grid, of: np.ndarray | None, scale: np.ndarray, zero: np.ndarray, lanes: Lanes | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """codes - zero as float32, and the weighted squared error of each row (.., 1); as `quantize`, but in float32
     throughout, which is exact here and several times as fast."""
@@ -169,6 +177,8 @@ def _tried(
         np.clip(steps, np.float32(grid.low), np.float32(grid.high), out=steps)
     else:
         np.clip(steps, (grid.low - zero).astype(np.float32), (grid.high - zero).astype(np.float32), out=steps)
+    if lanes is not None:
+        steps = lanes.held(steps)
     lost = steps * scale
     np.subtract(rows, lost, out=lost)
     np.multiply(lost, lost, out=lost)

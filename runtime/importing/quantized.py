@@ -319,7 +319,7 @@ def quantize_linear(site: Site) -> Result:
         raise Refuse(f"quantization to {dtype} is not compiled")
     if site.attr("precision", 0) not in (0, 1):
         raise Refuse("its precision is not float32")
-    if (sums := requantized(site, dtype)) is not None:
+    if (sums := requantized(site, dtype, integer_operand)) is not None:
         return sums
     axis, block = _granularity(site, site.x(1), site.rank())
     if axis is None and (again := _requantized(site, dtype)) is not None:

@@ -106,7 +106,8 @@ def emit(
     w: from `pack_weights` with the same tile. first: what sums start at, of 8-bit numbers `first_sums`. index: integer
     type of offsets, wide enough for all of them. threads: what the kernel may count on.
     """
-    emission = Emission(vectors, spec, x, w, finish, threads, index, dot_of(vectors, spec.data), first)
+    dot = dot_of(vectors, spec.data, joined=spec.joined)
+    emission = Emission(vectors, spec, x, w, finish, threads, index, dot, first)
     TEMPLATES[tile.algorithm].emit(emission, tile, caches or Caches())
 
 
@@ -130,7 +131,7 @@ def conv(
     lanes, (height, width) = vectors.lanes, spec.out_size
     blocks = spec.out_blocks(lanes)
     shape = (spec.out_channels, spec.in_channels // spec.groups, *spec.kernel)
-    dot = dot_of(vectors, spec.data)
+    dot = dot_of(vectors, spec.data, joined=spec.joined)
     count = pack_weights(np.zeros(shape, dot.dtype), spec, isa, tile).size
     sizes = (spec.image(lanes), blocks * height * width * lanes)
     small = spec.batch is not None and max(count, spec.batch * max(sizes)) < 1 << 30

@@ -6,6 +6,7 @@ in groups for depthwise ones. It has the padding in it, as numbers that stand fo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -15,6 +16,8 @@ from tvm.tirx.script import builder as T
 from .conv_spec import ConvSpec, Emission
 from .dots import IntegerDot
 from .vectors import Buffer, Expr
+
+WRITTEN_OUT = 4  # vectors of a copy in one turn of its loop, at most
 
 
 @dataclass(frozen=True)
@@ -91,9 +94,15 @@ def runs(
 ) -> None:
     """`body(offset, width)` over `count` elements, `lanes` at a time and what is left one by one."""
     whole: int | Expr = count // lanes if isinstance(count, int) else T.Bind(count // const(lanes))
-    if not isinstance(whole, int) or whole:
-        with T.serial(whole if not isinstance(whole, int) else const(whole)) as turn:
+    if not isinstance(whole, int):
+        with T.serial(whole) as turn:
             body(T.Bind(turn * const(lanes)), lanes)
+    elif whole:
+        written_out = max(u for u in range(1, WRITTEN_OUT + 1) if whole % u == 0)
+        with T.serial(const(whole // written_out)) as turn:
+            first = T.Bind(turn * const(lanes * written_out))
+            for u in range(written_out):
+                body(first + const(u * lanes), lanes)
     done = const(whole * lanes) if isinstance(whole, int) else T.Bind(whole * const(lanes))
     left = count - whole * lanes if isinstance(count, int) and isinstance(whole, int) else T.Bind(count - done)
     if not isinstance(left, int) or left:
@@ -198,12 +207,18 @@ def _rows(
 def rows_in_groups(spec: ConvSpec, group: int) -> ConvSpec:
     """A depthwise convolution as its loops see it: `group` kernel rows are one, and nothing is padded."""
     kernel = (-(-spec.kernel[0] // group), spec.kernel[1])
-    dilations = (spec.dilations[0] * group, spec.dilations[1])
+    dilation = spec.dilations[0] * group
+    # Rows that no output row begins with, and no group of its kernel rows, are left out of the copy.
+    apart = math.gcd(spec.strides[0], dilation) if kernel[0] > 1 else spec.strides[0]
+    strides = (spec.strides[0] // apart, spec.strides[1])
+    dilations = (dilation // apart if kernel[0] > 1 else 1, spec.dilations[1])
     rows, columns = (
         (out - 1) * stride + (k - 1) * dilation + 1
-        for out, stride, k, dilation in zip(spec.out_size, spec.strides, kernel, dilations, strict=True)
+        for out, stride, k, dilation in zip(spec.out_size, strides, kernel, dilations, strict=True)
     )
-    return replace(spec, in_size=(rows, columns), kernel=kernel, dilations=dilations, pads=(0, 0))
+    return replace(
+        spec, in_size=(rows, columns), kernel=kernel, strides=strides, dilations=dilations, pads=(0, 0)
+    )  # fmt: skip
 
 
 def copied_columns(
@@ -214,6 +229,7 @@ def copied_columns(
     A step of row h holds rows h, h + dilation, ... of the image. plane: offset of the block of channels.
     """
     spec, const, lanes = e.spec, e.const, e.lanes
+    apart = spec.strides[0] // seen.strides[0]
     height, width = spec.in_size
     reach = (seen.kernel[0] - 1) * seen.dilations[0] + 1
     in_most, columns = (most - 1) * seen.strides[0] + reach, seen.in_size[1]
@@ -226,7 +242,7 @@ def copied_columns(
         in_rows = T.Bind((rows - const(1)) * const(seen.strides[0]) + const(reach))
     zero = T.int32(spec.zero + dot.shift)
     with e.serial(in_rows) as r:
-        h = T.Bind(first_row * const(seen.strides[0]) + r - const(spec.pads[0]))
+        h = T.Bind((first_row * const(seen.strides[0]) + r) * const(apart) - const(spec.pads[0]))
         line = T.Bind(r * const(columns * lanes))
         taps = [T.Bind(h + const(i * spec.dilations[0])) for i in range(dot.group)]
         if low:

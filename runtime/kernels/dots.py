@@ -7,6 +7,10 @@ Loops of products and convolutions count in steps. A step's elements of x are on
 or an int32 that holds `group` numbers as the instruction wants them. Weights are int8, [step][lane][group], and stay so
 in memory. Numbers of x may be shifted by a constant (`shift`), which the sums must be corrected for: they start at
 `first_sums`.
+
+AVX2's product of bytes adds neighbours in int16, which general weights exceed. Where the weights themselves say that
+int16 holds them (`joined_steps`), even over two steps, x stays in bytes and a step takes up half or a quarter as many
+instructions as by pairs of int16.
 """
 
 from __future__ import annotations
@@ -26,6 +30,7 @@ REGISTER_BUFFER = 1024
 INTEGERS = ("uint8", "int8")
 # Products of 8-bit numbers of which an int32 can hold two sums, whatever they are: those of x, and of its shift.
 LONGEST = (1 << 30) // (255 * 128) - 1
+INT16 = (1 << 15) - 1
 _QUAD_SUMS = {8: "llvm.x86.avx512.vpdpbusd.256", 16: "llvm.x86.avx512.vpdpbusd.512"}
 
 
@@ -100,26 +105,29 @@ class Form:
 
 
 FORMS = {
-    "pairs": Form(2, "int16"), "quads": Form(4, "uint8"), "signed-quads": Form(4, "int8"), "": Form(1, "int32")
+    "pairs": Form(2, "int16"), "quads": Form(4, "uint8"), "signed-quads": Form(4, "int8"), "bytes": Form(4, "uint8"),
+    "": Form(1, "int32"),
 }  # fmt: skip
 
 
 class IntegerDot(Dot):
-    """8-bit numbers. data: type of x, uint8 or int8."""
+    """8-bit numbers. data: type of x, uint8 or int8. joined: steps whose products int16 holds together, by the weights
+    (`joined_steps`)."""
 
     sums = "int32"
     dtype = "int8"
     itemsize = 1
 
-    def __init__(self, vectors: Vectors, data: str) -> None:
+    def __init__(self, vectors: Vectors, data: str, joined: int = 0) -> None:
         super().__init__(vectors)
-        self.data = data
-        self.kind = vectors.isa.dot_int8
+        self.data, self.joined = data, max(1, joined)
+        self.kind = "bytes" if joined else vectors.isa.dot_int8
         self.form = FORMS[self.kind]
         self.group = self.form.group
-        self.spare = 1 if self.kind in ("pairs", "") else 0
+        self.spare = {"pairs": 1, "": 1, "bytes": 2}.get(self.kind, 0)
         # What elements of x are moved by so that their type holds them.
-        self.shift = {("quads", "int8"): 128, ("signed-quads", "uint8"): -128}.get((self.kind, data), 0)
+        moved = {("quads", "int8"): 128, ("bytes", "int8"): 128, ("signed-quads", "uint8"): -128}
+        self.shift = moved.get((self.kind, data), 0)
 
     def zeros(self) -> Expr:
         return T.broadcast(T.int32(0), self.vectors.lanes)
@@ -148,6 +156,7 @@ class IntegerDot(Dot):
             return T.call_llvm_pure_intrin(
                 T.llvm_lookup_intrinsic_id(_QUAD_SUMS[lanes]), sums, x, weights, dtype=dtype
             )
+        assert self.kind != "bytes", "its rows of sums take up steps as one (`Accumulators.add_bytes`)"
         if self.kind == "signed-quads":
             number = T.llvm_lookup_intrinsic_id("llvm.aarch64.neon.sdot.v4i32.v16i8")
             return T.call_llvm_pure_intrin(number, sums, x, weights, dtype=dtype)
@@ -208,10 +217,10 @@ class IntegerDot(Dot):
         return int(array.view(np.int32)[0])
 
 
-def dot_of(vectors: Vectors, data: str, stored: str = "float32") -> Dot:
+def dot_of(vectors: Vectors, data: str, stored: str = "float32", joined: int = 0) -> Dot:
     """What takes x of type `data`, and weights of float32 that are stored as `stored`."""
     if data in INTEGERS:
-        return IntegerDot(vectors, data)
+        return IntegerDot(vectors, data, joined)
     return Dot(vectors) if stored == "float32" else StoredDot(vectors, stored)
 
 
@@ -224,12 +233,37 @@ def grouped(weights: np.ndarray, depth: int, group: int) -> np.ndarray:
     return np.moveaxis(parts, -2, depth)
 
 
-def first_sums(sums: np.ndarray, bias: np.ndarray, data: str, zero: int, isa: InstructionSet, lanes: int) -> np.ndarray:
+def joined_steps(weights: np.ndarray, depth: int, isa: InstructionSet) -> int:
+    """How many neighbouring steps of bytes int16 holds the products of, two at most, whatever bytes x has.
+
+    0: not those of one, or the instruction set does not multiply bytes so. weights: int8; axis `depth` is the one that
+    steps go along, from a multiple of two steps on.
+    """
+    if isa.dot_int8 != "pairs" or isa.vector_bits < 256:
+        return 0
+    group = FORMS["bytes"].group
+    moved = np.moveaxis(weights, depth, -1).astype(np.int16)
+    padded = np.pad(moved, [(0, 0)] * (moved.ndim - 1) + [(0, -moved.shape[-1] % (2 * group))])
+    # Two lanes of int16 a step, of two neighbours each: [..., step, lane, neighbour].
+    parts = padded.reshape(*padded.shape[:-1], -1, 2, group // 2, 2)
+
+    def most(axes: tuple[int, ...]) -> int:
+        """Of the sums of positive and of negative weights that one lane may take up."""
+        return max(int(np.maximum(side, 0).sum(axis=axes).max(initial=0)) for side in (parts, -parts))
+
+    if most((-1,)) * 255 > INT16:
+        return 0
+    return 2 if most((-3, -1)) * 255 <= INT16 else 1
+
+
+def first_sums(
+    sums: np.ndarray, bias: np.ndarray, data: str, zero: int, isa: InstructionSet, lanes: int, joined: int = 0
+) -> np.ndarray:
     """What sums of (x - zero) · w + bias start at, one for each output channel, in whole vectors, int32.
 
     sums: of the weights of each channel. bias: of each channel.
     """
-    shift = IntegerDot(Vectors(isa), data).shift
+    shift = IntegerDot(Vectors(isa), data, joined).shift
     values = bias.astype(np.int64) - (zero + shift) * sums.astype(np.int64)
     # Sums wrap around; only the last one must be a number of int32.
     wrapped = values.astype(np.uint64).astype(np.uint32).view(np.int32)
@@ -262,3 +296,13 @@ class Accumulators:
         """Take up one step."""
         self.set(row, column, self.dot.add(self.get(row, column), x, weights))
 
+    def add_bytes(
+        self, row: int, x: Buffer, x_at: Expr, w: Buffer, w_at: Sequence[Expr], apart: int, steps: int, first: int = 0
+    ) -> None:
+        """Take up `steps` <= `dot.joined` neighbouring steps in the columns of a row from the `first` on.
+
+        w_at: where the weights of each column lie; those of its next step are `apart` behind.
+        """
+        places = [self._place(row, first + column) for column in range(len(w_at))]
+        pointers = [T.address_of(buffer[at.base]) for buffer, at in places]
+        self.vectors.add_bytes(pointers, x, x_at, w, w_at, apart, steps)

@@ -62,6 +62,27 @@ def narrowed(tree: Tree) -> Tree | None:
     return tree.args[0] if RANGES[tree.dtype][0] <= low and high <= RANGES[tree.dtype][1] else None
 
 
+def _widened_again(tree: Apply) -> Tree | None:
+    """The int32 tree behind one that is cast to 8 bits and back, which lose nothing."""
+    return narrowed(tree.args[0]) if tree.op == "cast" and tree.dtype == "int32" else None
+
+
+def _without_zero_point(tree: Apply) -> Tree | None:
+    """min(max(x, a), b) where a tree is min(max(x + z, a + z), b + z), in 8 bits, less z; None for others."""
+    inner = _widened_again(tree.args[0]) if tree.op == "sub" and isinstance(tree.args[0], Apply) else None
+    limits = []
+    for op in ("min", "max", "add"):
+        if not isinstance(inner, Apply) or inner.op != op or not isinstance(inner.args[1], Constant):
+            return None
+        limits.append(inner.args[1])
+        inner = inner.args[0]
+    high, low, zero = limits
+    if inner is None or tree.args[1] != zero:
+        return None
+    least, most = (Constant(limit.value - zero.value, "int32") for limit in (low, high))
+    return Apply("min", (Apply("max", (inner, least), "int32"), most), "int32")
+
+
 def _saturated(tree: Tree) -> Tree | None:
     """The int32 tree that a tree of 8 bits holds between the bounds of its type; None where it does not."""
     inner = narrowed(tree)
@@ -148,6 +169,8 @@ class TreeEmitter:
             result = v.apart(
                 self._emit(tree.args[0], place, count, anchor) * self._emit(tree.args[1], place, count, anchor)
             )
+        elif (whole := _widened_again(tree) or _without_zero_point(tree)) is not None:
+            result = self._emit(whole, place, count, anchor)
         elif self.vectors.saturates and (within := _saturated(tree)) is not None:
             result = v.narrow(self._emit(within, place, count, anchor), tree.dtype)
         elif (wide := narrowed(tree)) is not None:

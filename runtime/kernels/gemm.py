@@ -61,7 +61,7 @@ class GemmEmitter:
 
     @functools.cached_property
     def dot(self) -> Dot:
-        return dot_of(self.vectors, self.spec.data, self.spec.weights)
+        return dot_of(self.vectors, self.spec.data, self.spec.weights, self.spec.joined)
 
     def const(self, value: int | Expr) -> Expr:
         return tirx.const(value, self.index) if isinstance(value, int) else value
@@ -252,7 +252,7 @@ class GemmEmitter:
         """
         v, spec, lanes, const, dot = self.vectors, self.spec, self.vectors.lanes, self.const, self.dot
         count = panel.vectors
-        accumulators = Accumulators(dot, height, count)
+        accumulators, joined = Accumulators(dot, height, count), spec.joined
         column = T.Bind(panel.number * const(self.tile.vectors * lanes))
         row_of_a = row if spec.shared_a else item * const(self.rows) + row
         a_start = T.Bind(row_of_a * const(self.inner))
@@ -263,20 +263,53 @@ class GemmEmitter:
             before = const(0) if spec.shared_b else item * const(self.inner) * const(spec.columns)
             b_start, b_step = T.Bind(before + column), spec.columns
 
+        def weights(j: int, k: Expr) -> tuple[Expr, int]:
+            """Where those of step k of vector j are, and how far from those of the next step."""
+            first = j - j % width
+            # The last panel may be narrower.
+            step = b_step if first + width <= count else (count - first) * dot.width
+            before = const(self.inner) * const(first * dot.width) if first else const(0)
+            return b_start + before + k * const(step) + const((j - first) * dot.width), step
+
+        def bytes_step(k: Expr, together: int = 1) -> None:
+            parts = [weights(j, k) for j in range(count)]
+            for step, group in itertools.groupby(range(count), key=lambda j: parts[j][1]):
+                columns = list(group)
+                for i in range(height):
+                    at = a_start + const(i) * const(self.inner) + k
+                    accumulators.add_bytes(
+                        i, self.a, at, self.b, [parts[j][0] for j in columns], step, together, columns[0]
+                    )
+
         def step(k: Expr) -> None:
+            if joined:
+                bytes_step(k)
+                return
             bs = []
             for j in range(count):
-                first = j - j % width
-                # The last panel may be narrower.
-                step = b_step if first + width <= count else (count - first) * dot.width
-                before = const(self.inner) * const(first * dot.width) if first else const(0)
-                at = b_start + before + k * const(step) + const((j - first) * dot.width)
+                at, _ = weights(j, k)
                 partial = not spec.packed and panel.lanes is not None and j == count - 1
                 bs.append(v.load(self.b, at, const(panel.lanes or 0)) if partial else dot.weights(self.b, at))
             for i in range(height):
                 a = dot.same(self.a, a_start + const(i) * const(self.inner) + k)
                 for j in range(count):
                     accumulators.add(i, j, a, bs[j])
+
+        def steps(count: int | Expr, start: Expr | None, ahead: Callable[[Expr], None] | None) -> None:
+            def at(k: Expr) -> Expr:
+                return k if start is None else start + k
+
+            if joined < 2:
+                repeat(count, UNROLL, lambda k: step(at(k)), self.index, ahead)
+                return
+            pairs = count // 2 if isinstance(count, int) else T.Bind(tirx.floordiv(count, const(2)))
+            before = ahead and (lambda k: ahead(k * const(2)))
+            repeat(pairs, UNROLL // 2, lambda k: bytes_step(at(k * const(2)), 2), self.index, before)
+            if not isinstance(count, int):
+                with T.If(pairs * const(2) < count), T.Then():
+                    step(at(pairs * const(2)))
+            elif count % 2:
+                step(at(const(count - 1)))
 
         def finish() -> None:
             for i in range(height):
@@ -303,13 +336,13 @@ class GemmEmitter:
             if isinstance(self.inner, int) and self._far(turn):
                 self._streams(self.inner, b_step, step)
             else:
-                repeat(self.inner, UNROLL, step, self.index, ahead)
+                steps(self.inner, None, ahead)
             finish()
             return
         with T.If(part.begun), T.Then():
             for i, j in itertools.product(range(height), range(count)):
                 accumulators.set(i, j, v.load(part.sums, part.at + const((i * count + j) * lanes)))
-        repeat(part.steps, UNROLL, lambda k: step(part.start + k), self.index, ahead)
+        steps(part.steps, part.start, ahead)
         with T.If(part.goes_on):
             with T.Then():
                 for i, j in itertools.product(range(height), range(count)):

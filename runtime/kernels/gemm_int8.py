@@ -29,7 +29,7 @@ def emit(
     finish: Finish, threads: int, caches: Caches, index: str = "int64",
 ) -> None:  # fmt: skip
     """Emit the product into the IR builder that is open. b: from `gemm.pack`. first: from `dots.first_sums`."""
-    dot = IntegerDot(vectors, spec.data)
+    dot = IntegerDot(vectors, spec.data, spec.joined)
     assert spec.inner is not None and spec.packed, "the weights are constant"
     steps = dot.steps(spec.inner)
     copy = _in_steps(dot, a, rows, spec.inner, threads, index)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from ..templates import anchor
 from . import conv as kernels
 from .conv_spec import ConvSpec
 from .convolutions import Pack, chosen_tile, dims_of, one_column, tuples, turned
-from .dots import LONGEST, IntegerDot, first_sums
+from .dots import LONGEST, IntegerDot, first_sums, joined_steps
 from .gemm_spec import GemmSpec, pack
 from .products import chosen_tile as product_tile
 from .vectors import Vectors
@@ -51,10 +51,11 @@ def product(
         return None
     rows, v = product_of(dims[:-1]), Vectors(target.isa)
     data = str(x.ty.dtype.dtype)
-    spec = GemmSpec(rows if isinstance(rows, int) else None, inner, columns, data=data, zero=zero)
+    joined = joined_steps(weight, 0, target.isa)
+    spec = GemmSpec(rows if isinstance(rows, int) else None, inner, columns, data=data, zero=zero, joined=joined)
     tile = product_tile(spec, target)
-    packed = pack(weight, tile, v.lanes, IntegerDot(v, data).group)
-    first = first_sums(weight.sum(axis=0, dtype=np.int64), bias, data, zero, target.isa, v.lanes)
+    packed = pack(weight, tile, v.lanes, IntegerDot(v, data, joined).group)
+    first = first_sums(weight.sum(axis=0, dtype=np.int64), bias, data, zero, target.isa, v.lanes, joined)
     out = relax.TensorType([expression(d) for d in (*dims[:-1], columns)], "int32")
     flops = 2 * inner * columns * math.prod(d for d in dims[:-1] if isinstance(d, int))
     inputs = [x, relax.const(packed, "int8"), relax.const(first, "int32")]
@@ -91,10 +92,12 @@ def convolution(
         # Kernels work along rows. Columns of one place lie in memory as a row does.
         weight, fields = weight.swapaxes(2, 3), turned(fields)
     spec = ConvSpec(**fields)
+    if not spec.in_vectors(Vectors(target.isa).lanes):
+        spec = replace(spec, joined=joined_steps(weight, 1, target.isa))
     if 0 in dims or kernels.supported(spec, target.isa) is not None:
         return None
     sums = weight.sum(axis=(1, 2, 3), dtype=np.int64)
-    first = first_sums(sums, bias, spec.data, zero, target.isa, Vectors(target.isa).lanes)
+    first = first_sums(sums, bias, spec.data, zero, target.isa, Vectors(target.isa).lanes, spec.joined)
     sizes = [tirx.const(d, "int64") if isinstance(d, int) else d for d in (dims[0], len(weight), *places)]
     out = relax.TensorType(sizes, "int32")
     flops = 2 * spec.multiply_adds * (spec.batch or 1)

@@ -76,7 +76,8 @@ def chosen_tile(spec: GemmSpec, target: Target) -> GemmTile:
         return GemmTile(**tuned)
     rule = packed_tile if spec.packed else choose_tile
     vectors = Vectors(target.isa)
-    return rule(spec.rows, spec.columns, target.isa, vectors.lanes, dot_of(vectors, spec.data).spare)
+    spare = dot_of(vectors, spec.data, joined=spec.joined).spare
+    return rule(spec.rows, spec.columns, target.isa, vectors.lanes, spare)
 
 
 def _number(size: Size) -> Expr | int:

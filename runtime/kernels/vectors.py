@@ -48,6 +48,7 @@ NEGATIVE_INFINITY = float("-inf")
 GROUP = 4  # vectors that are narrowed together
 NARROW_INTEGERS = ("int8", "uint8", "int16", "uint16")
 LINE = 16  # elements of a cache line
+BYTE_COLUMNS = 4  # vectors of sums that take up steps of bytes together
 
 Expr = Any  # a TIR expression; TVM gives its expression classes no common public name
 Buffer = Any
@@ -158,6 +159,23 @@ class Vectors:
     def add_pairs(self, sums: Expr, x: Expr, w: Expr) -> Expr:
         """int32 sums + the products of neighbouring int16 of x and w, pair by pair."""
         return T.call_extern(f"int32x{self.lanes}", self._name("pairs"), sums, x, w)
+
+    def add_bytes(
+        self, sums: Sequence[Expr], x: Buffer, x_at: Expr, w: Buffer, w_at: Sequence[Expr], apart: int, steps: int
+    ) -> None:
+        """Add to vectors of int32, at each pointer of `sums`, the products of one or two steps of four bytes.
+
+        x: buffer of int32, whose elements hold four uint8 each; steps lie behind each other. w: buffer of int8, four
+        for each lane; the first step of vector v is at w_at[v], the second `apart` behind. The sums that int16 takes on
+        the way must fit into it.
+        """
+        most = BYTE_COLUMNS
+        for first in range(0, len(sums), most):
+            part = slice(first, first + most)
+            name = self._name(f"bytes_{len(sums[part])}_{steps}")
+            weights = [T.address_of(w[at]) for at in w_at[part]]
+            pointers = (*sums[part], T.address_of(x[x_at]), *weights)
+            T.evaluate(T.call_extern("int32", name, *pointers, T.int64(apart)))
 
     def choose(self, comparison: str, a: Expr, b: Expr, then: Expr, otherwise: Expr) -> Expr:
         """Lane by lane `then` where a compares so with b, else `otherwise`.
@@ -352,6 +370,7 @@ class Vectors:
         text += _LOWEST_BIT + widening(self.isa, lanes)
         if self.isa.dot_int8 == "pairs":
             text += _PAIRS_SSE2 if lanes == 4 else _PAIRS.format(lanes=lanes, twice=2 * lanes)
+            text += "".join(_bytes(lanes, c, s) for c in range(1, BYTE_COLUMNS + 1) for s in (1, 2) if lanes > 4)
         if self.isa.lookup:
             text += _LOOKUP.format(entries=", ".join(f"i32 {_root_of_two(j)}" for j in range(PARTS)))
         if self.isa.scalef:
@@ -526,6 +545,47 @@ define <4 x i32> @gw_pairs_4(<4 x i32> %s, <8 x i16> %x, <8 x i16> %w) alwaysinl
 }
 declare <4 x i32> @llvm.x86.sse2.pmadd.wd(<8 x i16>, <8 x i16>)
 """
+
+
+
+def _bytes(lanes: int, columns: int, steps: int) -> str:
+    """Products of one or two steps of bytes added to a row of sums, as one piece: weights are read where they are
+    multiplied, so that 16 registers hold more sums, and nothing else lives than a product for each column."""
+    sums, words = f"<{lanes} x i32>", f"<{2 * lanes} x i16>"
+    outputs = [*[sums] * columns, *[words] * columns, words, *([words] if steps > 1 else [])]
+    x, spare, ones = 2 * columns, 2 * columns + 1, len(outputs) + columns
+    memory = ones + 1
+    lines = []
+    for step in range(steps):
+        lines.append(f"vpbroadcastd ${memory + step}, ${x}")
+        for c in range(columns):
+            weight, product = memory + steps + step * columns + c, spare if step else columns + c
+            lines.append(f"vpmaddubsw ${weight}, ${x}, ${product}")
+            lines += [f"vpaddw ${spare}, ${columns + c}, ${columns + c}"] * (step > 0)
+    lines += [f"vpmaddwd ${ones}, ${columns + c}, ${columns + c}" for c in range(columns)]
+    lines += [f"vpaddd ${columns + c}, ${c}, ${c}" for c in range(columns)]
+    kinds = ["=v"] * columns + ["=&v"] * (len(outputs) - columns)
+    kinds += [str(c) for c in range(columns)] + ["v"] + ["*m"] * (steps + steps * columns)
+    vector = f"<{4 * lanes} x i8>"
+    given = [f"{sums} %a{c}" for c in range(columns)] + [f"{words} splat (i16 1)"]
+    given += [f"ptr elementtype(i32) %x{s}" for s in range(steps)]
+    given += [f"ptr elementtype({vector}) %w{c}_{s}" for s in range(steps) for c in range(columns)]
+    pointers = [*(f"ptr %s{c}" for c in range(columns)), "ptr %x0", *(f"ptr %w{c}_0" for c in range(columns))]
+    body = [f"  %a{c} = load {sums}, ptr %s{c}, align 4" for c in range(columns)]
+    if steps > 1:
+        body.append("  %x1 = getelementptr i8, ptr %x0, i64 4")
+        body += [f"  %w{c}_1 = getelementptr i8, ptr %w{c}_0, i64 %apart" for c in range(columns)]
+    result = "{ " + ", ".join(outputs) + " }"
+    text = "\\0A\\09".join(lines)
+    body.append(f'  %r = call {result} asm "{text}", "{",".join(kinds)}"({", ".join(given)})')
+    for c in range(columns):
+        body.append(f"  %v{c} = extractvalue {result} %r, {c}")
+        body.append(f"  store {sums} %v{c}, ptr %s{c}, align 4")
+    name = f"gw_bytes_{columns}_{steps}_{lanes}"
+    return "\n".join([
+        f"define i32 @{name}({', '.join([*pointers, 'i64 %apart'])}) alwaysinline {{", *body, "  ret i32 0", "}", ""
+    ])  # fmt: skip
+
 
 _LOWEST_BIT = """
 define i32 @gw_lowest_bit(i32 %n) alwaysinline {

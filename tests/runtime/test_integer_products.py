@@ -165,6 +165,24 @@ def test_gemm(whole: bool, transposed: int) -> None:
     check(model, [numbers((4, 24), "int8")], "gemm", step=1e-3)
 
 
+def test_weights_whose_products_int16_holds() -> None:
+    """Two steps of bytes at a time on AVX2, all the way from the standard's operators."""
+    weight, s = DRAW.integers(-32, 33, (24, 40, 3, 3)).astype(np.int8), scales(24)
+    for given, zero in (("uint8", 131), ("int8", -7)):
+        model = model_of(
+            f"({given}[1,40,9,7] x) => ({given}[1,24,9,7] y) {{ d = DequantizeLinear(x, s, z) "
+            "e = DequantizeLinear<axis=0>(w, t)  a = Conv<pads=[1,1,1,1]>(d, e)  y = QuantizeLinear(a, u, z) }",
+            s=np.float32(0.02), z=np.array(zero, given), w=weight, t=s, u=np.float32(0.4),
+        )  # fmt: skip
+        check(model, [numbers((1, 40, 9, 7), given)], "conv")
+        model = model_of(
+            f"({given}[13,360] x) => (float[13,24] y) {{ d = DequantizeLinear(x, s, z) "
+            "e = DequantizeLinear<axis=1>(w, t)  y = MatMul(d, e) }",
+            s=np.float32(0.02), z=np.array(zero, given), w=weight.reshape(24, 360).T.copy(), t=s,
+        )  # fmt: skip
+        check(model, [numbers((13, 360), given)], "gemm", step=1e-3)
+
+
 def test_what_is_no_product_of_whole_numbers_stays_float() -> None:
     """Scales along the depth: the sum of products has no scale."""
     model = model_of(

@@ -13,7 +13,8 @@ pytestmark = pytest.mark.tvm
 
 NUMBERS = {
     "s": np.array(0.05, np.float32), "z": np.array(120, np.uint8), "t": np.array(0.06, np.float32),
-    "u": np.array(10, np.uint8), "two": np.array([1, 1, 2, 2], np.float32), "order": np.array([0, 2, 3, 1]),
+    "r": np.array(0.0613, np.float32), "u": np.array(10, np.uint8),
+    "two": np.array([1, 1, 2, 2], np.float32), "order": np.array([0, 2, 3, 1]),
     "pads": np.array([0, 0, 1, 2, 0, 0, 1, 0]), "k": np.array([2, 3]), "ones": np.array([1, 1, 1, 1]),
 }  # fmt: skip
 
@@ -97,9 +98,9 @@ def test_concatenations_of_several_scales_are_quantized_first(size: int, compile
 
 
 def test_a_tensor_with_several_users_is_never_kept_in_floats(compile_model: Callable[..., Any]) -> None:
-    """x * sigmoid(x), and x + that: three users of one DequantizeLinear."""
-    body = """p = DequantizeLinear (x, s, z)  a = Sigmoid (p)  b = Mul (p, a)  c = QuantizeLinear (b, t, u)
-        d = DequantizeLinear (c, t, u)  e = Add (p, d)  y0 = QuantizeLinear (e, t, u)
+    """x * sigmoid(x), and x + that: three users of one DequantizeLinear. The ratio of the scales leaves few ties."""
+    body = """p = DequantizeLinear (x, s, z)  a = Sigmoid (p)  b = Mul (p, a)  c = QuantizeLinear (b, r, u)
+        d = DequantizeLinear (c, r, u)  e = Add (p, d)  y0 = QuantizeLinear (e, r, u)
         f = Neg (p)  y1 = QuantizeLinear (f, s, z)"""
     compiled = compile_model(model(body, "uint8[n, 40] x", 2))
     assert not float_tensors(compiled)

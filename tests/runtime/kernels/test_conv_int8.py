@@ -18,18 +18,19 @@ pytest.importorskip("torch")
 pytestmark = [pytest.mark.tvm, pytest.mark.torch]
 
 from graphwright.runtime.kernels.conv import ConvSpec, choose_tile, conv, pack_weights, supported  # noqa: E402
-from graphwright.runtime.kernels.dots import first_sums  # noqa: E402
+from graphwright.runtime.kernels.dots import first_sums, joined_steps  # noqa: E402
 from graphwright.runtime.kernels.vectors import Vectors  # noqa: E402
 
 from .test_conv import DEPTHWISE, DIRECT, reference, same, spec_of, unblock  # noqa: E402
+from .test_gemm_int8 import held, multiplies_bytes  # noqa: E402
 
 X86 = ["cpu-avx512-vnni", "cpu-avx512", "cpu-avx2", pytest.param("cpu-baseline", marks=pytest.mark.slow)]
 UNWRITTEN = 12345
 Kernel = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 
 
-def whole(spec: ConvSpec, data: str = "uint8", zero: int = 131) -> ConvSpec:
-    return dataclasses.replace(spec, data=data, zero=zero)
+def whole(spec: ConvSpec, data: str = "uint8", zero: int = 131, joined: int = 0) -> ConvSpec:
+    return dataclasses.replace(spec, data=data, zero=zero, joined=joined)
 
 
 @functools.cache
@@ -52,7 +53,7 @@ def kernel(spec: ConvSpec, target: Target, threads: int = 2) -> Kernel:
         y = np.full((len(x), spec.out_blocks(lanes), *spec.out_size, lanes), UNWRITTEN, np.int32)
         given = (
             np.ascontiguousarray(stored).reshape(len(x), -1), pack_weights(weight, spec, target.isa, tile),
-            first_sums(sums, bias, spec.data, spec.zero, target.isa, lanes), y.reshape(len(x), -1),
+            first_sums(sums, bias, spec.data, spec.zero, target.isa, lanes, spec.joined), y.reshape(len(x), -1),
         )  # fmt: skip
         arguments = [tvm.runtime.tensor(a) for a in given]
         compiled(*arguments)
@@ -62,7 +63,9 @@ def kernel(spec: ConvSpec, target: Target, threads: int = 2) -> Kernel:
 
 
 def check(spec: ConvSpec, target: Target, threads: int = 2, images: int | None = None) -> None:
-    """Random numbers, and nothing but extremes."""
+    """Random numbers, and nothing but extremes. The joined steps of `spec` are what weights are held to, and count on
+    machines that multiply bytes so."""
+    joined, spec = spec.joined, spec if multiplies_bytes(target) else dataclasses.replace(spec, joined=0)
     draw, info = np.random.default_rng(0), np.iinfo(spec.data)
     shape = (images or spec.batch or 1, spec.in_channels, *spec.in_size)
     weights = (spec.out_channels, spec.in_channels // spec.groups, *spec.kernel)
@@ -70,7 +73,8 @@ def check(spec: ConvSpec, target: Target, threads: int = 2, images: int | None =
     cases = [(draw.integers(info.min, info.max + 1, shape), draw.integers(-128, 128, weights))]
     cases += [(np.full(shape, x), np.full(weights, w)) for x, w in ((info.min, -128), (info.max, -128))]
     for x, w in cases:
-        x, w = x.astype(spec.data), w.astype(np.int8)
+        x, w = x.astype(spec.data), held(w.astype(np.int8), joined, 1)
+        assert not spec.joined or spec.joined <= joined_steps(w, 1, target.isa)
         got = kernel(spec, target, threads)(x, w, bias)
         expected = reference(spec, x.astype(np.float64) - spec.zero, w.astype(np.float64), bias.astype(np.float64))
         np.testing.assert_array_equal(got, expected.astype(np.int64), err_msg=str(spec))
@@ -80,6 +84,12 @@ def check(spec: ConvSpec, target: Target, threads: int = 2, images: int | None =
 @pytest.mark.parametrize("name", X86)
 def test_direct(runnable: Callable[[str], Target], name: str, case: str) -> None:
     check(whole(DIRECT[case]), runnable(name))
+
+
+@pytest.mark.parametrize("case", DIRECT)
+def test_steps_of_bytes(case: str) -> None:
+    for joined in (1, 2):
+        check(whole(DIRECT[case], joined=joined), Target.named("cpu-avx2"))
 
 
 @pytest.mark.parametrize("case", DEPTHWISE)
@@ -92,6 +102,7 @@ def test_depthwise(runnable: Callable[[str], Target], name: str, case: str) -> N
 def test_signed_data(case: str) -> None:
     for zero in (-128, 5):
         check(whole(DIRECT[case], "int8", zero), Target.named("cpu"))
+        check(whole(DIRECT[case], "int8", zero, 2), Target.named("cpu"))
     if case in DEPTHWISE:
         check(whole(DEPTHWISE[case], "int8", -7), Target.named("cpu"))
 
@@ -99,17 +110,19 @@ def test_signed_data(case: str) -> None:
 @pytest.mark.parametrize("channels", [1, 7, 8, 9, 17])
 def test_channels_that_do_not_fill_vectors(channels: int) -> None:
     target = Target.named("cpu")
-    check(whole(spec_of((channels, 16), (7, 9), (3, 3), pads=same(3))), target)
-    check(whole(spec_of((16, channels), (7, 9), (1, 1))), target)
+    for joined in (0, 2):
+        check(whole(spec_of((channels, 16), (7, 9), (3, 3), pads=same(3)), joined=joined), target)
+        check(whole(spec_of((16, channels), (7, 9), (1, 1)), joined=joined), target)
     check(whole(spec_of((channels, channels), (7, 9), (3, 3), pads=same(3), groups=channels)), target)
 
 
 @pytest.mark.parametrize("width", [1, 5, 6, 7, 12, 13, 15])
 def test_widths_around_tiles(width: int) -> None:
     target = Target.named("cpu")
-    check(whole(spec_of((16, 16), (3, width), (3, 3), pads=same(3))), target)
+    for joined in (0, 2):
+        check(whole(spec_of((16, 16), (3, width), (3, 3), pads=same(3)), joined=joined), target)
+        check(whole(spec_of((16, 16), (1, width), (1, 1)), joined=joined), target)
     check(whole(spec_of((16, 16), (3, width), (3, 3), pads=same(3), groups=16)), target)
-    check(whole(spec_of((16, 16), (1, width), (1, 1))), target)
 
 
 def test_batch_known_at_run_time() -> None:
@@ -120,8 +133,9 @@ def test_batch_known_at_run_time() -> None:
 def test_weights_and_images_larger_than_the_caches() -> None:
     """Sums wait in memory between parts of the input channels; depthwise copies hold a part of the rows."""
     target = dataclasses.replace(Target.named("cpu"), caches=Caches(4 << 10, 64 << 10, 1 << 20))
-    check(whole(spec_of((160, 96), (9, 20), (3, 3), pads=same(3))), target)
-    check(whole(spec_of((600, 80), (7, 7), (1, 1))), target, threads=3)
+    for joined in (0, 2):
+        check(whole(spec_of((160, 96), (9, 20), (3, 3), pads=same(3)), joined=joined), target)
+        check(whole(spec_of((600, 80), (7, 7), (1, 1)), joined=joined), target, threads=3)
     check(whole(spec_of((16, 16), (61, 120), (3, 3), pads=same(3), groups=16)), target, threads=3)
 
 
@@ -134,13 +148,14 @@ SIZES = st.integers(1, 20)
     st.tuples(st.integers(1, 5), st.integers(1, 5)), st.tuples(st.integers(1, 3), st.integers(1, 3)),
     st.tuples(*[st.integers(0, 4)] * 4), st.tuples(st.integers(1, 2), st.integers(1, 2)),
     st.sampled_from(["blocked", "plain", "depthwise"]), st.sampled_from([("uint8", 0), ("uint8", 200), ("int8", -9)]),
+    st.integers(0, 2),
 )  # fmt: skip
-def test_any_convolution(channels, size, window, strides, pads, dilations, kind, data) -> None:
+def test_any_convolution(channels, size, window, strides, pads, dilations, kind, data, joined) -> None:
     assume(all(size[i] + pads[i] + pads[i + 2] > (window[i] - 1) * dilations[i] for i in (0, 1)))
     groups = channels[0] if kind == "depthwise" else 1
     channels = (groups, groups) if kind == "depthwise" else channels
     spec = spec_of(channels, size, window, strides, pads, dilations, groups, 1, kind != "plain")
-    check(whole(spec, *data), Target.named("cpu"))
+    check(whole(spec, *data, 0 if kind == "depthwise" else joined), Target.named("cpu"))
 
 
 def test_sums_that_may_not_fit_have_no_kernel() -> None:
