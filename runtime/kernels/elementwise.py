@@ -9,7 +9,8 @@ from tvm.tirx.script import builder as T
 
 from ..elements import Size, Tree, collapsed, expression, leaves, product
 from .emitter import TreeEmitter, narrowed
-from .vectors import GROUP, Buffer, Expr, Vectors
+from .vector_functions import GROUP
+from .vectors import Buffer, Expr, Vectors
 
 # Elements below which a second thread costs more than it gives, for work of one load and one operation an element.
 PARALLEL = 1 << 16

@@ -13,7 +13,8 @@ from tvm.tirx.script import builder as T
 from ..elements import OPERATIONS, Anchor, Apply, Constant, Load, Tree, expression
 from . import quantization
 from .functions import FUNCTIONS
-from .vectors import COMPARISONS, NARROW_INTEGERS, Buffer, Expr, Vectors
+from .vector_functions import COMPARISONS, NARROW_INTEGERS
+from .vectors import Buffer, Expr, Vectors
 
 RANGES = {
     f"{sign}int{bits}": (0, (1 << bits) - 1) if sign else (-(1 << (bits - 1)), (1 << (bits - 1)) - 1)
