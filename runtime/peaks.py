@@ -55,7 +55,7 @@ class Peaks:
 @functools.cache
 def peaks(target: Target, threads: int) -> Peaks:
     """Measure, once a process: about a second. target: must run here."""
-    from .session import use_threads
+    from .tvm_step import use_threads
 
     use_threads(threads)
     caches = target.caches

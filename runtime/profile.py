@@ -19,7 +19,8 @@ from ..passes.errors import InputError
 from .artifact import Artifact, KernelWork, RegionSpec
 from .partition import TVM
 from .peaks import Peaks, peaks
-from .session import Session, Step, _TvmStep
+from .session import Session, Step
+from .tvm_step import TvmStep
 from .work import moved
 
 RUNS = 10
@@ -200,7 +201,7 @@ def _label(regions: Sequence[RegionSpec], index: int, name: str) -> str:
 @contextmanager
 def _watch(step: Step) -> Iterator[_Watch]:
     """Lets a virtual machine of its own run the next call of the step."""
-    assert isinstance(step, _TvmStep)
+    assert isinstance(step, TvmStep)
     watch, machine = _Watch(), step._machine()
     machine.vm.set_instrument(watch)
     step._idle.append(machine)

@@ -193,7 +193,7 @@ def _layout(dtype: str, shape: Sequence[int]) -> str:
 
 def read_results(folder: Path) -> tuple[list[np.ndarray], list[float]]:
     """The tensors a run left in its folder, and the seconds of each timed call."""
-    from .session import numpy_type
+    from .tvm_step import numpy_type
 
     arrays: list[np.ndarray] = []
     seconds: list[float] = []

@@ -32,11 +32,11 @@ from .kernels.convolutions import chosen_tile, tuples
 from .kernels.gemm_spec import GemmSpec, GemmTile
 from .kernels.vectors import Vectors
 from .measure import Spread
-from .session import use_threads
 from .target import Target
 from .templates import anchor, claim, spec_of
 from .tuning import Measured, Tunable, kernel_name
 from .turns import medians, take_turns
+from .tvm_step import use_threads
 
 CANDIDATES = 8  # at most, of one kind
 GAIN = 1.03  # from which on a tile counts as faster: median; its 10th percentile is above 1

@@ -104,8 +104,9 @@ def quantized_by_onnxruntime(model: suite.Prepared, plan: Plan, operators: Seque
 def measure(name: str, plan: Plan) -> dict[str, Any]:
     """A model's row. Raises a GraphwrightError."""
     from graphwright.runtime.measure import Spread
-    from graphwright.runtime.session import Session, load_tvm
+    from graphwright.runtime.session import Session
     from graphwright.runtime.target import Target
+    from graphwright.runtime.tvm_step import load_tvm
     from graphwright.runtime.worker import Compiler
 
     plan.folder.mkdir(parents=True, exist_ok=True)

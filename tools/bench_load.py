@@ -26,7 +26,7 @@ def lap(name):
     global start
     now = time.perf_counter()
     times[name], start = (now - start) * 1e3, time.perf_counter()
-from graphwright.runtime.session import load_tvm
+from graphwright.runtime.tvm_step import load_tvm
 load_tvm()
 lap("import")
 import graphwright

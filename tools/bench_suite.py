@@ -231,8 +231,8 @@ class Plan:
 
 def measure(name: str, plan: Plan) -> list[Row]:
     """One row a thread count. Raises a GraphwrightError."""
-    from graphwright.runtime.session import load_tvm
     from graphwright.runtime.target import Target
+    from graphwright.runtime.tvm_step import load_tvm
     from graphwright.runtime.worker import Compiler
 
     plan.folder.mkdir(parents=True, exist_ok=True)

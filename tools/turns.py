@@ -23,7 +23,7 @@ Runner = Callable[[], object]
 def use_threads(threads: int) -> None:
     """To be called before TVM is loaded, which reads it. Threads that are bound to processors wait for whatever else
     runs there."""
-    from ..runtime.session import SPIN_COUNT
+    from ..runtime.tvm_step import SPIN_COUNT
 
     os.environ["TVM_NUM_THREADS"] = str(threads)
     os.environ.setdefault("TVM_THREAD_POOL_SPIN_COUNT", SPIN_COUNT)

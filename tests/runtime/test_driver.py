@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 import pytest
 from graphwright.passes.errors import InputError, ModelError, VerificationError
-from graphwright.runtime import device, session, worker
+from graphwright.runtime import device, tvm_step, worker
 from onnx import TensorProto, helper, numpy_helper, parser
 
 import graphwright
@@ -29,12 +29,12 @@ def write(path: Path, text: str, **weights: np.ndarray) -> Path:
 @pytest.mark.tvm
 def test_what_the_compiler_gets_wrong_runs_on_onnxruntime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path / "m.onnx", "(float[N,4] x) => (float[N,4] y) { y = Tanh(x) }")
-    right = session._TvmStep.__call__
+    right = tvm_step.TvmStep.__call__
 
     def wrong(self: Any, values: Mapping[str, Any], state: Any = None) -> dict[str, Any]:
         return {name: array + 1 for name, array in right(self, values, state).items()}
 
-    monkeypatch.setattr(session._TvmStep, "__call__", wrong)
+    monkeypatch.setattr(tvm_step.TvmStep, "__call__", wrong)
     result = graphwright.optimize(path, target="cpu", out=tmp_path / "out")
     assert result.verdict is not None and result.verdict.ok
     (region,) = result.artifact.manifest.regions

@@ -547,7 +547,7 @@ def test_a_run_does_not_set_up_tvm_again(
     """Which reads the environment and counts processors: more than the rest of a small run."""
     feeds = {"x": change(X)}
     expected = session.run(None, feeds)
-    monkeypatch.delattr("graphwright.runtime.session.load_tvm")
+    monkeypatch.delattr("graphwright.runtime.tvm_step.load_tvm")
     equal(expected, session.run(None, feeds))
 
 

@@ -24,7 +24,7 @@ def test_finding_the_target_and_loading_tvm_leave_torch_alone() -> None:
     code = """
 import sys
 from graphwright.runtime.target import Target
-from graphwright.runtime.session import load_tvm
+from graphwright.runtime.tvm_step import load_tvm
 Target.named("cpu"); load_tvm()
 print("tvm" in sys.modules, "torch" in sys.modules)"""
     assert child(code) == "True False"
