@@ -22,6 +22,11 @@ QUANTIZERS = ("DequantizeLinear", "QuantizeLinear", "DynamicQuantizeLinear")
 WHOLE = (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL)  # types of shape computations
 HALF = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 LARGE = 4096  # elements of weights that stay narrow
+# Operators whose result gets its shape from numbers that they read.
+SHAPED = frozenset({
+    "CenterCropPad", "ConstantOfShape", "Expand", "OneHot", "Pad", "Range", "Reshape", "Resize", "Slice", "Split",
+    "Squeeze", "Tile", "TopK", "Unsqueeze", "Upsample",
+})  # fmt: skip
 SEQUENCES = ("SequenceConstruct", "SequenceEmpty", "SplitToSequence", "Optional")
 
 
@@ -199,7 +204,7 @@ class _Run:
             old.name = None
             new = graph.add_constant(scope, node, name, array)
             graph.replace_value(old, new)
-            self._decides_shapes |= any(_unknown_shape(user) for user, _ in new.uses())
+            self._decides_shapes |= any(user.op_type in SHAPED and _unknown_shape(user) for user, _ in new.uses())
         graph.remove_node(node)
         self.report.changed(rule, site, f"{node.op_type} -> {', '.join(_describe(a) for a in arrays)}")
 
