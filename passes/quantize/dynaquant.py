@@ -61,13 +61,14 @@ class DynaQuant(Pass):
     smooth: auto, none, or a strength between 0 and 1. equalise: channels between two layers are scaled alike. correct:
     biases make up for the means that rounding to the nearest code shifts. together: weights are rounded so that the
     errors of a row cancel, else each to its nearest code. narrow_sums: 2 or 4 8-bit weights together stay so small
-    that int16 holds their products with any bytes; processors with AVX2 and without VNNI compute such layers 1.3 or
-    1.7 times as fast, at up to a bit of the weights' accuracy. mixed: the mean width of weights; layers are given 4, 6
-    or 8 bits by what each costs. layers: all, or their numbers from 0. keep: first, last, or outputs of layers that
-    stay in float, joined by +. least: weights with which an operator is worth it. samples: most calibration samples
-    that ranges come from. outputs: those that quality is measured on. learn: all, or some of scales, offsets (zero
-    points and biases) and rounding (of weights), joined by +. modulator: how much more numbers near the border between
-    two codes learn; 0 is the straight-through estimator. block_steps, steps, batch, rate, loss: of the training.
+    that int16 holds their products with any bytes; processors with AVX2 and without VNNI compute such layers
+    faster, those of 4 most, at up to a bit of the weights' accuracy. mixed: the mean width of weights; layers are
+    given 4, 6 or 8 bits by what each costs. layers: all, or their numbers from 0. keep: first, last, or outputs of
+    layers that stay in float, joined by +. least: weights with which an operator is worth it. samples: most
+    calibration samples that ranges come from. outputs: those that quality is measured on. learn: all, or some of
+    scales, offsets (zero points and biases) and rounding (of weights), joined by +. modulator: how much more
+    numbers near the border between two codes learn; 0 is the straight-through estimator. block_steps, steps, batch,
+    rate, loss: of the training.
     measure: needs --target and a machine that runs it; it compiles the model two to six times.
     """
 
