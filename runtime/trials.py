@@ -206,7 +206,7 @@ class ProductTrial(Trial):
         s = self.spec
         if not s.packed or not s.rows or not s.inner:
             return []
-        whole = gemm_spec.part_of_depth(s.rows, s.inner, rule, self.target.caches)
+        whole = gemm_spec.part_of_depth(s.rows, s.inner, rule, self.target.caches, self.lanes)
         parts = [s.inner // 2, s.inner // 4] if whole is None else [2 * whole, whole // 2]
         rounded = [-(-part // gemm_spec.UNROLL) * gemm_spec.UNROLL for part in parts]
         return [0] * (whole is not None) + [part for part in rounded if 128 <= part < s.inner]

@@ -23,7 +23,7 @@ from tvm.tirx.script import builder as T
 from ...passes.base import Caches
 from .dots import Accumulators, Dot, dot_of
 from .gemm_spec import FEW, PAGE, UNROLL, GemmSpec, GemmTile, panels, part_of_depth, streams_of_depth
-from .vectors import Buffer, Expr, Vectors
+from .vectors import LINE, Buffer, Expr, Vectors
 
 # Multiply-adds below which a second thread costs more than it gives.
 PARALLEL = 1 << 17
@@ -116,15 +116,16 @@ class GemmEmitter:
             return None
         if self.tile.depth is not None:
             return self.tile.depth or None
-        return part_of_depth(self.rows, self.inner, self.tile, self.caches)
+        return part_of_depth(self.rows, self.inner, self.tile, self.caches, self.vectors.lanes)
 
     def _deep(self, cuts: Sequence[tuple[int, int]], depth: int) -> None:
         """The product in parts of the depth: a part of A stays in the second cache while all panels of a task go
-        through it. Sums wait in a buffer until the last part."""
+        through it, packed, so that it is one stream and its rows do not meet in the same lines. Sums wait in a buffer
+        until the last part."""
         assert isinstance(self.rows, int) and isinstance(self.inner, int)
         const, height, inner = self.const, self.tile.rows, self.inner
         tiles, each = -(-self.rows // height), height * self.tile.vectors * self.vectors.lanes
-        chunks = -(-tiles // max(1, self.caches.l2 // 2 // (4 * height * depth)))
+        chunks = -(-tiles // max(1, self.caches.l2 * 5 // 8 // (4 * height * depth)))
         groups = max(1, -(-tiles // chunks) * each * len(cuts) // SUMS)
         if self._parallel():
             # Two shares for a thread, so that one that is late holds up less.
@@ -138,16 +139,58 @@ class GemmEmitter:
             first = T.Bind(group * const(per_group))
             panels = T.Bind(T.min(const(per_group), const(len(cuts)) - first))
             parts = -(-inner // depth)
-            with T.serial(const(parts)) as number, T.serial(panels) as turn:
+            packed = None
+            if not self.spec.joined:
+                packed = T.alloc_buffer((per_chunk * height * depth,), self.a.dtype, scope="global")
+            with T.serial(const(parts)) as number:
                 start = T.Bind(number * const(depth))
                 steps = depth if inner % depth == 0 else T.Bind(T.min(const(depth), const(inner) - start))
-                waiting = T.Bind(turn * const(per_chunk * each))
-                part = _Part(start, steps, depth, sums, waiting, number > const(0), number < const(parts - 1))
+                if packed is not None:
+                    self._pack_rows(packed, chunk, per_chunk, start, steps, depth)
+                with T.serial(panels) as turn:
+                    waiting = T.Bind(turn * const(per_chunk * each))
+                    begun, goes_on = number > const(0), number < const(parts - 1)
+                    part = _Part(start, steps, depth, sums, waiting, begun, goes_on, packed)
 
-                def body(panel: Panel, chunk: Expr = chunk, part: _Part = part) -> None:
-                    self._panel(panel, chunk, per_chunk, const(0), part)
+                    def body(panel: Panel, chunk: Expr = chunk, part: _Part = part) -> None:
+                        self._panel(panel, chunk, per_chunk, const(0), part)
 
-                self._any_panel(cuts, T.Bind(first + turn), body)
+                    self._any_panel(cuts, T.Bind(first + turn), body)
+
+    def _pack_rows(
+        self, into: Buffer, chunk: Expr, per_chunk: int, start: Expr, steps: int | Expr, depth: int
+    ) -> None:
+        """A part of the rows of a chunk: [tile][step of k][row of the tile]."""
+        const, height = self.const, self.tile.rows
+
+        def rows(step: Expr, count: int, row: Expr) -> None:
+            places = [T.Bind((row + const(i)) * const(self.inner) + start) for i in range(count)]
+            to = T.Bind(step * const(height * depth))
+            with T.serial(self.const(steps)) as k:
+                for i, at in enumerate(places):
+                    T.buffer_store(into, self.a[at + k], [to + k * const(count) + const(i)])
+
+        self._row_tiles(chunk, per_chunk, rows)
+
+    def _row_tiles(self, chunk: Expr, per_chunk: int, body: Callable[[Expr, int, Expr], None]) -> None:
+        """`body` of the number in its chunk, the height and the first row of each tile; the number of rows is known."""
+        assert isinstance(self.rows, int)
+        const, height = self.const, self.tile.rows
+        tiles = -(-self.rows // height)
+        tall = tiles - (tiles * height - self.rows)  # tiles of `height` rows; the others have one less
+        first = T.Bind(chunk * const(per_chunk))
+        last = T.Bind(T.min(first + const(per_chunk), const(tiles)))
+        with T.serial(last - first) as step:
+            at = T.Bind(first + step)
+            row = T.Bind(at * const(height) - T.max(const(0), at - const(tall)))
+            if tall == tiles or tall == 0:
+                body(step, height if tall else height - 1, row)
+            else:
+                with T.If(at < const(tall)):
+                    with T.Then():
+                        body(step, height, row)
+                    with T.Else():
+                        body(step, height - 1, row)
 
     def _parallel(self) -> bool:
         if self.threads == 1:
@@ -182,25 +225,16 @@ class GemmEmitter:
     ) -> None:
         """All row tiles of one chunk against one panel, or a part of the depth of it."""
         height, const = self.tile.rows, self.const
-        first = T.Bind(chunk * const(per_chunk))
         if isinstance(self.rows, int):
-            tiles = -(-self.rows // height)
-            tall = tiles - (tiles * height - self.rows)  # tiles of `height` rows; the others have one less
-            last = T.Bind(T.min(first + const(per_chunk), const(tiles)))
-            with T.serial(last - first) as step:
-                at = T.Bind(first + step)
-                row = T.Bind(at * const(height) - T.max(const(0), at - const(tall)))
+            turns = min(per_chunk, -(-self.rows // height))
+
+            def tile(step: Expr, count: int, row: Expr) -> None:
                 here = part and part.moved(step * const(height * self.tile.vectors * self.vectors.lanes))
-                turn = (step, min(per_chunk, tiles)) if self.spec.packed else None
-                if tall == tiles or tall == 0:
-                    self._tile(height if tall else height - 1, panel, row, item, here, turn)
-                else:
-                    with T.If(at < const(tall)):
-                        with T.Then():
-                            self._tile(height, panel, row, item, here, turn)
-                        with T.Else():
-                            self._tile(height - 1, panel, row, item, here, turn)
+                self._tile(count, panel, row, item, here, (step, turns) if self.spec.packed else None)
+
+            self._row_tiles(chunk, per_chunk, tile)
             return
+        first = T.Bind(chunk * const(per_chunk))
         start = T.Bind(first * const(height))
         stop = T.Bind(T.min(start + const(per_chunk * height), self.rows))
         whole = T.Bind(tirx.floordiv(stop - start, const(height)))
@@ -242,6 +276,21 @@ class GemmEmitter:
                 step(k * self.const(unroll) + self.const(stream * length + u))
         repeat(inner - streams * length, UNROLL, lambda k: step(self.const(streams * length) + k), self.index)
 
+    def _rows_ahead(
+        self, rows: Buffer, start: Expr, height: int, part: _Part, before: Callable[[Expr], None] | None
+    ) -> Callable[[Expr], None]:
+        """`before`, and what asks for the packed rows of the next tile."""
+        const = self.const
+
+        def ahead(k: Expr) -> None:
+            if before:
+                before(k)
+            at = T.Bind(start + (part.start + k) * const(height) + const(self.tile.rows * part.depth))
+            for first in range(0, UNROLL * height, LINE):
+                self.vectors.prefetch(rows, at + const(first))
+
+        return ahead
+
     def _tile(
         self, height: int, panel: Panel, row: Expr, item: Expr, part: _Part | None = None,
         turn: tuple[Expr, int] | None = None,
@@ -255,7 +304,11 @@ class GemmEmitter:
         accumulators, joined = Accumulators(dot, height, count), spec.joined
         column = T.Bind(panel.number * const(self.tile.vectors * lanes))
         row_of_a = row if spec.shared_a else item * const(self.rows) + row
-        a_start = T.Bind(row_of_a * const(self.inner))
+        rows_of_a, a_start, a_row, a_step = self.a, T.Bind(row_of_a * const(self.inner)), const(self.inner), const(1)
+        if part and part.packed is not None:
+            assert turn is not None
+            rows_of_a, a_row, a_step = part.packed, const(1), const(height)
+            a_start = T.Bind(turn[0] * const(self.tile.rows * part.depth) - part.start * a_step)
         width = min(count, self.tile.packed) if spec.packed else count  # vectors that lie behind each other
         if spec.packed:
             b_start, b_step = T.Bind(self.panel_start(column)), width * dot.width
@@ -276,7 +329,7 @@ class GemmEmitter:
             for step, group in itertools.groupby(range(count), key=lambda j: parts[j][1]):
                 columns = list(group)
                 for i in range(height):
-                    at = a_start + const(i) * const(self.inner) + k
+                    at = a_start + const(i) * a_row + k
                     accumulators.add_bytes(
                         i, self.a, at, self.b, [parts[j][0] for j in columns], step, together, columns[0]
                     )
@@ -291,7 +344,7 @@ class GemmEmitter:
                 partial = not spec.packed and panel.lanes is not None and j == count - 1
                 bs.append(v.load(self.b, at, const(panel.lanes or 0)) if partial else dot.weights(self.b, at))
             for i in range(height):
-                a = dot.same(self.a, a_start + const(i) * const(self.inner) + k)
+                a = dot.same(rows_of_a, a_start + const(i) * a_row + k * a_step)
                 for j in range(count):
                     accumulators.add(i, j, a, bs[j])
 
@@ -324,13 +377,16 @@ class GemmEmitter:
                 for i in range(height):
                     accumulators.set(i, j, value)
 
-        ahead = None
+        ahead: Callable[[Expr], None] | None = None
         if turn is not None and isinstance(self.inner, int):
             begin = T.Bind(b_start + part.start * const(b_step)) if part else b_start
             total = (part.depth if part else self.inner) // UNROLL * UNROLL * b_step
             if turn[1] > NEAR:
-                ask = v.ahead(self.b, begin, total, UNROLL * b_step, *turn, const, dot.line)
+                apart = self.inner * b_step if part else None
+                ask = v.ahead(self.b, begin, total, UNROLL * b_step, *turn, const, dot.line, apart)
                 ahead = ask and (lambda k: ask(begin + k * const(b_step)))
+            if part and part.packed is not None:
+                ahead = self._rows_ahead(part.packed, a_start, height, part, ahead)
         begin_sums()
         if part is None:
             if isinstance(self.inner, int) and self._far(turn):
@@ -354,7 +410,8 @@ class GemmEmitter:
 @dataclass(frozen=True)
 class _Part:
     """Steps [start, start + steps) of k, `depth` of them except in the last part. Its tile's sums are at `at` of
-    `sums`: begun: from an earlier part; goes_on: for a later one."""
+    `sums`: begun: from an earlier part; goes_on: for a later one. packed: these steps of A (`_pack_rows`); None: where
+    they are."""
 
     start: Expr
     steps: int | Expr
@@ -363,6 +420,7 @@ class _Part:
     at: Expr
     begun: Expr
     goes_on: Expr
+    packed: Buffer | None
 
     def moved(self, by: Expr) -> _Part:
         return replace(self, at=T.Bind(self.at + by))

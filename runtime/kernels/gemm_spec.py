@@ -14,6 +14,7 @@ from .dots import grouped
 
 UNROLL = 4  # steps of k that are written out
 FEW = 8  # tiles of A in the second cache, and times that B is read, from which on the depth is cut into parts
+SHORTEST = 192  # steps of a part of the depth that is chosen for the first cache
 MANY = 256  # rows from which on a panel that is too wide for the first cache is read often enough
 STREAMS = (6, 5, 7), (3, 5)  # places of the depth that are read in turn instead, for up to two rows and for more
 FEW_ROWS = 2  # rows up to which a tile reads several panels of B
@@ -118,13 +119,15 @@ def tiles(
     return sorted(costs, key=costs.__getitem__)
 
 
-def part_of_depth(rows: int, inner: int, tile: GemmTile, caches: Caches) -> int | None:
+def part_of_depth(rows: int, inner: int, tile: GemmTile, caches: Caches, lanes: int) -> int | None:
     """Steps of k of one part, where all of a packed B would come from far away many times: a part of A that stays in
-    half of the second cache has few rows. None elsewhere."""
+    half of the second cache has few rows. None elsewhere. A part of a narrow panel stays in half of the first cache."""
     most = caches.l2 // 2 // (4 * tile.rows)  # steps of k times tiles
     if most >= FEW * inner or -(-rows // tile.rows) * inner < FEW * most:
         return None
     parts = -(-inner * 2 * FEW // most)
+    if (near := caches.l1 // 2 // (4 * lanes * tile.vectors)) >= SHORTEST:
+        parts = max(parts, -(-inner // near))
     return -(-inner // (parts * UNROLL)) * UNROLL
 
 

@@ -273,14 +273,14 @@ class Vectors:
 
     def ahead(
         self, buffer: Buffer, begin: Expr, total: int, group: int, turn: Expr, turns: int,
-        const: Callable[[int], Expr], line: int = LINE,
+        const: Callable[[int], Expr], line: int = LINE, apart: int | None = None,
     ) -> Callable[[Expr], None] | None:  # fmt: skip
-        """What asks for the `total` elements behind those from `begin` on, while `turns` tiles read these in groups.
+        """What asks for the `total` elements that are read next, while `turns` tiles read those from `begin` on.
 
         Every tile reads all of them, `group` elements at a time, and calls the result with the offset of each group.
         The first tiles ask for a share each, a few lines a group, so that all has come when the next elements are
-        read, and no tile waits for many lines at once. turn: number of the tile. line: elements of a cache line. None
-        where groups are too small.
+        read, and no tile waits for many lines at once. turn: number of the tile. line: elements of a cache line. apart:
+        how far behind `begin` the next ones start; None: directly behind. None where groups are too small.
         """
         lines = group // line
         if not lines or not turns:
@@ -288,7 +288,8 @@ class Vectors:
         each = -(-lines // turns)  # lines that are asked for in a group
         shares = -(-lines // each)
         of_share = total // group * each * line
-        start = T.Bind(begin + const(total) + T.min(turn, const(shares - 1)) * const(of_share))
+        share = T.min(turn, const(shares - 1)) * const(of_share)
+        start = T.Bind(begin + const(total if apart is None else apart) + share)
 
         def ask(at: Expr) -> None:
             first = T.Bind(start + (at - begin) // const(group) * const(each * line))

@@ -15,7 +15,7 @@ tvm = pytest.importorskip("tvm")
 pytestmark = pytest.mark.tvm
 
 from graphwright.runtime import phases  # noqa: E402
-from graphwright.runtime.kernels import gemm, gemm_spec, products  # noqa: E402
+from graphwright.runtime.kernels import gemm_spec, products  # noqa: E402
 from tvm import relax  # noqa: E402
 
 # Of the largest output, for sums of up to 300 products.
@@ -89,12 +89,8 @@ def test_only_large_products_are_cut() -> None:
     target = Target.named("cpu-avx2")
 
     def depth(rows: int, inner: int) -> int | None:
-        spec = gemm_spec.GemmSpec(rows, inner, 64)
         tile = gemm_spec.choose_tile(rows, 64, target.isa, 8)
-        emitter = gemm.GemmEmitter(
-            None, spec, tile, rows, inner, 1, None, None, lambda *_: None, 1, Caches(32 << 10, 512 << 10, 32 << 20)
-        )  # fmt: skip
-        return emitter.part_of_depth()
+        return gemm_spec.part_of_depth(rows, inner, tile, Caches(32 << 10, 512 << 10, 32 << 20), 8)
 
     assert depth(1024, 1024) is None and depth(64, 4096) is None
-    assert depth(2048, 2048) == 512
+    assert depth(2048, 2048) == 256, "16 columns of a part in half of the first cache"
