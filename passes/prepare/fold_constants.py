@@ -16,7 +16,7 @@ from .common_subexpressions import is_random
 from .equal_dims import MADE
 from .evaluate import Limits, Refusal, check_work, evaluate, predict_bytes
 from .infer_shapes import InferShapes
-from .shape_values import LENGTH, Entries, ShapeValues
+from .shape_values import LENGTH, UNKNOWN, Entries, ShapeValues
 
 QUANTIZERS = ("DequantizeLinear", "QuantizeLinear", "DynamicQuantizeLinear")
 WHOLE = (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL)  # types of shape computations
@@ -41,7 +41,7 @@ class FoldConstants(Pass):
     Shapes are followed entry by entry: `Gather (Shape (X), 1)` is a constant when that dimension of X is
     fixed, and a Reshape to `[N, 12, 64]` with free N becomes one to `[-1, 12, 64]`. Where a result gets its shape
     from a constant, shapes are inferred again and what follows is folded too. An If with a constant condition becomes
-    its branch.
+    its branch, and a Where over shapes (`expand (-1, ...)` of an exporter) what it takes.
     Left alone, each with its reason: results above max_bytes or that make the file larger by more than
     max_growth (a ConstantOfShape of 500 MB stays one; sizes are worked out first), work that takes long,
     random operators, quantized weights, float16 and bfloat16 weights that only products and gathers read, widened by a
@@ -103,6 +103,8 @@ class _Run:
             self._read_scalars(node, scope)
         if node.op_type == "Reshape":
             self._complete_reshape(node, scope)
+        if node.op_type == "Where" and self._choose_entries(node, scope):
+            return
         if all(v is None or graph.is_constant(v) for v in node.inputs):
             self._fold_node(node, scope)
 
@@ -128,6 +130,53 @@ class _Run:
         name = self._fresh(f"{target.name}_fixed")
         node.replace_input_with(1, graph.add_constant(scope, node, name, dims))
         self.report.changed("reshape", graph.site(node), f"to {dims.tolist()}")
+
+    def _choose_entries(self, node: ir.Node, scope: graph.Scope) -> bool:
+        """Put the entries that a constant condition takes in the place of a Where over shapes: one of the two as it is,
+        or a Concat of numbers and of parts of those that were put together by one."""
+        condition, *choices = (self._shapes.of(value) for value in node.inputs)
+        length = graph.static_shape(node.outputs[0])
+        if condition is None or not condition.known or length is None or len(length) != 1:
+            return False
+        taken = [1 if item else 2 for item in condition.items] * (length[0] if len(condition.items) == 1 else 1)
+        if len(taken) != length[0] or graph.has_references(node):
+            return False
+        whole = graph.input_of(node, taken[0]) if len(set(taken)) == 1 else None
+        if whole is not None and graph.same_shape(whole, node.outputs[0]) and not node.outputs[0].is_graph_output():
+            self._shaped(node.outputs[0])
+            graph.bypass(node, whole)
+            self.report.changed("where", graph.site(node), f"always {whole.name}")
+            return True
+        parts: list[int | ir.Value] = []
+        for place, index in enumerate(taken):
+            part = _entry(graph.input_of(node, index), choices[index - 1], place)
+            if part is None:
+                return False
+            parts.append(part)
+        if all(isinstance(part, int) for part in parts):
+            return False
+        dtype = (node.inputs[1] or node.outputs[0]).dtype or ir.DataType.INT64
+        values = [
+            graph.add_constant(scope, node, self._fresh("entry"), np.array([part], dtype.numpy()))
+            if isinstance(part, int)
+            else part
+            for part in parts
+        ]
+        concat = ir.Node("", "Concat", values, [ir.AttrInt64("axis", 0)], name=node.name)
+        new, old = concat.outputs[0], node.outputs[0]
+        new.shape, new.type = old.shape, old.type
+        scope.graph.insert_before(node, concat)
+        self._shaped(old)
+        graph.replace_value(old, new, keep_name=True)
+        site = graph.site(node)
+        graph.remove_node(node)
+        self._shapes.visit(concat, scope.opset)
+        self.report.changed("where", site, f"Concat of {len(parts)} entries")
+        return True
+
+    def _shaped(self, value: ir.Value) -> None:
+        """Note that more is known now of a value from which a node's result may get its shape."""
+        self._decides_shapes |= any(user.op_type in SHAPED and _unknown_shape(user) for user, _ in value.uses())
 
     def _read_scalars(self, node: ir.Node, scope: graph.Scope) -> None:
         """Make the inputs of a Range scalars.
@@ -204,7 +253,7 @@ class _Run:
             old.name = None
             new = graph.add_constant(scope, node, name, array)
             graph.replace_value(old, new)
-            self._decides_shapes |= any(user.op_type in SHAPED and _unknown_shape(user) for user, _ in new.uses())
+            self._shaped(new)
         graph.remove_node(node)
         self.report.changed(rule, site, f"{node.op_type} -> {', '.join(_describe(a) for a in arrays)}")
 
@@ -265,6 +314,27 @@ class _Run:
         for value in [*branch.initializers.values(), *(v for node in branch for v in node.outputs)]:
             if value.name and self._uses_of_names[value.name] > 1:
                 value.name = self._fresh(value.name)
+
+
+def _entry(value: ir.Value | None, entries: Entries | None, place: int) -> int | ir.Value | None:
+    """An entry of a vector of shapes: a number, or the vector of one element that a Concat put there."""
+    if value is None:
+        return None
+    if entries is not None:
+        item = entries.items[place if len(entries.items) > 1 else 0] if entries.items else UNKNOWN
+        if isinstance(item, int):
+            return item
+    producer = value.producer()
+    if producer is None or not graph.is_op(producer, "Concat"):
+        return None
+    for part in producer.inputs:
+        dims = graph.static_shape(part)
+        if dims is None or len(dims) != 1:
+            return None
+        if place < dims[0]:
+            return part if dims == (1,) else None
+        place -= dims[0]
+    return None
 
 
 def _unknown_shape(node: ir.Node) -> bool:
