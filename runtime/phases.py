@@ -37,7 +37,7 @@ def compile_module(
 
 def legalize(module: tvm.IRModule, target: Target) -> tvm.IRModule:
     """Operators -> loop nests, and on a CPU anchors of kernel templates."""
-    dispatch = [relax.backend.DispatchSampling(), relax.backend.DispatchSortScan(), relax.transform.FoldConstant()]
+    dispatch = [relax.backend.DispatchSampling(), relax.backend.DispatchSortScan()]
     if target.is_cpu:
         from .plan import LOOKED_AT, plan
         from .repeat import repeated
@@ -45,12 +45,55 @@ def legalize(module: tvm.IRModule, target: Target) -> tvm.IRModule:
         # Before constants are folded: products read narrow weights before they are widened.
         dispatch.insert(0, relax.transform.DeadCodeElimination())
         module = repeated(module)
-    module = tvm.transform.Sequential(dispatch)(module)
+    module = _folded(tvm.transform.Sequential(dispatch)(module))
     if target.is_cpu:
         module = relax.transform.LegalizeOps(skip_ops=LOOKED_AT, enable_warning=False)(module)
         module = plan(module, target)
     rest = [relax.transform.LegalizeOps(enable_warning=False), relax.transform.AnnotateTIROpPattern()]
-    return tvm.transform.Sequential([*rest, relax.transform.FoldConstant()])(module)
+    return _folded(tvm.transform.Sequential(rest)(module))
+
+
+def _folded(module: tvm.IRModule) -> tvm.IRModule:
+    """Calls of loop nests with nothing but constants become their results. Anchors have no loops yet: one of their
+    constants is a parameter meanwhile."""
+    sparer = _Sparer(module)
+    main = module[MAIN]
+    body = sparer.visit_expr(main.body)
+    if not sparer.spared:
+        return relax.transform.FoldConstant()(module)
+    spared = relax.Function([*main.params, *sparer.spared], body, main.ret_ty, main.is_pure)
+    functions = dict(module.functions_items())
+    functions[module.get_global_var(MAIN)] = spared.with_attrs(dict(main.attrs) if main.attrs else {})
+    module = relax.transform.Normalize()(tvm.IRModule(functions, attrs=module.attrs))
+    module = relax.transform.FoldConstant()(module)
+    values = {var.name_hint: constant.value for var, constant in sparer.spared.items()}
+    return relax.transform.BindParams(MAIN, values)(module)
+
+
+@relax.expr_functor.mutator
+class _Sparer(relax.PyExprMutator):
+    """Replaces a constant of each anchor that reads nothing else by a variable. spared: which one stands for which."""
+
+    def __init__(self, module: tvm.IRModule) -> None:
+        super().__init__(module)
+        self.module = module
+        self.spared: dict[relax.Var, tvm.ir.GenericConst] = {}
+
+    def visit_call_(self, op: tvm.ir.Call) -> relax.Expr:
+        from .templates import spec_of
+
+        call = super().visit_call_(op)
+        if getattr(op.op, "name", "") != "relax.call_tir":
+            return call
+        function, arguments = self.module[op.args[0]], op.args[1]
+        if not isinstance(function, tvm.tirx.PrimFunc) or spec_of(function) is None:
+            return call
+        first, *others = arguments.fields
+        if not all(isinstance(argument, tvm.ir.GenericConst) for argument in (first, *others)):
+            return call
+        var = relax.Var(f"spared{len(self.spared)}", first.ty)
+        self.spared[var] = first
+        return relax.Call(op.op, [op.args[0], relax.Tuple([var, *others]), *op.args[2:]], op.attrs, op.ty_args)
 
 
 def fuse(module: tvm.IRModule, target: Target) -> tvm.IRModule:

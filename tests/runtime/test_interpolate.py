@@ -45,6 +45,19 @@ def test_linear(channels: int, compile_model: Callable[..., Any]) -> None:
         model.check({"x": x})
 
 
+def test_a_constant_image(compile_model: Callable[..., Any]) -> None:
+    """A kernel that reads nothing but constants is no loop nest yet when others are folded."""
+    values = ", ".join(str(i % 7) for i in range(12))
+    for new in ((4, 6), (2, 2)):
+        size = f"1,3,{new[0]},{new[1]}"
+        text = (
+            f"g (float[{size}] b) => (float[{size}] y) <float[1,3,2,2] x = {{{values}}}> "
+            f"{{ sizes = Constant <value_ints=[{new[0]}, {new[1]}]> () "
+            'r = Resize <mode="linear", axes=[2, 3]> (x, , , sizes) y = Add (r, b) }'
+        )
+        compile_model(text).check({"b": draw(1, 3, *new)})
+
+
 FORMS = [
     ("linear", ""), ("linear", ", coordinate_transformation_mode='align_corners'"),
     ("linear", ", coordinate_transformation_mode='asymmetric'"),
