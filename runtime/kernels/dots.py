@@ -297,12 +297,12 @@ class Accumulators:
         self.set(row, column, self.dot.add(self.get(row, column), x, weights))
 
     def add_bytes(
-        self, row: int, x: Buffer, x_at: Expr, w: Buffer, w_at: Sequence[Expr], apart: int, steps: int, first: int = 0
+        self, row: int, x: Buffer, x_at: Expr, w: Buffer, w_at: Expr, apart: int, steps: int, columns: range
     ) -> None:
-        """Take up `steps` <= `dot.joined` neighbouring steps in the columns of a row from the `first` on.
+        """Take up `steps` <= `dot.joined` neighbouring steps in some columns of a row.
 
-        w_at: where the weights of each column lie; those of its next step are `apart` behind.
+        w_at: where the weights of these columns lie; those of their next step are `apart` behind.
         """
-        places = [self._place(row, first + column) for column in range(len(w_at))]
+        places = [self._place(row, column) for column in columns]
         pointers = [T.address_of(buffer[at.base]) for buffer, at in places]
         self.vectors.add_bytes(pointers, x, x_at, w, w_at, apart, steps)
