@@ -217,6 +217,29 @@ class IntegerDot(Dot):
         return int(array.view(np.int32)[0])
 
 
+class ExactDot(Dot):
+    """8-bit numbers in float32: a step is one multiply-add, exact for up to 514 products, whose sum is at most 2^24.
+
+    Elements of x are widened where they are; pairs would have to be gathered.
+    """
+
+    dtype = "int8"
+    itemsize = 1
+
+    def weights(self, buffer: Buffer, offset: Expr) -> Expr:
+        return self._widened(buffer, offset)
+
+    def each(self, buffer: Buffer, offset: Expr) -> Expr:
+        return self._widened(buffer, offset)
+
+    def _widened(self, buffer: Buffer, offset: Expr) -> Expr:
+        return T.Bind(T.Cast(self.vectors.dtype, buffer[self.vectors.at(offset)]))
+
+    def whole(self, sums: Expr) -> Expr:
+        """The sums as int32."""
+        return T.Cast(f"int32x{self.vectors.lanes}", sums)
+
+
 def dot_of(vectors: Vectors, data: str, stored: str = "float32", joined: int = 0) -> Dot:
     """What takes x of type `data`, and weights of float32 that are stored as `stored`."""
     if data in INTEGERS:
