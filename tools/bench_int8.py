@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from .turns import Runner
 
-PASSES = "dynaquant:narrow_sums=4"
+PASSES = "dynaquant"
 MODELS = ("mobilenet-v2", "efficientnet-lite0", "resnet-50", "minilm", "vit-small")
 OURS = "graphwright int8"
 OTHERS = ("onnxruntime", "onnxruntime int8", "graphwright")

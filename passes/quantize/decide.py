@@ -16,7 +16,7 @@ from .calibrate import Channels, Feeds, Seen, observe
 from .equalise import equalise, equalising, pairs
 from .layers import Layer, find_layers
 from .learn import Learning, learn
-from .narrow_sums import lanes_of
+from .narrow_sums import Lanes, lanes_of
 from .paying import Clock, paying
 from .placement import Placement, place
 from .plan import Edit, LayerPlan, Plan, Point
@@ -123,8 +123,9 @@ class _Decision:
         if self.options.learning is not None and plan.layers:
             self.ctx.progress("dynaquant: learning")
             plan = learn(
-                self.base, self.layers, plan, self._reach(), self.options.learning, self.options.outputs, self.ctx
-            )
+                self.base, self.layers, plan, self._reach(), self._held(plan), self.options.learning,
+                self.options.outputs, self.ctx,
+            )  # fmt: skip
         if self.ctx.max_drop is not None:
             plan = self._within_budget(plan, self.ctx.max_drop)
         if self.options.flips is not None and self.feeds and plan.layers:
@@ -260,9 +261,7 @@ class _Decision:
             least = np.broadcast_to(steps, (layer.channels,))
         search = self.options.method is not Method.MINMAX
         importance = layer.per_input(channels.mean_square) if channels is not None and search else None
-        grid = weight_grid(bits, self.options.symmetric)
-        narrow = self.options.narrow_sums and bits == 8 and point is not None and grid.symmetric
-        lanes = lanes_of(layer, self.options.narrow_sums) if narrow else None
+        grid, lanes = weight_grid(bits, self.options.symmetric), self._lanes(layer, bits, point is not None)
         codes = fit_weights(matrix, grid, self._block(layer, bits), importance, search, least, lanes)
         gram = self.grams.get(_gram_of(layer))
         if gram is not None:
@@ -271,6 +270,16 @@ class _Decision:
         if self.options.correct and channels is not None and gram is None:  # X'X holds the mean, and the borders
             corrected = _corrected_bias(layer, matrix - codes.values, channels)
         return LayerPlan(bits, codes, point is not None, corrected)
+
+    def _lanes(self, layer: Layer, bits: int, data: bool) -> Lanes | None:
+        """What holds the sums of a layer's codes; None where nothing need."""
+        narrow = self.options.narrow_sums and self.options.symmetric and bits == 8 and data
+        return lanes_of(layer, self.options.narrow_sums) if narrow else None
+
+    def _held(self, plan: Plan) -> dict[str, Lanes]:
+        planned = [(layer, plan.layers[layer.site]) for layer in self.layers]
+        found = {layer.site: self._lanes(layer, each.bits, each.data) for layer, each in planned}
+        return {site: lanes for site, lanes in found.items() if lanes is not None}
 
     def _reach(self) -> dict[str, np.ndarray]:
         """(channels,) of each layer: the root of the mean square of its results, as if its inputs had nothing to do

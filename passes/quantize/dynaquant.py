@@ -62,11 +62,11 @@ class DynaQuant(Pass):
     biases make up for the means that rounding to the nearest code shifts. together: weights are rounded so that the
     errors of a row cancel, else each to its nearest code. narrow_sums: 2 or 4 8-bit weights together stay so small
     that int16 holds their products with any bytes; processors with AVX2 and without VNNI compute such layers
-    faster, those of 4 most, at up to a bit of the weights' accuracy. mixed: the mean width of weights; layers are
-    given 4, 6 or 8 bits by what each costs. layers: all, or their numbers from 0. keep: first, last, or outputs of
-    layers that stay in float, joined by +. least: weights with which an operator is worth it. samples: most
-    calibration samples that ranges come from. outputs: those that quality is measured on. learn: all, or some of
-    scales, offsets (zero points and biases) and rounding (of weights), joined by +. modulator: how much more
+    faster, those of 4 most, which cost up to a bit of the weights' accuracy. 0: any weights. mixed: the mean width of
+    weights; layers are given 4, 6 or 8 bits by what each costs. layers: all, or their numbers from 0. keep: first,
+    last, or outputs of layers that stay in float, joined by +. least: weights with which an operator is worth it.
+    samples: most calibration samples that ranges come from. outputs: those that quality is measured on. learn: all, or
+    some of scales, offsets (zero points and biases) and rounding (of weights), joined by +. modulator: how much more
     numbers near the border between two codes learn; 0 is the straight-through estimator. block_steps, steps, batch,
     rate, loss: of the training.
     measure: needs --target and a machine that runs it; it compiles the model two to six times.
@@ -85,7 +85,7 @@ class DynaQuant(Pass):
     equalise: bool = False  # cross-layer equalisation
     correct: bool = True  # bias correction, where weights are rounded each to its nearest code
     together: bool = True  # the weights of a row are rounded together; else each to its nearest code
-    narrow_sums: int = 0  # 2 or 4 8-bit weights together stay so small that int16 holds their products with any bytes
+    narrow_sums: int = 2  # 2 or 4 8-bit weights together stay so small that int16 holds their products with any bytes
     mixed: float | None = None  # mean bits of weights; each layer gets 4, 6 or 8
     layers: str = "all"  # all, or numbers joined by +
     keep: tuple[str, ...] = ()  # first, last, or outputs of layers that stay in float, joined by +

@@ -28,6 +28,7 @@ from .. import graph
 from ..base import Block, Loss, PassContext, TrainingJob
 from .constants import new_constant
 from .layers import Layer, find_layers
+from .narrow_sums import Lanes
 from .placement import Placement, place
 from .plan import LayerPlan, Plan, Point
 from .scales import FEW_STEPS, Grid, data_grid, in_half, weight_grid
@@ -54,14 +55,15 @@ class Learning:
 
 
 def learn(
-    base: ir.Model, layers: Sequence[Layer], plan: Plan, reach: Mapping[str, np.ndarray], learning: Learning,
-    outputs: tuple[str, ...], ctx: PassContext,
+    base: ir.Model, layers: Sequence[Layer], plan: Plan, reach: Mapping[str, np.ndarray], lanes: Mapping[str, Lanes],
+    learning: Learning, outputs: tuple[str, ...], ctx: PassContext,
 ) -> Plan:  # fmt: skip
     """The plan with what was learned. base: the float model with the plan's edits; layers: those of `plan`, in it.
-    reach: site -> (channels,) how large the layer's results are, the unit of its bias. What was learned counts for
-    nothing when the outputs on held-out samples were nearer to the float model's before."""
+    reach: site -> (channels,) how large the layer's results are, the unit of its bias. lanes: by site, what sums of
+    codes stay held by. What was learned counts for nothing when the outputs on held-out samples were nearer to the
+    float model's before."""
     assert ctx.trainer is not None
-    student = _Student(base, plan, reach, learning)
+    student = _Student(base, plan, reach, lanes, learning)
     model = student.model
     teacher = base.clone()
     for name, array in student.parameters.items():  # which the trainer looks up there
@@ -173,8 +175,11 @@ def _grid(layer: LayerPlan) -> Grid:
 class _Student:
     """The float model with fake quantization. parameters: name -> zeros; what is learned."""
 
-    def __init__(self, base: ir.Model, plan: Plan, reach: Mapping[str, np.ndarray], learning: Learning) -> None:
-        self.before, self.reach, self.learning = plan, reach, learning
+    def __init__(
+        self, base: ir.Model, plan: Plan, reach: Mapping[str, np.ndarray], lanes: Mapping[str, Lanes],
+        learning: Learning,
+    ) -> None:  # fmt: skip
+        self.before, self.reach, self.lanes, self.learning = plan, reach, lanes, learning
         self.parameters: dict[str, np.ndarray] = {}
         self.starts: dict[str, np.ndarray] = {}  # weights in steps, and biases, by site
         self.model = base.clone()
@@ -318,6 +323,8 @@ class _Student:
             steps = np.rint(self.starts[f"{site}|steps"] + change(f"{site}|rounding"))
             wide = np.repeat(zero, codes.block or inputs, 1)[:, :inputs]
             new = np.clip(steps + wide, grid.low, grid.high).astype(codes.codes.dtype)
+            if site in self.lanes:
+                new = self.lanes[site].held(new)
             bias = layer.bias
             if f"{site}|bias" in self.starts:
                 bias = self.starts[f"{site}|bias"] + change(f"{site}|bias") * self.starts[f"{site}|reach"]

@@ -461,11 +461,10 @@ class DirectEmitter:
         each = self.spec.strides[1] * source.pixel
         together = min(self.dot.joined, self.unroll) if source.step == 1 else 1
         for u in range(0, self.unroll, together):
-            weights = [w_at + (u * step + v * self.dot.width) for v in range(vectors)]
             count = min(together, self.unroll - u)
             for j in range(taps.low, taps.high):
                 at = x_at + (u * source.step + j * each)
-                acc.add_bytes(j, source.buffer, at, self.e.w, weights, step, count)
+                acc.add_bytes(j, source.buffer, at, self.e.w, w_at + u * step, step, count, range(vectors))
 
     def step(self, acc: Accumulators, taps: Taps, vectors: int, source: Source, x_at: Expr, w_at: Expr) -> None:
         """tile[pixel][vector] += x[pixel] · w[vector] for one step over the channels of one tap."""

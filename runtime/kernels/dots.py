@@ -217,6 +217,29 @@ class IntegerDot(Dot):
         return int(array.view(np.int32)[0])
 
 
+class ExactDot(Dot):
+    """8-bit numbers in float32: a step is one multiply-add, exact for up to 514 products, whose sum is at most 2^24.
+
+    Elements of x are widened where they are; pairs would have to be gathered.
+    """
+
+    dtype = "int8"
+    itemsize = 1
+
+    def weights(self, buffer: Buffer, offset: Expr) -> Expr:
+        return self._widened(buffer, offset)
+
+    def each(self, buffer: Buffer, offset: Expr) -> Expr:
+        return self._widened(buffer, offset)
+
+    def _widened(self, buffer: Buffer, offset: Expr) -> Expr:
+        return T.Bind(T.Cast(self.vectors.dtype, buffer[self.vectors.at(offset)]))
+
+    def whole(self, sums: Expr) -> Expr:
+        """The sums as int32."""
+        return T.Cast(f"int32x{self.vectors.lanes}", sums)
+
+
 def dot_of(vectors: Vectors, data: str, stored: str = "float32", joined: int = 0) -> Dot:
     """What takes x of type `data`, and weights of float32 that are stored as `stored`."""
     if data in INTEGERS:
@@ -297,12 +320,12 @@ class Accumulators:
         self.set(row, column, self.dot.add(self.get(row, column), x, weights))
 
     def add_bytes(
-        self, row: int, x: Buffer, x_at: Expr, w: Buffer, w_at: Sequence[Expr], apart: int, steps: int, first: int = 0
+        self, row: int, x: Buffer, x_at: Expr, w: Buffer, w_at: Expr, apart: int, steps: int, columns: range
     ) -> None:
-        """Take up `steps` <= `dot.joined` neighbouring steps in the columns of a row from the `first` on.
+        """Take up `steps` <= `dot.joined` neighbouring steps in some columns of a row.
 
-        w_at: where the weights of each column lie; those of its next step are `apart` behind.
+        w_at: where the weights of these columns lie; those of their next step are `apart` behind.
         """
-        places = [self._place(row, first + column) for column in range(len(w_at))]
+        places = [self._place(row, column) for column in columns]
         pointers = [T.address_of(buffer[at.base]) for buffer, at in places]
         self.vectors.add_bytes(pointers, x, x_at, w, w_at, apart, steps)

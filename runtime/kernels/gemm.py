@@ -325,14 +325,12 @@ class GemmEmitter:
             return b_start + before + k * const(step) + const((j - first) * dot.width), step
 
         def bytes_step(k: Expr, together: int = 1) -> None:
-            parts = [weights(j, k) for j in range(count)]
-            for step, group in itertools.groupby(range(count), key=lambda j: parts[j][1]):
-                columns = list(group)
+            for first in range(0, count, width):
+                columns = range(first, min(first + width, count))
+                b_at, step = weights(first, k)
                 for i in range(height):
                     at = a_start + const(i) * a_row + k
-                    accumulators.add_bytes(
-                        i, self.a, at, self.b, [parts[j][0] for j in columns], step, together, columns[0]
-                    )
+                    accumulators.add_bytes(i, self.a, at, self.b, b_at, step, together, columns)
 
         def step(k: Expr) -> None:
             if joined:

@@ -181,31 +181,33 @@ declare <4 x i32> @llvm.x86.sse2.pmadd.wd(<8 x i16>, <8 x i16>)
 
 def _bytes(lanes: int, columns: int, steps: int) -> str:
     """Products of one or two steps of bytes added to a row of sums, as one piece: weights are read where they are
-    multiplied, so that 16 registers hold more sums, and nothing else lives than a product for each column."""
-    sums, words = f"<{lanes} x i32>", f"<{2 * lanes} x i16>"
+    multiplied, so that 16 registers hold more sums, and nothing else lives than a product for each column.
+
+    Weights have one pointer, and distances in the instructions: of a pointer for each LLVM makes as many induction
+    variables, which do not fit into registers. It does not see that weights are read, so nothing may write them.
+    """
+    sums, words, line = f"<{lanes} x i32>", f"<{2 * lanes} x i16>", 4 * lanes
     outputs = [*[sums] * columns, *[words] * columns, words, *([words] if steps > 1 else [])]
     x, spare, ones = 2 * columns, 2 * columns + 1, len(outputs) + columns
-    memory = ones + 1
+    weights, apart, memory = ones + 1, ones + 2, ones + 3
     lines = []
     for step in range(steps):
         lines.append(f"vpbroadcastd ${memory + step}, ${x}")
         for c in range(columns):
-            weight, product = memory + steps + step * columns + c, spare if step else columns + c
-            lines.append(f"vpmaddubsw ${weight}, ${x}, ${product}")
+            distance = f"${{{apart}:c}}+{c * line}" if step else str(c * line)
+            product = spare if step else columns + c
+            lines.append(f"vpmaddubsw {distance}(${weights}), ${x}, ${product}")
             lines += [f"vpaddw ${spare}, ${columns + c}, ${columns + c}"] * (step > 0)
     lines += [f"vpmaddwd ${ones}, ${columns + c}, ${columns + c}" for c in range(columns)]
     lines += [f"vpaddd ${columns + c}, ${c}, ${c}" for c in range(columns)]
     kinds = ["=v"] * columns + ["=&v"] * (len(outputs) - columns)
-    kinds += [str(c) for c in range(columns)] + ["v"] + ["*m"] * (steps + steps * columns)
-    vector = f"<{4 * lanes} x i8>"
-    given = [f"{sums} %a{c}" for c in range(columns)] + [f"{words} splat (i16 1)"]
+    kinds += [str(c) for c in range(columns)] + ["v", "r", "i"] + ["*m"] * steps
+    given = [f"{sums} %a{c}" for c in range(columns)] + [f"{words} splat (i16 1)", "ptr %w", "i64 %apart"]
     given += [f"ptr elementtype(i32) %x{s}" for s in range(steps)]
-    given += [f"ptr elementtype({vector}) %w{c}_{s}" for s in range(steps) for c in range(columns)]
-    pointers = [*(f"ptr %s{c}" for c in range(columns)), "ptr %x0", *(f"ptr %w{c}_0" for c in range(columns))]
+    pointers = [*(f"ptr %s{c}" for c in range(columns)), "ptr %x0", "ptr %w"]
     body = [f"  %a{c} = load {sums}, ptr %s{c}, align 4" for c in range(columns)]
     if steps > 1:
         body.append("  %x1 = getelementptr i8, ptr %x0, i64 4")
-        body += [f"  %w{c}_1 = getelementptr i8, ptr %w{c}_0, i64 %apart" for c in range(columns)]
     result = "{ " + ", ".join(outputs) + " }"
     text = "\\0A\\09".join(lines)
     body.append(f'  %r = call {result} asm "{text}", "{",".join(kinds)}"({", ".join(given)})')

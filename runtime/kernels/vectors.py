@@ -155,21 +155,19 @@ class Vectors:
         return T.call_extern(f"int32x{self.lanes}", self._name("pairs"), sums, x, w)
 
     def add_bytes(
-        self, sums: Sequence[Expr], x: Buffer, x_at: Expr, w: Buffer, w_at: Sequence[Expr], apart: int, steps: int
+        self, sums: Sequence[Expr], x: Buffer, x_at: Expr, w: Buffer, w_at: Expr, apart: int, steps: int
     ) -> None:
         """Add to vectors of int32, at each pointer of `sums`, the products of one or two steps of four bytes.
 
-        x: buffer of int32, whose elements hold four uint8 each; steps lie behind each other. w: buffer of int8, four
-        for each lane; the first step of vector v is at w_at[v], the second `apart` behind. The sums that int16 takes on
-        the way must fit into it.
+        x: buffer of int32, whose elements hold four uint8 each; steps lie behind each other. w: buffer of int8 that
+        nothing writes, four for each lane; those of the vectors' first step lie behind each other from w_at on, those
+        of the second `apart` behind. The sums that int16 takes on the way must fit into it.
         """
-        most = BYTE_COLUMNS
-        for first in range(0, len(sums), most):
-            part = slice(first, first + most)
-            name = self._name(f"bytes_{len(sums[part])}_{steps}")
-            weights = [T.address_of(w[at]) for at in w_at[part]]
-            pointers = (*sums[part], T.address_of(x[x_at]), *weights)
-            T.evaluate(T.call_extern("int32", name, *pointers, T.int64(apart)))
+        for first in range(0, len(sums), BYTE_COLUMNS):
+            part = sums[first : first + BYTE_COLUMNS]
+            name = self._name(f"bytes_{len(part)}_{steps}")
+            weights = T.address_of(w[w_at + first * 4 * self.lanes])
+            T.evaluate(T.call_extern("int32", name, *part, T.address_of(x[x_at]), weights, T.int64(apart)))
 
     def choose(self, comparison: str, a: Expr, b: Expr, then: Expr, otherwise: Expr) -> Expr:
         """Lane by lane `then` where a compares so with b, else `otherwise`.

@@ -15,6 +15,7 @@ import pytest
 from graphwright.passes.base import PassContext, PassReport
 from graphwright.passes.errors import PassError, UsageError, WeightsError
 from graphwright.passes.pipeline import Pipeline
+from graphwright.passes.quantize.narrow_sums import lanes
 from graphwright.passes.quantize.plan import Plan
 from graphwright.runtime import driver
 from graphwright.runtime.evaluator import evaluate
@@ -234,6 +235,18 @@ def test_with_a_budget_the_worst_layers_return_to_float(tmp_path: Path) -> None:
         _, report = quantized(proto, ":weights=4:group=0", data, tmp_path, budget)
         kept.append(len([skip for skip in report.skips if "by itself it costs" in skip.reason]))
     assert kept[0] == 0 < kept[1] <= kept[2] == 4
+
+
+@pytest.mark.parametrize(("options", "meeting"), [("", 2), (":narrow_sums=4", 4), (":narrow_sums=0", None)])
+def test_sums_of_two_weights_are_narrow_unless_others_are_asked_for(
+    options: str, meeting: int | None, tmp_path: Path
+) -> None:
+    model, _ = mlp()
+    _, report = quantized(model, options, samples((2, 3, 8)), tmp_path)
+    plan = plan_of(report, tmp_path)
+    assert len(plan.layers) == 4
+    fits = [lanes(8, meeting=meeting or 2).fits(layer.codes.codes) for layer in plan.layers.values()]
+    assert all(fits) == (meeting is not None)
 
 
 def test_mixed_widths_meet_their_mean(tmp_path: Path) -> None:

@@ -12,12 +12,13 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from graphwright.passes import io
+from graphwright.passes import graph, io
 from graphwright.passes.base import PassContext, PassReport, TrainingJob, Weights
 from graphwright.passes.errors import PassError, UsageError
 from graphwright.passes.pipeline import Pipeline
 from graphwright.passes.quantize.layers import find_layers
 from graphwright.passes.quantize.learn import _segments
+from graphwright.passes.quantize.narrow_sums import lanes
 from graphwright.runtime.evaluator import evaluate
 from graphwright.runtime.reference import Reference
 from onnx import numpy_helper, parser
@@ -120,8 +121,6 @@ optimize({str(tmp_path / "in.onnx")!r}, {report.spec!r}, preset="none", out={str
     assert (tmp_path / "again.onnx").read_bytes() == (tmp_path / "learned.onnx").read_bytes()
 
 
-
-
 def test_what_takes_the_outputs_further_away_counts_for_nothing(tmp_path: Path) -> None:
     model, x = model_of(MLP, MLP_SHAPES), samples((1, 5, 8), 30, 1)
     found = {}
@@ -135,6 +134,28 @@ def test_what_takes_the_outputs_further_away_counts_for_nothing(tmp_path: Path) 
         plain, _ = quantized("dynaquant:least=1", model, context(tmp_path, x))
         found[drop] = (bytes_of(ours) == bytes_of(plain), "learned" in report.stats)
     assert found == {0.2: (False, False), 0.4: (True, True)}
+
+
+def test_rounding_that_is_learned_keeps_sums_of_weights_narrow(tmp_path: Path) -> None:
+    model, x = model_of(MLP, MLP_SHAPES), samples((1, 5, 8), 30, 1)
+
+    def trainer(job: TrainingJob, ctx: PassContext) -> Weights:
+        arrays = {f"{site}|rounding": np.full((8, 8), 9, np.float32) for site in ("q", "v", "o", "z")}
+        return Weights(arrays, (), job.record, {"drop_before": 0.3, "drop": 0.2})
+
+    plain, _ = quantized("dynaquant:least=1:narrow_sums=4", model, context(tmp_path, x))
+    ours, _ = quantized("dynaquant:least=1:narrow_sums=4:learn=rounding", model, context(tmp_path, x, trainer=trainer))
+    before, after = _codes(plain), _codes(ours)
+    assert len(before) == len(after) == 4
+    for old, learned in zip(before, after, strict=True):
+        assert (learned > old).any()
+        assert lanes(8, meeting=4).fits(learned)
+
+
+def _codes(model: ir.Model) -> list[np.ndarray]:
+    """Of every product's weight (outputs, inputs)."""
+    tensors = [graph.constant_tensor(node.inputs[0]) for node in model.graph if graph.is_op(node, "DequantizeLinear")]
+    return [tensor.numpy().T for tensor in tensors if tensor is not None]
 
 
 class Interrupted(Exception):

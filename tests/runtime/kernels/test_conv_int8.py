@@ -163,24 +163,33 @@ def test_sums_that_may_not_fit_have_no_kernel() -> None:
     assert "may exceed int32" in str(supported(long, Target.named("cpu").isa))
 
 
-# Target -> the instruction that makes the sums.
+# Target -> the instruction that makes the sums, and what does in a depthwise convolution that makes no copy.
 INSTRUCTIONS = {
-    "cpu-avx2": r"vpmaddwd\s.*%ymm", "cpu-avx512": r"vpmaddwd\s.*%zmm", "cpu-avx512-vnni": r"vpdpbusd\s.*%zmm",
-    "arm64": r"sdot\s+v\d+\.4s, v\d+\.16b, v\d+\.16b",
-}  # fmt: skip
+    "cpu-avx2": (r"vpmaddwd\s.*%ymm", r"vfmadd\d+ps\s.*%ymm"),
+    "cpu-avx512": (r"vpmaddwd\s.*%zmm", r"vfmadd\d+ps\s.*%zmm"),
+    "cpu-avx512-vnni": (r"vpdpbusd\s.*%zmm", r"vpdpbusd\s.*%zmm"),
+    "arm64": (r"sdot\s+v\d+\.4s, v\d+\.16b, v\d+\.16b",) * 2,
+}
+WIDE = spec_of((16, 16), (6, 60), (3, 3), pads=same(3), groups=16)
 
 
-@pytest.mark.parametrize("case", ["3x3", "depthwise"])
+@pytest.mark.parametrize("case", ["3x3", "depthwise", "wide depthwise"])
 @pytest.mark.parametrize("name", INSTRUCTIONS)
 def test_instructions(name: str, case: str) -> None:
     import tvm
     from graphwright.runtime.codegen import machine_code
 
-    target, spec = Target.named(name), whole(DEPTHWISE["3x3"] if case == "depthwise" else DIRECT[case])
-    module = tvm.IRModule({"conv": conv(spec, target.isa, 1, None, "conv", target.caches)})
+    spec = {"3x3": DIRECT["3x3"], "depthwise": DEPTHWISE["3x3"], "wide depthwise": WIDE}[case]
+    target, expected = Target.named(name), INSTRUCTIONS[name][case == "depthwise"]
+    module = tvm.IRModule({"conv": conv(whole(spec), target.isa, 1, None, "conv", target.caches)})
     text = machine_code(module, target).mod.inspect_source("s")
-    assert len(re.findall(INSTRUCTIONS[name], text)) >= 12
+    assert len(re.findall(expected, text)) >= 12
     assert not re.search(r"vpmulld|\smul\s+v\d+\.4s", text)
+
+
+@pytest.mark.parametrize("zero", [0, 131, 255])
+def test_wide_depthwise_convolutions(zero: int) -> None:
+    check(whole(WIDE, zero=zero), Target.named("cpu-avx2"))
 
 
 @pytest.mark.parametrize("name", ["armv7", "riscv64"])
