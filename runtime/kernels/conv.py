@@ -90,9 +90,14 @@ def pack_weights(weight: np.ndarray, spec: ConvSpec, isa: InstructionSet, tile: 
     return TEMPLATES[tile.algorithm].pack(weight, spec, isa, tile)
 
 
+def reads(spec: ConvSpec, tile: ConvTile) -> str:
+    """The type that the kernel of that tile widens its weights of float32 from: their own, or float32 itself."""
+    return spec.stored if tile.algorithm == "direct" else "float32"
+
+
 def dot_for(vectors: Vectors, spec: ConvSpec, tile: ConvTile) -> Dot:
     """What the kernel of that tile reads its weights with."""
-    return dot_of(vectors, spec.data, spec.stored if tile.algorithm == "direct" else "float32", spec.joined)
+    return dot_of(vectors, spec.data, reads(spec, tile), spec.joined)
 
 
 def emit(
