@@ -235,7 +235,8 @@ class ConvTrial(Trial):
 
     def second(self, tile: ConvTile, draw: np.random.Generator) -> np.ndarray:
         shape = (self.spec.out_channels, self.spec.in_channels // self.spec.groups, *self.spec.kernel)
-        return conv.pack_weights(draw.standard_normal(shape, np.float32), self.spec, self.target.isa, tile)
+        weight = draw.standard_normal(shape, np.float32).astype(self.spec.stored)
+        return conv.pack_weights(weight, self.spec, self.target.isa, tile)
 
     def tiles(self) -> list[ConvTile]:
         rule = chosen_tile(self.spec, self.target)
