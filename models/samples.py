@@ -100,8 +100,13 @@ def line_images(rng: np.random.Generator, sizes: Sizes) -> Feeds:
         line = datasets.page()[top:bottom, : (bottom - top) * width // height]
         if row % 2:
             line = line[::-1, ::-1]
-        rows.append(_ocr_image(_resized(line, height, width)))
+        rows.append(ocr_line(line, height, width))
     return {"x": np.concatenate(rows)}
+
+
+def ocr_line(line: NDArray[np.uint8], height: int, width: int) -> NDArray[np.float32]:
+    """(rows, columns, 3) -> (1, 3, height, width) for the orientation classifier: resized, -1 to 1."""
+    return _ocr_image(_resized(line, height, width))
 
 
 def file_bytes(rng: np.random.Generator, sizes: Sizes) -> Feeds:

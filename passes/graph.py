@@ -230,6 +230,25 @@ def constant_ints(value: ir.Value | None) -> list[int] | None:
     return [int(x) for x in array.reshape(-1)]
 
 
+def weight_readers(value: ir.Value, axes: int) -> Iterator[tuple[ir.Node, bool]]:
+    """Who reads a constant of so many axes, itself or transposed, and whether as the weight of a product or a
+    convolution or as the table of a gather, which kernels take in 16 bits."""
+    for user, index in value.uses():
+        if axes == 2 and is_op(user, "Transpose") and not user.outputs[0].is_graph_output():
+            yield from weight_readers(user.outputs[0], axes)
+        elif is_op(user, "Conv"):
+            yield user, index == 1 and axes in (3, 4)
+        else:
+            as_weight = is_op(user, "MatMul", "Gemm") and index == 1
+            yield user, axes == 2 and (as_weight or (is_op(user, "Gather") and index == 0))
+
+
+def is_only_weight(value: ir.Value, axes: int) -> bool:
+    """Whether something reads the constant, and everything that does as `weight_readers` says."""
+    readers = [as_weight for _, as_weight in weight_readers(value, axes)]
+    return not value.is_graph_output() and bool(readers) and all(readers)
+
+
 class Names:
     """Gives names that nothing in the model has. Build it once a pass: it reads every name."""
 

@@ -44,6 +44,7 @@ PASSES: dict[str, str] = {
     "stablemax": "graphwright.passes.attention.stablemax:Stablemax",
     "dynaquant": "graphwright.passes.quantize.dynaquant:DynaQuant",
     "nested-widths": "graphwright.passes.quantize.nested_widths:NestedWidths",
+    "bf16": "graphwright.passes.quantize.bf16:Bf16",
     "block-activations": "graphwright.passes.quantize.block_activations:BlockActivations",
 }
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from ..passes.graph import site, subgraphs
+from ..passes.graph import is_constant, site, subgraphs
 from .artifact import ONNXRUNTIME, TVM
 
 
@@ -43,20 +43,32 @@ def partition(model: ir.Model, refused: Mapping[ir.Node, str]) -> list[Region]:
     """Regions in an order in which they can run. `refused`: nodes TVM cannot take -> why.
 
     A node's level counts the changes of runtime on the way to it, so the nodes of one runtime and level form a
-    convex region: no path leaves it and comes back.
+    convex region: no path leaves it and comes back. A node of constants alone, such as the Cast of a narrow weight,
+    goes where all its readers are: what it gives is not handed over at every run, and a kernel may read the constant.
     """
-    level: dict[ir.Node, int] = {}
-    groups: dict[tuple[int, str], list[ir.Node]] = {}
+    place: dict[ir.Node, tuple[int, str]] = {}
+    constant: set[ir.Node] = set()
     for node in model.graph:
         runtime = ONNXRUNTIME if node in refused else TVM
         parity = 0 if runtime == TVM else 1  # even levels are TVM's, odd ones onnxruntime's
         start = parity
-        for value in reads(node):
+        values = reads(node)
+        for value in values:
             source = value.producer()
-            if source in level:
-                start = max(start, level[source] + (level[source] - parity) % 2)
-        level[node] = start
-        groups.setdefault((start, runtime), []).append(node)
+            if source in place:
+                level = place[source][0]
+                start = max(start, level + (level - parity) % 2)
+        place[node] = start, runtime
+        if runtime == TVM and values and all(is_constant(v) or v.producer() in constant for v in values):
+            constant.add(node)
+    for node in reversed(model.graph):
+        if node in constant and not any(value.is_graph_output() for value in node.outputs):
+            readers = {place.get(user) for value in node.outputs for user, _ in value.uses()}
+            if len(readers) == 1 and (where := readers.pop()) is not None:
+                place[node] = where
+    groups: dict[tuple[int, str], list[ir.Node]] = {}
+    for node in model.graph:
+        groups.setdefault(place[node], []).append(node)
     return [
         Region(runtime, tuple(nodes), {site(n): refused[n] for n in nodes if n in refused})
         for (_, runtime), nodes in sorted(groups.items(), key=lambda item: item[0][0])

@@ -62,7 +62,7 @@ class _Planner(relax.PyExprMutator):
             blocked = self.in_blocks(call.args[0])
             into, weights = self.into_blocks, self.weights
             blocks = convolutions.convolution(self.builder_, call, blocked, into, self.target, weights)
-            result = None if blocks is None else self.unpacked(blocks, original.ty)
+            result = convolutions.widened(call) if blocks is None else self.unpacked(blocks, original.ty)
         elif name in TRANSPOSED:
             call = self.builder_.normalize(call)
             blocked = self.in_blocks(call.args[0])

@@ -116,9 +116,8 @@ class Trial(ABC):
         """Whether the second input is."""
         return True
 
-    @property
-    def second_type(self) -> str:
-        """Element type of the second input, as it is packed."""
+    def second_type(self, tile: Any) -> str:
+        """Element type of the second input, as it is packed for the tile."""
         return "float32"
 
     def parameters(self, tile: Any) -> dict[str, Any]:
@@ -145,7 +144,7 @@ class Trial(ABC):
         """The compiled kernel (first input, second, output), without an epilogue."""
         first, out = self.shapes()
         bb = relax.BlockBuilder()
-        types = [relax.TensorType(first, "float32"), relax.TensorType(second, self.second_type)]
+        types = [relax.TensorType(first, "float32"), relax.TensorType(second, self.second_type(tile))]
         names = [relax.Var(f"x{i}", kind) for i, kind in enumerate(types)]
         with bb.function("main", names):
             with bb.dataflow():
@@ -172,8 +171,7 @@ class ProductTrial(Trial):
     def constant(self) -> bool:
         return self.spec.packed
 
-    @property
-    def second_type(self) -> str:
+    def second_type(self, tile: GemmTile) -> str:
         return "float32" if self.spec.weights == "float32" else "uint16"
 
     def flops(self) -> float:
@@ -220,6 +218,9 @@ class ConvTrial(Trial):
     def flops(self) -> float:
         return 2.0 * (self.spec.batch or 1) * self.spec.multiply_adds
 
+    def second_type(self, tile: ConvTile) -> str:
+        return "float32" if conv.reads(self.spec, tile) == "float32" else "uint16"
+
     def second_size(self) -> int:
         return self.spec.out_channels * self.spec.in_channels // self.spec.groups * self.spec.taps
 
@@ -234,7 +235,8 @@ class ConvTrial(Trial):
 
     def second(self, tile: ConvTile, draw: np.random.Generator) -> np.ndarray:
         shape = (self.spec.out_channels, self.spec.in_channels // self.spec.groups, *self.spec.kernel)
-        return conv.pack_weights(draw.standard_normal(shape, np.float32), self.spec, self.target.isa, tile)
+        weight = draw.standard_normal(shape, np.float32).astype(self.spec.stored)
+        return conv.pack_weights(weight, self.spec, self.target.isa, tile)
 
     def tiles(self) -> list[ConvTile]:
         rule = chosen_tile(self.spec, self.target)

@@ -39,6 +39,9 @@ PARTS = {  # column -> options
 }
 WINDOW, WINDOWS, JUDGED_WINDOWS = 64, 320, 256  # bytes of text, samples to learn from, and to judge by
 DIGITS, PHOTO_CROPS, JUDGED_CROPS = 500, 96, 150
+# First and last rows of lines of the page, to learn from and to judge by, and how many cuttings of them.
+LEARNED_LINES, JUDGED_LINES = ((12, 36), (68, 84), (104, 122)), ((48, 64), (86, 102))
+CUTTINGS, JUDGED_CUTTINGS = 240, 400
 
 
 @dataclass(frozen=True)
@@ -120,6 +123,37 @@ def same(old: np.ndarray, new: np.ndarray) -> float:
     return float((old.argmax(1) == new.argmax(1)).mean())
 
 
+def cuttings(lines: Sequence[tuple[int, int]], count: int, seed: int) -> tuple[Arrays, np.ndarray]:
+    """Pieces of lines of the page, somewhat moved, darker, paler or noisy, (1, 3, 48, 192); which are upside down."""
+    import numpy as np
+    from graphwright.models import datasets
+    from graphwright.models.samples import ocr_line
+
+    page, random = datasets.page(), np.random.default_rng(seed)
+    turned = random.integers(2, size=count)
+    found = []
+    for number in range(count):
+        first, last = lines[number % len(lines)]
+        top, bottom = first + int(random.integers(-3, 4)), last + int(random.integers(-3, 4))
+        width = int(4 * (bottom - top) * random.uniform(0.6, 1.2))
+        left = int(random.integers(0, page.shape[1] - width + 1))
+        piece = page[top:bottom, left : left + width].astype(float)
+        contrast, light, noise = random.uniform(0.5, 1.2), random.uniform(-40, 40), random.uniform(0, 12)
+        piece = (piece - 128) * contrast + 128 + light + random.normal(0, noise, piece.shape)
+        piece = piece[::-1, ::-1] if turned[number] else piece
+        found.append(ocr_line(np.clip(piece, 0, 255).astype(np.uint8), 48, 192))
+    return found, turned
+
+
+@lru_cache
+def _judged_cuttings() -> tuple[Arrays, np.ndarray]:
+    return cuttings(JUDGED_LINES, JUDGED_CUTTINGS, 7)
+
+
+def right_way_up(old: np.ndarray, new: np.ndarray) -> float:
+    return float((new.argmax(1) == _judged_cuttings()[1]).mean())
+
+
 def cases() -> list[Case]:
     from graphwright.models import registry
 
@@ -129,6 +163,9 @@ def cases() -> list[Case]:
         Case("gpt-moby", "perplexity", "input_ids", export_moby, windows_to_learn,
              lambda: [row[None, :-1].astype("int64") for row in _windows()[1]], perplexity,
              ":block_steps=40:steps=30:batch=8:rate=0.003"),
+        Case("ocr-cls", "right", "x", partial(registry.export, "ocr-cls"),
+             lambda: cuttings(LEARNED_LINES, CUTTINGS, 1)[0], lambda: _judged_cuttings()[0], right_way_up,
+             ":block_steps=30:steps=40:batch=12:rate=0.003"),
         Case("efficientnet-lite0", "same class", "image", partial(registry.export, "efficientnet-lite0"),
              partial(photo_crops, False), partial(photo_crops, True), same,
              ":block_steps=20:steps=0:batch=4:rate=0.001", ":samples=64"),

@@ -44,8 +44,8 @@ class FoldConstants(Pass):
     its branch, and a Where over shapes (`expand (-1, ...)` of an exporter) what it takes.
     Left alone, each with its reason: results above max_bytes or that make the file larger by more than
     max_growth (a ConstantOfShape of 500 MB stays one; sizes are worked out first), work that takes long,
-    random operators, quantized weights, float16 and bfloat16 weights that only products and gathers read, widened by a
-    Cast, nodes of functions with parameters in their attributes.
+    random operators, quantized weights, float16 and bfloat16 weights that only products, convolutions and gathers
+    read, widened by a Cast, nodes of functions with parameters in their attributes.
     Results are computed by NumPy, so they may differ from a runtime's by rounding.
     """
 
@@ -202,7 +202,7 @@ class _Run:
             return
         tensors = [graph.constant_tensor(value) for value in node.inputs]
         if _widens_weights(node):
-            self.report.skipped("fold", graph.site(node), "Cast of weights that products and gathers read as they are")
+            self.report.skipped("fold", graph.site(node), "Cast of weights that kernels read as they are")
             return
         try:
             self._check_size(node, scope, tensors)
@@ -346,25 +346,13 @@ def _unknown_shape(node: ir.Node) -> bool:
 
 
 def _widens_weights(node: ir.Node) -> bool:
-    """Whether a node makes float32 of a large matrix of a narrower type for products and gathers alone."""
+    """Whether a node makes float32 of a large constant of a narrower type that is read as a weight alone."""
     source = graph.input_of(node, 0)
     shape = graph.static_shape(source)
-    if not graph.is_op(node, "Cast") or source is None or source.dtype not in HALF or shape is None or len(shape) != 2:
+    if not graph.is_op(node, "Cast") or source is None or source.dtype not in HALF or shape is None:
         return False
     widened = graph.attribute(node, "to") == ir.DataType.FLOAT and math.prod(shape) >= LARGE
-    return widened and _only_weight(node.outputs[0])
-
-
-def _only_weight(value: ir.Value) -> bool:
-    """Whether a matrix is nothing but the weight of products and the table of gathers, transposed or not."""
-    if value.is_graph_output() or not value.uses():
-        return False
-    return all(
-        (graph.is_op(user, "MatMul", "Gemm") and index == 1)
-        or (graph.is_op(user, "Gather") and index == 0)
-        or (graph.is_op(user, "Transpose") and _only_weight(user.outputs[0]))
-        for user, index in value.uses()
-    )
+    return widened and graph.is_only_weight(node.outputs[0], len(shape))
 
 
 def _megabytes(size: int) -> str:

@@ -11,7 +11,7 @@ from . import integer_products
 from .block_weights import block_product
 from .quantization import conv_pads
 from .shapes import reshaped
-from .site import NARROW_FLOATS, Dim, Refuse, Result, Site, Unfixed, const, constant_of, converts, is_float
+from .site import NARROW_FLOATS, Dim, Refuse, Result, Site, Unfixed, const, constant_of, converts, dtype_of, is_float
 from .stored import stored_weight
 
 CONVOLUTIONS = {1: relax.op.nn.conv1d, 2: relax.op.nn.conv2d, 3: relax.op.nn.conv3d}
@@ -104,8 +104,9 @@ def conv(site: Site) -> Result:
     if (whole := integer_products.conv(site, kernel, strides, dilations)) is not None:
         return whole
     before, after = conv_pads(site, site.shape()[2:], kernel, strides, dilations)
-    x, weight = site.x(0), site.x(1)
-    options: dict[str, Any] = {"out_dtype": "float32"} if dtype in NARROW_FLOATS else {}
+    x, weight, stored = site.x(0), site.x(1), stored_weight(site, 1)
+    weight = weight if stored is None else stored
+    options: dict[str, Any] = {"out_dtype": "float32"} if dtype_of(weight) in NARROW_FLOATS else {}
     y = CONVOLUTIONS[rank](
         x, weight, strides=strides, padding=[*before, *after], dilation=dilations,
         groups=int(site.attr("group", 1)), data_layout="NC" + SPATIAL[rank], kernel_layout="OI" + SPATIAL[rank],

@@ -1,4 +1,4 @@
-"""Constant weights that a model stores in 16 bits and widens by a Cast: products and gathers read them as they lie."""
+"""Constant weights that a model stores in 16 bits and widens by a Cast: kernels read them as they lie."""
 
 from __future__ import annotations
 
@@ -12,16 +12,18 @@ from .site import NARROW_FLOATS, Site, const, constant_of, dtype_of, made_by
 
 
 def stored_weight(site: Site, index: int, transposed: bool = False) -> tvm.ir.Expr | None:
-    """The float16 or bfloat16 constant that input `index`, a float32 matrix, was widened from, in the order of the
-    input's axes or (transposed) the other one. None where it is no such thing, and where no kernel would take it.
+    """The float16 or bfloat16 constant that input `index`, a float32 matrix or the weight of a convolution, was widened
+    from, in the order of the input's axes or (transposed, of a matrix) the other one. None where it is no such thing,
+    and where no kernel would take it.
     """
     expr = site.x(index)
-    if not site.target.is_cpu or dtype_of(expr) != "float32" or expr.ty.ndim != 2:
+    axes = expr.ty.ndim
+    if not site.target.is_cpu or dtype_of(expr) != "float32" or axes not in (2, 3, 4):
         return None
-    while (made := made_by(site.bb, expr, "relax.astype", "relax.permute_dims")) is not None:
+    while (made := made_by(site.bb, expr, "relax.astype", *(("relax.permute_dims",) if axes == 2 else ()))) is not None:
         expr = made.args[0]
-        axes = getattr(made.attrs, "axes", None) if made.op.name == "relax.permute_dims" else (0, 1)
-        transposed ^= axes is None or [int(axis) for axis in axes] == [1, 0]
+        order = getattr(made.attrs, "axes", None) if made.op.name == "relax.permute_dims" else (0, 1)
+        transposed ^= order is None or [int(axis) for axis in order] == [1, 0]
     array = constant_of(expr)
     if array is None or dtype_of(expr) not in NARROW_FLOATS:
         return None

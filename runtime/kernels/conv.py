@@ -4,7 +4,8 @@ direct: any size, dense or with groups that fill whole vectors (`conv_direct`).
 depthwise: one input channel for each output channel, or groups that lie in a vector (`conv_depthwise`).
 winograd: 3x3 of stride 1 with fewer multiplications (`winograd`).
 
-float32, and 8-bit numbers with sums in int32 (`dots`), which the first two take. Layouts are in `conv_spec`. `emit`
+float32, and 8-bit numbers with sums in int32 (`dots`), which the first two take. Weights of 16 bits are widened in
+registers by the direct form, and when they are packed by the others. Layouts are in `conv_spec`. `emit`
 writes the loops and hands each finished vector to the caller, who stores it.
 """
 
@@ -22,7 +23,7 @@ from ...passes.base import Caches
 from ..target import InstructionSet
 from . import conv_depthwise, conv_direct, winograd
 from .conv_spec import ConvSpec, ConvTile, Emission, Finish
-from .dots import LONGEST, dot_of
+from .dots import LONGEST, Dot, dot_of
 from .vectors import Buffer, Expr, Vectors
 
 SYMBOL = "conv"
@@ -89,6 +90,16 @@ def pack_weights(weight: np.ndarray, spec: ConvSpec, isa: InstructionSet, tile: 
     return TEMPLATES[tile.algorithm].pack(weight, spec, isa, tile)
 
 
+def reads(spec: ConvSpec, tile: ConvTile) -> str:
+    """The type that the kernel of that tile widens its weights of float32 from: their own, or float32 itself."""
+    return spec.stored if tile.algorithm == "direct" else "float32"
+
+
+def dot_for(vectors: Vectors, spec: ConvSpec, tile: ConvTile) -> Dot:
+    """What the kernel of that tile reads its weights with."""
+    return dot_of(vectors, spec.data, reads(spec, tile), spec.joined)
+
+
 def emit(
     vectors: Vectors,
     spec: ConvSpec,
@@ -106,7 +117,7 @@ def emit(
     w: from `pack_weights` with the same tile. first: what sums start at, of 8-bit numbers `first_sums`. index: integer
     type of offsets, wide enough for all of them. threads: what the kernel may count on.
     """
-    dot = dot_of(vectors, spec.data, joined=spec.joined)
+    dot = dot_for(vectors, spec, tile)
     emission = Emission(vectors, spec, x, w, finish, threads, index, dot, first)
     TEMPLATES[tile.algorithm].emit(emission, tile, caches or Caches())
 
@@ -121,8 +132,8 @@ def conv(
 ) -> tirx.PrimFunc:
     """A kernel (x, w, bias, y) -> None: y = convolution + bias, blocked.
 
-    x (N, an image's elements), w from `pack_weights`, bias (ceil(O/L)·L,), y (N, ceil(O/L)·H·W·L). All are float32; of
-    8-bit x, w is int8, bias from `first_sums` and int32, y int32.
+    x (N, an image's elements), w from `pack_weights`, bias (ceil(O/L)·L,), y (N, ceil(O/L)·H·W·L). All are float32, w
+    uint16 where its 16 bits are widened; of 8-bit x, w is int8, bias from `first_sums` and int32, y int32.
     """
     if reason := supported(spec, isa):
         raise ValueError(reason)
@@ -131,8 +142,9 @@ def conv(
     lanes, (height, width) = vectors.lanes, spec.out_size
     blocks = spec.out_blocks(lanes)
     shape = (spec.out_channels, spec.in_channels // spec.groups, *spec.kernel)
-    dot = dot_of(vectors, spec.data, joined=spec.joined)
-    count = pack_weights(np.zeros(shape, dot.dtype), spec, isa, tile).size
+    dot = dot_for(vectors, spec, tile)
+    packed = pack_weights(np.zeros(shape, dot.dtype), spec, isa, tile)
+    count = packed.size
     sizes = (spec.image(lanes), blocks * height * width * lanes)
     small = spec.batch is not None and max(count, spec.batch * max(sizes)) < 1 << 30
     index = "int32" if small else "int64"
@@ -144,7 +156,7 @@ def conv(
         x, w, bias, y = (
             T.match_buffer(T.arg(label, T.handle()), size, dtype)
             for label, size, dtype in zip(
-                ("x", "w", "bias", "y"), shapes, (spec.data, dot.dtype, dot.sums, dot.sums), strict=True
+                ("x", "w", "bias", "y"), shapes, (spec.data, str(packed.dtype), dot.sums, dot.sums), strict=True
             )
         )
         x = T.decl_buffer((n * tirx.const(sizes[0], index),), spec.data, data=x.data)

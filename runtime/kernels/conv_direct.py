@@ -93,7 +93,7 @@ def tiling(spec: ConvSpec, isa: InstructionSet, tile: ConvTile = BY_RULE) -> Til
 def tilings(spec: ConvSpec, isa: InstructionSet, tile: ConvTile = BY_RULE) -> list[Tiling]:
     """Tilings that a tile leaves open, that with the fewest cycles first, by a plain model of two multiply-adds and two
     loads a cycle."""
-    dot, recut, spec = dot_of(Vectors(isa), spec.data, joined=spec.joined), flat(spec), spec.seen
+    dot, recut, spec = dot_of(Vectors(isa), spec.data, spec.stored, spec.joined), flat(spec), spec.seen
     lanes = dot.vectors.lanes
     blocks = spec.out_blocks(lanes) // spec.groups
     steps = spec.taps * dot.steps(spec.in_channels // spec.groups)
@@ -164,8 +164,8 @@ def _taps(spec: ConvSpec, start: int, width: int) -> tuple[Taps, ...]:
 
 
 def pack(weight: np.ndarray, spec: ConvSpec, isa: InstructionSet, tile: ConvTile) -> np.ndarray:
-    """OIHW weights as the kernel reads them, one axis."""
-    dot, plan = dot_of(Vectors(isa), spec.data, joined=spec.joined), tiling(spec, isa, tile)
+    """OIHW weights as the kernel reads them, one axis; of float16 and bfloat16 their bits, uint16."""
+    dot, plan = dot_of(Vectors(isa), spec.data, spec.stored, spec.joined), tiling(spec, isa, tile)
     lanes = dot.vectors.lanes
     out_each, in_each = spec.out_channels // spec.groups, spec.in_channels // spec.groups
     in_padded = -(-in_each // lanes) * lanes if spec.blocked_input else in_each
@@ -181,7 +181,8 @@ def pack(weight: np.ndarray, spec: ConvSpec, isa: InstructionSet, tile: ConvTile
             depth = lanes if spec.blocked_input else in_each
             part = grouped(part.reshape(vectors * lanes, -1, depth, *spec.kernel), 2, dot.group)
             pieces.append(part.transpose(1, 3, 4, 2, 0, 5).reshape(-1))
-    return np.ascontiguousarray(np.concatenate(pieces), dtype=dot.dtype)
+    packed = np.ascontiguousarray(np.concatenate(pieces), dtype=dot.dtype)
+    return packed.view(np.uint16) if packed.dtype.itemsize == 2 else packed
 
 
 @dataclass(frozen=True)
@@ -201,7 +202,7 @@ def splits(
 ) -> list[Split]:
     """Those that a tile leaves open, of rows whose input stays in half of the second cache: first even shares for
     threads with the least traffic."""
-    spec, dot = spec.seen, dot_of(Vectors(isa), spec.data, joined=spec.joined)
+    spec, dot = spec.seen, dot_of(Vectors(isa), spec.data, spec.stored, spec.joined)
     lanes = dot.vectors.lanes
     in_each = spec.in_channels // spec.groups
     row_bytes = 4 * dot.steps(in_each) * math.prod(spec.in_size) / plan.rows

@@ -32,7 +32,8 @@ class ConvSpec:
     batch: None where it is known at run time. in_size, out_size: (H, W). pads: rows above and columns to the left;
     those below and to the right follow from out_size, and a negative pad drops input. blocked_input: False where x is
     plain (N, C, H, W), as for the first convolution of a model. data: type of x; for uint8 and int8, of which `zero`
-    stands for 0, weights are int8 and results int32. joined: `dots.joined_steps` of the weights of a dense one.
+    stands for 0, weights are int8 and results int32. joined: `dots.joined_steps` of the weights of a dense one. stored:
+    type that constant weights of float32 are given in; who reads them in no other type than float32 widens them first.
     """
 
     batch: int | None
@@ -49,6 +50,7 @@ class ConvSpec:
     data: str = "float32"
     zero: int = 0
     joined: int = 0
+    stored: str = "float32"
 
     @property
     def taps(self) -> int:

@@ -20,6 +20,7 @@ from . import conv_transposed, moves
 from .channels import joined
 from .conv import ConvSpec, ConvTile
 from .conv_transposed import TransposedSpec
+from .narrow_floats import NARROW
 from .vectors import Expr, Vectors
 
 
@@ -97,7 +98,7 @@ def dims_of(kind: Any) -> list[Any] | None:
 
 
 def _sizes(call: Any, blocked: Any | None) -> _Sizes | None:
-    """None for other types than float32, dynamic or empty images, weights that are not constant."""
+    """None for data of other types than float32, dynamic or empty images, weights that are not constant."""
     x, w = call.args
     if not isinstance(w, tvm.ir.GenericConst) or str(x.ty.dtype.dtype) != "float32":
         return None
@@ -158,12 +159,13 @@ def convolution(
     if swapped:
         # Kernels work along rows. Columns of one place lie in memory as a row does.
         sizes = dataclasses.replace(sizes, weight=sizes.weight.swapaxes(2, 3), fields=turned(sizes.fields))
-    spec = ConvSpec(**sizes.fields)
+    spec = ConvSpec(**sizes.fields, stored=str(call.args[1].ty.dtype.dtype))
 
     def one(source: Any, spec: ConvSpec, weight: np.ndarray, out: Sequence[Any], key: Any) -> Any:
         lanes, tile = Vectors(target.isa).lanes, chosen_tile(spec, target)
         if (key, spec, tile) not in packed:
-            packed[key, spec, tile] = relax.const(kernels.pack_weights(weight, spec, target.isa, tile), "float32")
+            weights = kernels.pack_weights(weight, spec, target.isa, tile)
+            packed[key, spec, tile] = relax.const(weights, str(weights.dtype))
         kind = relax.TensorType(blocked_shape(out, lanes), "float32")
         flops = 2 * (spec.batch or 1) * math.prod(out[1:]) * spec.taps * spec.each
         parameters = {"spec": vars(spec), "tile": vars(tile), "swapped": swapped}
@@ -181,6 +183,15 @@ def convolution(
         return one(source, alone, weights[group], out, (call.args[1], group))
 
     return _joined_groups(bb, into_blocks(call.args[0]), spec, sizes.given, sizes.out, part, target)
+
+
+def widened(call: Any) -> Any:
+    """A Relax convolution that no template takes, with weights of 16 bits as float32; others as they are."""
+    weight, kind = call.args[1], str(call.args[1].ty.dtype.dtype)
+    if kind not in NARROW or not isinstance(weight, tvm.ir.GenericConst):
+        return call
+    wide = relax.const(np.asarray(weight.value.numpy()).astype(np.float32), "float32")
+    return tvm.ir.Call(call.op, [call.args[0], wide], call.attrs, call.ty_args)
 
 
 def transposed_convolution(

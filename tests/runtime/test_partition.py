@@ -71,6 +71,21 @@ def test_side_branches_join_their_level() -> None:
     assert shape(partition(whole, refuse(whole, "b"))) == [("tvm", ["a", "d"]), ("onn", ["b"]), ("tvm", ["c", "s"])]
 
 
+def test_what_is_made_of_constants_alone_goes_where_it_is_read() -> None:
+    """Through another such node too. One that two regions read, that is an output or refused stays where it was."""
+    text = """(float[4] x) => (float[4] e, float[4] t) { a = Neg(w)  b = Exp(a)  c = Add(x, b)  f = Neg(v)
+        s = Exp(w)  d = Mul(c, s)  g = Add(d, f)  t = Relu(v)  h = Mul(s, t)
+        r = Abs(v)  i = Sub(h, r)  e = Sub(g, i) }"""
+    m = model(text, w=W, v=W + 1)
+    found = partition(m, refuse(m, "c", "d", "r"))
+    assert shape(found) == [
+        ("tvm", ["s", "t"]), ("onn", ["a", "b", "c", "d", "r"]), ("tvm", ["f", "g", "h", "i", "e"]),
+    ]  # fmt: skip
+    expected, got = Reference(m).run({"x": X}), run_parts(m, [r.nodes for r in found], {"x": X})
+    for name, value in expected.items():
+        np.testing.assert_array_equal(got[name], value)
+
+
 def test_values_that_a_branch_reads_count() -> None:
     whole = model(BRANCH, w=W)
     branch = next(node for node in whole.graph if node.op_type == "If")

@@ -92,6 +92,33 @@ def test_embedding_that_is_the_head_too(narrow: str) -> None:
     model.check({"ids": np.array([[0, 119, -1, 7]])}, {"ids": np.array([[3]])})
 
 
+def test_convolutions(narrow: str) -> None:
+    """Of one axis and of two; the 3x3, whose Winograd form is faster, and the depthwise one are widened when packed."""
+    model = Model(
+        "g (float[1,64,20,20] x, float[1,32,50] r) => (float y, float z) { w = Cast<to=1>(n) k = Cast<to=1>(m) "
+        "d = Cast<to=1>(o) v = Cast<to=1>(p) a = Conv(x, w, b) c = Conv<pads=[1,1,1,1]>(a, k) "
+        "y = Conv<group=64>(c, d) z = Conv(r, v) }",
+        n=draw(64, 64, 1, 1).astype(TYPES[narrow]),
+        m=draw(64, 64, 3, 3).astype(TYPES[narrow]),
+        o=draw(64, 1, 8, 8).astype(TYPES[narrow]),
+        p=draw(48, 32, 3).astype(TYPES[narrow]),
+        b=draw(64),
+    )
+    assert {("uint16", 64 * 64), ("uint16", 48 * 32 * 3)} <= model.sizes
+    assert len([size for size in model.sizes if size[0] == "uint16"]) == 2
+    model.check({"x": draw(1, 64, 20, 20), "r": draw(1, 32, 50)})
+
+
+def test_convolutions_that_no_template_takes_are_widened(narrow: str) -> None:
+    """Groups that do not fill vectors, and more of them than have a kernel each."""
+    model = Model(
+        "g (float[1,120,9,9] x) => (float y) { w = Cast<to=1>(n) y = Conv<group=40>(x, w) }",
+        n=draw(80, 3, 5, 5).astype(TYPES[narrow]),
+    )
+    assert "uint16" not in {kind for kind, _ in model.sizes}
+    model.check({"x": draw(1, 120, 9, 9)})
+
+
 def test_infinities_and_numbers_below_the_normal_ones(narrow: str) -> None:
     weight = draw(64, 80).astype(TYPES[narrow])
     weight[3, 5], weight[9, 6], weight[:, 7] = np.inf, np.nan, np.array([2.0**-24]).astype(TYPES[narrow])

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
 import pytest
@@ -51,6 +52,7 @@ CONVOLUTIONS = {
     "depthwise": ConvSpec(1, 24, 24, (8, 30), (8, 30), (3, 3), (1, 1), (1, 1), (1, 1), 24),
     "depthwise 5x5": ConvSpec(1, 16, 16, (9, 23), (5, 12), (5, 5), (2, 2), (1, 1), (2, 2), 16),
     "groups": ConvSpec(1, 32, 64, (7, 9), (7, 9), (3, 3), pads=(1, 1), groups=2),
+    "16 bits": ConvSpec(1, 32, 48, (9, 13), (9, 13), (3, 3), pads=(1, 1), stored="bfloat16"),
 }
 
 
@@ -123,6 +125,7 @@ def test_every_tile_of_a_convolution(case: str, name: str) -> None:
     draw = np.random.default_rng(1)
     x = draw.standard_normal((spec.batch or 1, spec.in_channels, *spec.in_size), np.float32)
     w = draw.standard_normal((spec.out_channels, spec.in_channels // spec.groups, *spec.kernel), np.float32)
+    w = w.astype(ml_dtypes.bfloat16) if spec.stored == "bfloat16" else w
     stored = blocked_array(x, trial.lanes) if spec.blocked_input else x
     found = outputs(trial, stored, lambda tile: trials.conv.pack_weights(w, spec, target.isa, tile))
     kinds = {tile.algorithm for tile in found}

@@ -54,7 +54,23 @@ def test_a_row_has_figures_and_decibels() -> None:
 
 def test_columns_add_one_part_each() -> None:
     assert list(PARTS) == ["plain", "scales", "+ offsets", "+ modulator", "+ rounding", "- modulator"]
-    assert {case.name for case in cases()} == {"digits", "gpt-moby", "efficientnet-lite0"}
+    assert {case.name for case in cases()} == {"digits", "gpt-moby", "ocr-cls", "efficientnet-lite0"}
+
+
+@pytest.mark.assets
+def test_cuttings_are_of_other_lines_and_the_model_can_tell_them(
+    fetched: Callable[[str], None], exported: Callable[..., Path]
+) -> None:
+    fetched("ocr-cls")
+    learned, judged = (bench.cuttings(rows, 60, 1) for rows in (bench.LEARNED_LINES, bench.JUDGED_LINES))
+    assert not {row for pair in bench.LEARNED_LINES for row in range(*pair)} & {
+        row for pair in bench.JUDGED_LINES for row in range(*pair)
+    }
+    session = bench.session_of(exported("ocr-cls"), 1)
+    for pieces, turned in (learned, judged):
+        assert {piece.shape for piece in pieces} == {(1, 3, 48, 192)} and 15 < turned.sum() < 45
+        found = np.concatenate([session.run(None, {"x": piece})[0] for piece in pieces])
+        assert (found.argmax(1) == turned).mean() > 0.8
 
 
 @pytest.mark.assets

@@ -115,7 +115,7 @@ def test_narrow_weights_of_products_alone_stay_narrow(nodes: str, stays: bool) -
             node.replace_input_with(0, value)
     after, (report,) = Pipeline.parse("fold-constants").run(model)
     assert ("Cast" in [node.op_type for node in after.graph]) == stays
-    reason = "Cast of weights that products and gathers read as they are"
+    reason = "Cast of weights that kernels read as they are"
     assert [skip.reason for skip in report.skips] == [reason] * stays
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 from graphwright.passes.base import Caches
@@ -46,6 +48,10 @@ def spec_of(
     return ConvSpec(
         batch, *channels, size, (out[0], out[1]), kernel, strides, dilations, pads[:2], groups, blocked
     )  # fmt: skip
+
+
+def narrow(name: str) -> np.dtype[Any]:
+    return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
 
 
 def same(kernel: int) -> tuple[int, int, int, int]:
@@ -112,6 +118,7 @@ def check(
     draw = np.random.default_rng(0)
     x = draw.standard_normal((images or spec.batch or 1, spec.in_channels, *spec.in_size), np.float32)
     weight = draw.standard_normal((spec.out_channels, spec.in_channels // spec.groups, *spec.kernel), np.float32)
+    weight = weight.astype(narrow(spec.stored))
     bias = draw.standard_normal(spec.out_channels, np.float32)
     expected = reference(spec, x, weight, bias)
     got = kernel(spec, target, threads, algorithm)(x, weight, bias)
@@ -198,6 +205,36 @@ WINOGRAD = {
 @pytest.mark.parametrize("name", X86)
 def test_direct(runnable: Callable[[str], Target], name: str, case: str) -> None:
     check(DIRECT[case], runnable(name), algorithm="direct")
+
+
+
+@pytest.mark.parametrize("stored", ["float16", "bfloat16"])
+@pytest.mark.parametrize("algorithm", ["direct", "depthwise", "winograd"])
+@pytest.mark.parametrize("name", WIDE)
+def test_weights_of_16_bits(runnable: Callable[[str], Target], name: str, algorithm: str, stored: str) -> None:
+    """Blocks that are not full, a plain input and groups; the direct form alone keeps them narrow."""
+    target = runnable(name)
+    plain = spec_of((3, 20), (9, 11), (3, 3), (2, 2), same(3), blocked=False)
+    for case in {
+        "direct": [DIRECT["1x1"], DIRECT["groups"], DIRECT["one-dimensional"], plain],
+        "depthwise": [spec_of((20, 20), (9, 11), (3, 3), pads=same(3), groups=20)],
+        "winograd": [spec_of((20, 24), (9, 11), (3, 3), pads=same(3))],
+    }[algorithm]:
+        spec = dataclasses.replace(case, stored=stored)
+        check(spec, target, algorithm=algorithm)
+        weight = np.zeros((spec.out_channels, spec.each, *spec.kernel), narrow(stored))
+        packed = pack_weights(weight, spec, target.isa, ConvTile(algorithm))
+        assert packed.dtype == (np.uint16 if algorithm == "direct" else np.float32)
+
+
+def test_weights_of_16_bits_that_are_no_normal_numbers() -> None:
+    spec = dataclasses.replace(spec_of((8, 8), (1, 3), (1, 1)), stored="bfloat16")
+    weight = np.zeros((8, 8, 1, 1), narrow("bfloat16"))
+    weight[0, 0], weight[1, 0], weight[2, 0], weight[3, 0] = np.inf, -np.inf, np.nan, 2.0**-130
+    x = np.zeros((1, 8, 1, 3), np.float32)
+    x[:, 0] = 2.0
+    y = kernel(spec, Target.named("cpu"), algorithm="direct")(x, weight, np.zeros(8, np.float32))
+    np.testing.assert_array_equal(y[0, :5, 0, 0], np.array([np.inf, -np.inf, np.nan, 2.0**-129, 0], np.float32))
 
 
 @pytest.mark.parametrize("case", [*DEPTHWISE, *PAIRS])
