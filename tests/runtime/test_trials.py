@@ -143,7 +143,7 @@ def test_algorithms_and_rules_are_among_the_candidates() -> None:
     assert {tile.algorithm for tile in tiles} == {"direct", "winograd"} and tiles[0].algorithm == "winograd"
     assert len(tiles) == len(set(tiles))
     deep = ProductTrial(GemmSpec(2048, 2048, 64), Target.named("cpu-avx2"))
-    assert {tile.depth for tile in deep.tiles()} >= {None, 0, 256, 1024}
+    assert {tile.depth for tile in deep.tiles()} >= {None, 0, 128, 512}
 
 
 @settings(max_examples=150, deadline=None)
