@@ -19,6 +19,7 @@ BROADCAST = frozenset(
     {"Add", "And", "Div", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Max", "Min", "Mod", "Mul", "Or",
      "Pow", "Sub", "Where", "Xor"}
 )  # fmt: skip
+WINDOWS = frozenset({"AveragePool", "Conv", "LpPool", "MaxPool"})
 PASSED = frozenset({"Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze"})  # keep a shape of rank 0 or 1 as it is
 
 
@@ -26,7 +27,8 @@ def name_equal_dims(inferred: onnx.ModelProto) -> None:
     """Give sizes that onnx named itself the names and numbers that follow for them, in the annotations of the graph.
 
     Reshape keeps the number of elements, so that the one size that it leaves open may be what the others leave;
-    Range counts to a size; Slice and Tile leave other axes as they are; Expand makes the sizes that it is given; sizes
+    Range counts to a size; Slice, Tile and Resize leave other axes as they are; Expand, Resize and ConstantOfShape make
+    the sizes that they are given; a window that moves by one over as much padding as it takes away keeps a size; sizes
     that are broadcast together and equal stay so.
     A size that is cut off at another one, and broadcast with it, is that one wherever the model can run.
     """
@@ -111,10 +113,13 @@ class _Names:
         elif node.op_type == "Slice":
             self._slice(node, out)
         elif node.op_type == "Tile":
-            given, counts = self._shape(node.input[0]), self._numbers(node, 1)
-            if given is not None and counts is not None and len(given) == len(counts) == len(out):
-                for made, dim, count in zip(out, given, counts, strict=True):
-                    self._set(made, dim if count == 1 else dim * count if isinstance(dim, int) else None)
+            self._tile(self._shape(node.input[0]), self._content.get(node.input[1]), out)
+        elif node.op_type == "Resize":
+            self._resize(node, out)
+        elif node.op_type == "ConstantOfShape":
+            self._made(self._content.get(node.input[0]), out)
+        elif node.op_type in WINDOWS:
+            self._window(node, out)
         elif node.op_type == "Expand":
             wanted = [self.resolve(dim) for dim in self._content.get(node.input[1], [])]
             if len(wanted) <= len(out) and None not in wanted:
@@ -145,6 +150,10 @@ class _Names:
             places = self._numbers(node, 1)
             inside = places is not None and all(-len(given) <= i < len(given) for i in places)
             result = [given[i] for i in places or []] if inside else None
+        elif node.op_type == "Slice" and given is not None:
+            starts, ends, steps = (self._numbers(node, i) for i in (1, 2, 4))
+            if starts and ends and (len(node.input) < 5 or steps == [1]):
+                result = given[starts[0] : ends[0]]
         elif node.op_type == "Concat":
             parts = [self._content.get(name) for name in node.input]
             result = None if None in parts else [dim for part in parts for dim in part or []]
@@ -167,6 +176,50 @@ class _Names:
             self._set(names[1][0], sizes[0] // sizes[1])
         elif sizes[0] == sizes[1]:
             self._set(names[1][0], names[0][0])
+
+    def _made(self, sizes: list[Dim] | None, out: list[Dim]) -> None:
+        """An operator that makes the sizes that it is given."""
+        if sizes is not None and len(sizes) == len(out):
+            for made, size in zip(out, sizes, strict=True):
+                self._set(made, self.resolve(size))
+
+    def _tile(self, given: list[Dim] | None, counts: list[Dim] | None, out: list[Dim]) -> None:
+        if given is None or counts is None or not len(given) == len(counts) == len(out):
+            return
+        for made, dim, count in zip(out, given, counts, strict=True):
+            count = self.resolve(count)
+            if 1 in (dim, count):
+                self._set(made, count if dim == 1 else dim)
+            elif isinstance(dim, int) and isinstance(count, int):
+                self._set(made, dim * count)
+
+    def _resize(self, node: onnx.NodeProto, out: list[Dim]) -> None:
+        attributes = {attribute.name: attribute for attribute in node.attribute}
+        policy = attributes.get("keep_aspect_ratio_policy")
+        if "axes" in attributes or (policy is not None and policy.s != b"stretch") or len(node.input) < 4:
+            return
+        self._made(self._content.get(node.input[3]), out)
+
+    def _window(self, node: onnx.NodeProto, out: list[Dim]) -> None:
+        """A convolution or pooling."""
+        given = self._shape(node.input[0])
+        attributes = {attribute.name: attribute for attribute in node.attribute}
+        weights = self._shapes.get(node.input[1]) if node.op_type == "Conv" else None
+        kernel = list(attributes["kernel_shape"].ints) if "kernel_shape" in attributes else (weights or [])[2:]
+        if given is None or len(kernel) != len(given) - 2:
+            return
+        rank, same = len(kernel), attributes["auto_pad"].s if "auto_pad" in attributes else b"NOTSET"
+
+        def numbers(name: str, default: int, count: int) -> list[int]:
+            return list(attributes[name].ints) if name in attributes else [default] * count
+
+        strides, dilations = numbers("strides", 1, rank), numbers("dilations", 1, rank)
+        pads = [0] * 2 * rank if same == b"VALID" else numbers("pads", 0, 2 * rank)
+        for axis, (size, stride, dilation) in enumerate(zip(kernel, strides, dilations, strict=True)):
+            if stride != 1 or not isinstance(size, int):
+                continue
+            if same.startswith(b"SAME") or pads[axis] + pads[axis + rank] == dilation * (size - 1):
+                self._set(out[axis + 2], given[axis + 2])
 
     def _slice(self, node: onnx.NodeProto, out: list[Dim]) -> None:
         given = self._shape(node.input[0])

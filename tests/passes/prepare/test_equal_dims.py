@@ -42,6 +42,28 @@ FOLLOWS = {
         " out = Identity (y) }",
         ["N", "S", "S"],
     ),
+    "convolution": (
+        "g (float[N,1,H,W] x) => (float[a,b,c,d] out) <float[2,1,3,1] w = {1, 2, 3, 4, 5, 6}>"
+        " { y = Conv <pads = [2, 0, 2, 0], dilations = [2, 1]> (x, w) out = Identity (y) }",
+        ["N", 2, "H", "W"],
+    ),
+    "pooling": (
+        "g (float[N,1,H,W] x) => (float[a,b,c,d] out)"
+        ' { y = MaxPool <kernel_shape = [3, 3], auto_pad = "SAME_UPPER"> (x) out = Identity (y) }',
+        ["N", 1, "H", "W"],
+    ),
+    "tile": (
+        "g (float[N,S] x) => (float[a,b,c] out) <float[1,3,1] q = {1, 2, 3}, int64[1] o = {1}>"
+        " { n = Shape <start = 0, end = 1> (x) s = Shape <start = 1, end = 2> (x) t = Concat <axis = 0> (n, o, s)"
+        " y = Tile (q, t) out = Identity (y) }",
+        ["N", 3, "S"],
+    ),
+    "resize": (
+        "g (float[N,1,9,9] x) => (float[a,b,c,d] out) <int64[1] o = {0}, int64[1] two = {2}, int64[2] e = {4, 5}>"
+        " { n = Shape (x) h = Slice (n, o, two) t = Concat <axis = 0> (h, e) y = Resize (x, , , t)"
+        " out = Identity (y) }",
+        ["N", 1, 4, 5],
+    ),
 }
 # What only looks as if it followed: two open sizes, a range from 1, a slice that may be shorter.
 OPEN = {
@@ -50,6 +72,16 @@ OPEN = {
         " { t = Concat <axis = 0> (m, h) y = Reshape (x, t)"
         " out = Identity (y) }",
         0,
+    ),
+    "convolution-without-padding": (
+        "g (float[N,1,H] x) => (float[a,b,c] out) <float[1,1,3] w = {1, 2, 3}>"
+        " { y = Conv <pads = [1, 0]> (x, w) out = Identity (y) }",
+        2,
+    ),
+    "convolution-with-strides": (
+        "g (float[N,1,H] x) => (float[a,b,c] out) <float[1,1,3] w = {1, 2, 3}>"
+        " { y = Conv <pads = [1, 1], strides = [2]> (x, w) out = Identity (y) }",
+        2,
     ),
     "range-from-1": (
         "g (float[N,S] x) => (int64[a] out) <int64 one = {1}>"
@@ -93,7 +125,7 @@ def test_what_follows(name: str) -> None:
 @pytest.mark.parametrize("name", OPEN)
 def test_what_does_not_follow(name: str) -> None:
     text, axis = OPEN[name]
-    assert inferred(text)[axis] not in ("N", "S", "T", 9)
+    assert inferred(text)[axis] not in ("N", "S", "T", "H", 9)
 
 
 def test_names_of_an_earlier_inference_give_way() -> None:
