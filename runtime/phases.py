@@ -66,7 +66,7 @@ def _folded(module: tvm.IRModule) -> tvm.IRModule:
     functions[module.get_global_var(MAIN)] = spared.with_attrs(dict(main.attrs) if main.attrs else {})
     module = relax.transform.Normalize()(tvm.IRModule(functions, attrs=module.attrs))
     module = relax.transform.FoldConstant()(module)
-    values = {var.name_hint: constant.value for var, constant in sparer.spared.items()}
+    values = {var.name: constant.value for var, constant in sparer.spared.items()}
     return relax.transform.BindParams(MAIN, values)(module)
 
 

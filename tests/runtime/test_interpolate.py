@@ -45,17 +45,30 @@ def test_linear(channels: int, compile_model: Callable[..., Any]) -> None:
         model.check({"x": x})
 
 
-def test_a_constant_image(compile_model: Callable[..., Any]) -> None:
-    """A kernel that reads nothing but constants is no loop nest yet when others are folded."""
-    values = ", ".join(str(i % 7) for i in range(12))
-    for new in ((4, 6), (2, 2)):
-        size = f"1,3,{new[0]},{new[1]}"
-        text = (
-            f"g (float[{size}] b) => (float[{size}] y) <float[1,3,2,2] x = {{{values}}}> "
-            f"{{ sizes = Constant <value_ints=[{new[0]}, {new[1]}]> () "
-            'r = Resize <mode="linear", axes=[2, 3]> (x, , , sizes) y = Add (r, b) }'
-        )
-        compile_model(text).check({"b": draw(1, 3, *new)})
+def test_a_constant_image() -> None:
+    """A kernel that reads nothing but constants is no loop nest yet when those are folded."""
+    import tvm
+    from graphwright.runtime import phases
+    from graphwright.runtime.kernels.interpolate import interpolated
+    from graphwright.runtime.target import Target
+    from tvm import relax
+
+    image, out = draw(1, 3, 5, 6), relax.TensorType((1, 3, 7, 9), "float32")
+    tables = [
+        (np.tile(np.arange(size, dtype=np.int32), (new, 1)), matrix(size, new).astype(np.float32))
+        for size, new in ((5, 7), (6, 9))
+    ]
+    bb, b = relax.BlockBuilder(), relax.Var("b", out)
+    with bb.function("main", [b]):
+        with bb.dataflow():
+            made = interpolated(bb, relax.const(image), tables, out, 8)
+            y = bb.emit_output(relax.op.multiply(made, b))
+        bb.emit_func_output(y)
+    executable, constants = phases.compile_module(bb.get(), Target.named("cpu"))
+    given = tvm.runtime.tensor(np.full((1, 3, 7, 9), 2, np.float32))
+    got = relax.VirtualMachine(executable, tvm.cpu())["main"](given, tuple(constants)).numpy()
+    expected = 2 * (matrix(5, 7) @ image.astype(np.float64) @ matrix(6, 9).T)
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5)
 
 
 FORMS = [
