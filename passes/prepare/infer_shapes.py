@@ -37,8 +37,8 @@ class InferShapes(Pass):
     model declares for a value, outputs included; where nothing follows, the declaration counts, for the nodes that
     read the value too. A size that onnx can only give a name of its own gets the name or number of the size that it
     equals, where that follows from a Reshape, Range, Slice, Tile, Resize, window of stride 1 or broadcast. A Reshape to
-    another number of elements, which can never run, is an error. Weights are not read. Computed shapes are not followed in models that compute
-    with vectors of millions of numbers, which would be taken for shapes.
+    another number of elements, which can never run, is an error. Weights are not read. Computed shapes are not followed
+    in models that compute with vectors of millions of numbers, which would be taken for shapes.
     """
 
     name: ClassVar[str] = "infer-shapes"
