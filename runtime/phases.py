@@ -54,46 +54,19 @@ def legalize(module: tvm.IRModule, target: Target) -> tvm.IRModule:
 
 
 def _folded(module: tvm.IRModule) -> tvm.IRModule:
-    """Calls of loop nests with nothing but constants become their results. Anchors have no loops yet: one of their
-    constants is a parameter meanwhile."""
-    sparer = _Sparer(module)
-    main = module[MAIN]
-    body = sparer.visit_expr(main.body)
-    if not sparer.spared:
-        return relax.transform.FoldConstant()(module)
-    spared = relax.Function([*main.params, *sparer.spared], body, main.ret_ty, main.is_pure)
+    """Calls of loop nests with nothing but constants become their results. Stubs of anchors have no loops yet: what
+    cannot be folded stands for them meanwhile."""
+    from .templates import spec_of
+
     functions = dict(module.functions_items())
-    functions[module.get_global_var(MAIN)] = spared.with_attrs(dict(main.attrs) if main.attrs else {})
-    module = relax.transform.Normalize()(tvm.IRModule(functions, attrs=module.attrs))
-    module = relax.transform.FoldConstant()(module)
-    values = {var.name: constant.value for var, constant in sparer.spared.items()}
-    return relax.transform.BindParams(MAIN, values)(module)
-
-
-@relax.expr_functor.mutator
-class _Sparer(relax.PyExprMutator):
-    """Replaces a constant of each anchor that reads nothing else by a variable. spared: which one stands for which."""
-
-    def __init__(self, module: tvm.IRModule) -> None:
-        super().__init__(module)
-        self.module = module
-        self.spared: dict[relax.Var, tvm.ir.GenericConst] = {}
-
-    def visit_call_(self, op: tvm.ir.Call) -> relax.Expr:
-        from .templates import spec_of
-
-        call = super().visit_call_(op)
-        if getattr(op.op, "name", "") != "relax.call_tir":
-            return call
-        function, arguments = self.module[op.args[0]], op.args[1]
-        if not isinstance(function, tvm.tirx.PrimFunc) or spec_of(function) is None:
-            return call
-        first, *others = arguments.fields
-        if not all(isinstance(argument, tvm.ir.GenericConst) for argument in (first, *others)):
-            return call
-        var = relax.Var(f"spared{len(self.spared)}", first.ty)
-        self.spared[var] = first
-        return relax.Call(op.op, [op.args[0], relax.Tuple([var, *others]), *op.args[2:]], op.attrs, op.ty_args)
+    stubs = {
+        name: function
+        for name, function in functions.items()
+        if isinstance(function, tvm.tirx.PrimFunc) and spec_of(function) is not None
+    }
+    hidden = {name: relax.ExternFunc(name.name_hint) for name in stubs}
+    folded = relax.transform.FoldConstant()(tvm.IRModule({**functions, **hidden}, attrs=module.attrs))
+    return tvm.IRModule({**dict(folded.functions_items()), **stubs}, attrs=module.attrs)
 
 
 def fuse(module: tvm.IRModule, target: Target) -> tvm.IRModule:
