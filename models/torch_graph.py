@@ -17,6 +17,7 @@ from graphwright.passes.errors import PassError
 from graphwright.passes.quantize.learn import DOMAIN
 from torch import Tensor
 
+from . import torch_layers  # noqa: F401 -- its operators join the table
 from .fake_quantize import FAKE
 from .torch_operators import OPERATORS, TYPES, Node, Unsupported
 

@@ -1,4 +1,4 @@
-"""ONNX to Relax. The only file that knows the private names of TVM's ONNX frontend.
+"""ONNX to Relax.
 
 A node is converted by the first of: a registered lowering (custom domains), our own converter
 (`runtime.importing`), TVM's converter, the body of its function (the model's or the standard's). TVM's graph walk is
@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import io
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,12 +18,11 @@ import onnx
 import tvm
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto
 from tvm import relax, tirx
-from tvm.relax.frontend.onnx import onnx_frontend as frontend
 
-from ..passes.errors import CompileError
-from .importing import CONVERTERS, protos
+from .importing import CONVERTERS, frontend, protos
 from .importing.integers import as_numbers, on_integers
 from .importing.protos import STANDARD
+from .importing.refused import UNSUPPORTED, ImportRefused, no_converter
 from .importing.site import (
     PACKED,
     ByBody,
@@ -46,40 +43,12 @@ from .lowering import lowering_for
 from .state import IN_PLACE
 from .target import Target
 
-# Operators of the standard domain that stay in onnxruntime whatever their inputs are.
-UNSUPPORTED: dict[str, str] = {
-    **dict.fromkeys(("Loop", "Scan", "SequenceMap"), "loops with a body are not compiled"),
-    **dict.fromkeys(
-        ("SequenceConstruct", "SequenceEmpty", "SequenceErase", "SequenceInsert", "SequenceLength", "SequenceAt",
-         "ConcatFromSequence", "SplitToSequence"), "sequences are not compiled"),
-    **dict.fromkeys(("Optional", "OptionalHasElement", "OptionalGetElement"), "optional values are not compiled"),
-    **dict.fromkeys(
-        ("StringConcat", "StringNormalizer", "StringSplit", "RegexFullMatch", "TfIdfVectorizer"),
-        "strings are not compiled"),
-    **dict.fromkeys(
-        ("RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli"),
-        "random numbers are not compiled"),
-    "ImageDecoder": "image files are not compiled",
-}  # fmt: skip
-
-
 # Sums whose terms are as many as the input has elements: a float16 sum of ones ends at 2048.
 IN_FLOAT32 = frozenset({"AveragePool", "Einsum", "GlobalAveragePool", "GlobalLpPool", "LpPool"})
 HALF = ("float16", "bfloat16")
 
 # What WebGPU's shading language has no words for.
 WIDE_TYPES = ("int64", "uint64", "float64")
-
-# TVM looks operators up without their domain; its converters of these names are of another domain's operators.
-NOT_STANDARD = frozenset({"Attention", "FastGelu", "BiasGelu", "SkipLayerNormalization", "EmbedLayerNormalization"})
-
-
-class ImportRefused(CompileError):
-    """One node that cannot be compiled: its operator, its first output's name and the reason."""
-
-    def __init__(self, op: str, value: str, reason: str) -> None:
-        super().__init__(f"{op} at {value!r} cannot be compiled: {reason}")
-        self.op, self.value, self.reason = op, value, reason
 
 
 def import_model(model: ModelProto, target: Target) -> tvm.IRModule:
@@ -107,57 +76,10 @@ def refusals(model: ModelProto, target: Target) -> dict[int, str]:
     return _Importer(model, target).refused()
 
 
-def probe(model: ModelProto, target: Target) -> str | None:
-    """Import a (usually single-node) model and lower its operators to TIR; the reason why that fails, or None."""
-
-    try:
-        module = import_model(model, target)
-        with _silence(), target.tvm(), tvm.transform.PassContext(opt_level=3):
-            module = relax.transform.LegalizeOps()(module)
-    except ImportRefused as error:
-        return error.reason
-    except Exception as error:  # TVM raises errors of many classes
-        return _first_line(error)
-    left = _unlowered_calls(module)
-    return f"Relax has no kernel for {', '.join(left)}" if left else None
-
-
-def inline_unlowered(model: ModelProto, target: Target) -> ModelProto:
-    """The model with every call of a model function inlined that has no lowering for the target.
-
-    Functions that were written for another version of the standard operators than the model are inlined too where the
-    two agree; otherwise the call stays and the importer follows the body in the function's own version.
-    """
-    import onnx_ir as ir
-    from onnx_ir.passes.common import InlinePass
-
-    if not model.functions:
-        return model
-    converted = ir.serde.deserialize_model(model)
-
-    def unlowered(function: ir.Function) -> bool:
-        if lowering_for(function.domain, function.name, target.kind) is not None:
-            return False
-        own = converted.graph.opset_imports
-        return all(own.get(domain, version) == version for domain, version in function.opset_imports.items())
-
-    InlinePass(criteria=unlowered)(converted)
-    return ir.serde.serialize_model(converted)
-
-
 def _half_type(inputs: list[Value | None]) -> str | None:
     """float16 or bfloat16, where the first input is that."""
     first = inputs[0] if inputs else None
     return dtype_of(first.expr) if first is not None and dtype_of(first.expr) in HALF else None
-
-
-def _no_converter(node: NodeProto) -> str:
-    """Why an operator of the standard is not compiled as it stands, and which pass replaces it where one does."""
-    from ..passes.prepare.decompose import SPELLED, WITH_BODY
-
-    if node.op_type in SPELLED or node.op_type in WITH_BODY:
-        return "no converter; the pass decompose replaces it where the shapes are known (--pin NAME=SHAPE)"
-    return "no converter, and the standard defines it by no other operators"
 
 
 @dataclass
@@ -193,7 +115,7 @@ class _Importer:
     def module(self) -> tvm.IRModule:
         """The whole model. Raises ImportRefused."""
         graph = self.model.graph
-        with _silence(), self.target.tvm():
+        with frontend.silence(), self.target.tvm():
             scope, params = self.main_scope()
             with self.bb.function("main", params=params):
                 for node in graph.node:
@@ -216,7 +138,7 @@ class _Importer:
     def refused(self) -> dict[int, str]:
         """Node index -> reason, for every node that cannot be converted."""
         reasons: dict[int, str] = {}
-        with _silence(), self.target.tvm():
+        with frontend.silence(), self.target.tvm():
             scope, params = self.main_scope(tolerant=True)
             with self.bb.function("main", params=params):
                 for index, node in enumerate(self.model.graph.node):
@@ -387,7 +309,7 @@ class _Importer:
                 return self.flat(CONVERTERS[node.op_type](site))
             except ByBody:
                 return self.body(protos.standard_body(node, attrs, inputs, scope.opset), inputs, attrs, scope, node)
-        converter = _tvm_converter(node.op_type, scope.opset)
+        converter = frontend.converter(node.op_type, scope.opset)
         if converter is not None:
             return self.flat(converter(self, node, inputs, list(attrs.values())))
         return self.body(protos.standard_body(node, attrs, inputs, scope.opset), inputs, attrs, scope, node)
@@ -460,7 +382,7 @@ class _Importer:
         """A node through its function's body, in place."""
 
         if function is None:
-            raise Refuse(_no_converter(node))
+            raise Refuse(no_converter(node))
         defaults = {a.name: a for a in function.attribute_proto}
         opsets = {entry.domain: entry.version for entry in function.opset_import} or outer.opsets
         scope = _Scope(opsets, attrs={**defaults, **attrs}, path=f"{outer.path}{protos.site_of(node)}/")
@@ -565,63 +487,8 @@ class _Importer:
         return relax.Call(function, arguments)
 
 
-# TVM's own converters.
-
-
-def _tvm_converter(op_type: str, opset: int) -> Any:
-    """A function (importer, node, inputs, attributes) -> Relax result through TVM's converter, or None."""
-
-    table = frontend._get_convert_map()
-    if op_type not in table or op_type in NOT_STANDARD:
-        return None
-
-    def convert(importer: _Importer, node: NodeProto, inputs: list[Value | None], attrs: list[AttributeProto]) -> Any:
-        parser = frontend.ONNXGraphImporter({}, {})
-        parsed = parser._parse_attr(attrs)
-        parsed["tvm_custom"] = {"name": node.name, "num_outputs": len(node.output)}
-        items = frontend.onnx_input(v.expr if v else None for v in inputs)
-        return table[op_type].get_converter(opset)(importer.bb, items, parsed, [{}, {}])
-
-    return convert
-
-
-# Constants, names, types.
-
-
-def _unlowered_calls(module: tvm.IRModule) -> list[str]:
-    """Names of Relax operators that remain after legalization and have no kernel of their own."""
-
-    left: dict[str, None] = {}
-    fine = (
-        "relax.call",
-        "relax.shape",
-        "relax.tensor_to",
-        "relax.reshape",
-        "relax.builtin",
-        "relax.memory",
-        "relax.vm",
-    )
-
-    def visit(expr: Any) -> None:
-        if isinstance(expr, tvm.ir.Call) and isinstance(expr.op, tvm.ir.Op) and not expr.op.name.startswith(fine):
-            left[expr.op.name.removeprefix("relax.")] = None
-
-    for function in module.functions.values():
-        if isinstance(function, relax.Function):
-            relax.analysis.post_order_visit(function, visit)
-    return list(left)
-
-
 def _first_line(error: BaseException) -> str:
     """The line of an error message that says what was wrong."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = lines[-1] if lines and lines[0].startswith("Traceback") else (lines[0] if lines else type(error).__name__)
     return text[:300]
-
-
-@contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    """Keep the frontend's prints and warnings from the user."""
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        yield

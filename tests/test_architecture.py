@@ -39,7 +39,7 @@ ONLY_WITH = {
         "models/huggingface.py", "models/hyperprior.py", "models/hyperprior_training.py", "models/llama.py",
         "models/minilm.py", "models/mobilenet.py",
         "models/mobilenet_v3.py", "models/resnet.py", "models/seeding.py", "models/torch_graph.py",
-        "models/tiny_lm.py", "models/tiny_lm_training.py", "models/torch_operators.py",
+        "models/tiny_lm.py", "models/tiny_lm_training.py", "models/torch_layers.py", "models/torch_operators.py",
         "models/training_state.py", "models/unet.py",
         "models/vit.py",
     ),

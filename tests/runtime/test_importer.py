@@ -64,7 +64,8 @@ def draw(*shape: int) -> np.ndarray:
 
 def test_a_domain_is_part_of_an_operators_name() -> None:
     """`my.domain.Relu` is not relu."""
-    from graphwright.runtime.importer import ImportRefused, import_model
+    from graphwright.runtime.importer import import_model
+    from graphwright.runtime.importing.refused import ImportRefused
 
     model = parse('<ir_version: 9, opset_import: ["": 18, "my.domain": 1]> g (float[4] x) => (float[4] y)'
                   "{ y = my.domain.Relu(x) }")  # fmt: skip
@@ -83,21 +84,6 @@ HALF = """<ir_version: 9, opset_import: ["": 18, "my": 1]> g (float[n, 3] x) => 
 
 def test_a_models_function_is_followed_with_its_attributes() -> None:
     same(parse(HALF), {"x": draw(2, 3)})
-
-
-def test_functions_without_a_lowering_are_inlined() -> None:
-    from graphwright.runtime.importer import inline_unlowered
-
-    model = parse(HALF.replace('[""' + ": 13]", '["": 18]'))
-    inlined = inline_unlowered(model, TARGET)
-    assert [node.op_type for node in inlined.graph.node] == ["Constant", "Div"]
-    same(inlined, {"x": draw(2, 3)})
-
-
-def test_a_function_of_another_opset_stays_a_call() -> None:
-    from graphwright.runtime.importer import inline_unlowered
-
-    assert [node.op_type for node in inline_unlowered(parse(HALF), TARGET).graph.node] == ["Half"]
 
 
 def test_an_operator_without_converter_goes_through_its_standard_body() -> None:
@@ -257,16 +243,6 @@ def test_a_result_of_another_type_or_shape_than_onnx_promises_is_refused() -> No
             assert refusals(model, TARGET) == {0: reason}
         finally:
             del CONVERTERS["Tanh"]
-
-
-def test_probe_says_why_a_node_fails_and_nothing_when_it_does_not() -> None:
-    from graphwright.runtime.importer import probe
-
-    good = parse('<ir_version: 9, opset_import: ["": 18]> g (float[4] x) => (float[4] y) { y = Tanh(x) }')
-    bad = parse('<ir_version: 9, opset_import: ["": 18]> g (int64[1] x) => (float[n] y)'
-                "{ y = RandomNormalLike <dtype = 1> (x) }")  # fmt: skip
-    assert probe(good, TARGET) is None
-    assert probe(bad, TARGET) == "random numbers are not compiled"
 
 
 def test_the_frontend_prints_and_warns_nothing(

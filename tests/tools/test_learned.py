@@ -88,7 +88,7 @@ def test_where_torch_is_missing_the_extra_is_named(
     import sys
 
     monkeypatch.setitem(sys.modules, "torch", None)
-    for name in ("fit", "torch_graph", "torch_operators"):
+    for name in ("fit", "torch_graph", "torch_layers", "torch_operators"):
         monkeypatch.delitem(sys.modules, f"graphwright.models.{name}", raising=False)
     import graphwright.models
 
