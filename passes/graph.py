@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -171,18 +170,6 @@ def tensor_shape(tensor: ir.TensorProtocol) -> ir.Shape:
     return ir.Shape(tuple(tensor.shape.numpy()))
 
 
-def value_nbytes(value: ir.Value) -> int | None:
-    """Bytes that the value takes at run time; None when its type or shape is not fully known."""
-    dims = static_shape(value)
-    if dims is None or value.dtype is None:
-        return None
-    return math.ceil(math.prod(dims) * _bits(value.dtype) / 8)
-
-
-def _bits(dtype: ir.DataType) -> int:
-    return 128 if dtype == ir.DataType.STRING else dtype.bitwidth
-
-
 def constant_tensor(value: ir.Value | None) -> ir.TensorProtocol | None:
     """The tensor that `value` always is, not loaded; None when it may differ between runs.
 
@@ -271,11 +258,6 @@ class Names:
         self._next[stem] = count
         self._used.add(name)
         return name
-
-
-def fresh_name(model: ir.Model, stem: str) -> str:
-    """One name that nothing in the model has; for several, keep a `Names`."""
-    return Names(model).fresh(stem)
 
 
 def is_graph_output(value: ir.Value) -> bool:

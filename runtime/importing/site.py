@@ -244,12 +244,6 @@ class Site:
         array = self.array(index)
         return None if array is None else [int(v) for v in array.reshape(-1)]
 
-    def need_ints(self, index: int, what: str) -> list[int]:
-        ints = self.ints(index)
-        if ints is None:
-            raise Unfixed(f"{what} is computed at run time")
-        return ints
-
     # Attributes and promises.
 
     def attr(self, name: str, default: Any = None) -> Any:
