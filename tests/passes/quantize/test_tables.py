@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import onnx_ir as ir
 import pytest
 from graphwright.passes.base import PassContext, PassReport
 from graphwright.passes.pipeline import Pipeline
-from graphwright.passes.quantize.plan import Plan, TablePlan
+from graphwright.passes.quantize.plan import Plan, TablePlan, Timed
 from graphwright.passes.quantize.scales import Codes, fit_weights, signal_to_noise, weight_grid
 from graphwright.runtime.evaluator import evaluate
 from hypothesis import given, settings
@@ -252,6 +253,17 @@ def test_the_plan_holds_tables_and_repeats_them(tmp_path: Path) -> None:
     again, (second,) = Pipeline.parse(report.spec).run(ir.from_proto(proto), PassContext())
     assert ir.to_proto(again).SerializeToString(True) == ir.to_proto(model).SerializeToString(True)
     assert details(second) == details(report)
+
+
+def test_the_table_of_what_was_measured_has_a_row_for_a_table(tmp_path: Path) -> None:
+    proto = tied()
+    _, report = stored(proto, ":smooth=none", tmp_path)
+    record, path = "dynaquant:smooth=none", tmp_path / "m.onnx.dynaquant.npz"
+    plan = Plan.load(path, record)
+    replace(plan, timing={"y": Timed(8, 30.0, 1e-3, 2e-3, "codes")}).save(path, record)
+    _, (again,) = Pipeline.parse(report.spec).run(ir.from_proto(proto), PassContext())
+    rows = [(row["layer"], row["bits"], row["dB"], row["ms"], row["decision"]) for row in again.rows]
+    assert rows == [("y", 8, 30.0, 1.0, "codes"), ("w", 8, round(plan.tables["w"].decibels, 1), None, "codes")]
 
 
 def test_a_budget_returns_tables_to_float(tmp_path: Path) -> None:
