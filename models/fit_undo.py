@@ -8,12 +8,13 @@ is nearer.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from graphwright.passes.base import Block
-from torch import Tensor
+if TYPE_CHECKING:
+    from graphwright.passes.base import Block
+    from torch import Tensor
 
-Arrays = dict[str, Tensor]
+Arrays: TypeAlias = "dict[str, Tensor]"
 
 
 def helpful(
