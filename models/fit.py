@@ -1,9 +1,10 @@
 """The trainer of learned passes: a student learns to give what its teacher, the original graph, gives.
 
 Two stages. In the first every block learns by itself, on the inputs that it has in the teacher; the blocks share
-nothing, so all learn at once. In the second the student runs as a whole and learns to give the teacher's outputs, with
-a smaller part for what its blocks give. Between them, where the pass asks for it, the sites are found whose replacement
-hurts the outputs most, and they stay what they were.
+nothing, so all learn at once. If the outputs on held-out samples are then further from the teacher's than before, only
+what brings them nearer is kept, block by block. In the second the student runs as a whole and learns to give the
+teacher's outputs, with a smaller part for what its blocks give. Between them, where the pass asks for it, the sites are
+found whose replacement hurts the outputs most, and they stay what they were.
 
 AdamW with a warm-up and a cosine schedule. A tenth of the samples is held out: it decides when to stop and which
 weights are kept. A checkpoint beside the output lets an interrupted run go on as if nothing had happened.
@@ -33,8 +34,9 @@ from graphwright.passes.errors import InputError, PassError
 from graphwright.passes.quality import cosine_drop, held_out, rows_that_count
 from torch import Tensor
 
+from .fit_undo import Arrays, helpful, mixed
 from .progress import bar, minutes
-from .torch_graph import TorchGraph
+from .torch_graph import TorchGraph, array_of
 
 LARGEST_NORM = 1.0  # of all gradients together; larger ones are scaled down
 WARM_UP = 0.05  # share of the steps in which the rate grows from 0
@@ -213,11 +215,13 @@ class _Trainer:
         whole = self._student([b.site for b in blocks])
         at_first = self._parameters([name for b in blocks for name in b.weights])
         stats: dict[str, int | float | str] = {"samples": len(self.data.learned), "held_out": len(self.data.judged)}
-        stats["drop_before"] = self._drop(whole, at_first)
+        stats["drop_before"] = before = self._drop(whole, at_first)
         first = self._blocks(whole, at_first)
         learned = first.best
+        stats["drop_after_blocks"] = after = self._drop(whole, learned)
+        if not after <= before:
+            stats["drop_of_the_helpful"], learned = self._helped(whole, at_first, learned, before)
         sites = self._chosen(learned)
-        stats["drop_after_blocks"] = self._drop(whole, learned)
         chosen = [b for b in blocks if b.site in sites]
         student = whole if len(chosen) == len(blocks) else self._student(sites)
         names = [name for b in chosen for name in b.weights]
@@ -232,7 +236,7 @@ class _Trainer:
         stats["drop"] = self._drop(student, weights)
         stats["seconds"] = round(self._seconds(), 1)
         self.checkpoint.unlink(missing_ok=True)
-        arrays = {name: _array(tensor, self.teacher.shared[name].dtype) for name, tensor in weights.items()}
+        arrays = {name: array_of(tensor, self.teacher.shared[name].dtype) for name, tensor in weights.items()}
         return Weights(arrays, tuple(b.site for b in chosen), job.record, stats)
 
     # -- what is trained
@@ -338,6 +342,14 @@ class _Trainer:
             return self._output_loss(student, current, feeds)
 
         return self._stage("whole model", weights, self.job.steps, self.job.rate, loss, judged)
+
+    def _helped(self, student: TorchGraph, at_first: Arrays, learned: Arrays, before: float) -> tuple[float, Arrays]:
+        """The drop and the weights with what blocks have learned that brings the outputs nearer."""
+        if "helpful" not in self.done:
+            self.done["helpful"] = helpful(
+                self.job.blocks, at_first, learned, before, lambda weights: self._drop(student, weights), self._say
+            )
+        return self.done["helpful"]["drop"], mixed(self.job.blocks, at_first, learned, self.done["helpful"]["sites"])
 
     def _chosen(self, weights: Mapping[str, Tensor]) -> list[str]:
         """The sites that are replaced: without the `keep` whose replacement alone hurts the outputs most."""
@@ -481,13 +493,3 @@ def schedule(step: int, steps: int) -> float:
     if step < warm:
         return (step + 1) / warm
     return LOWEST + (1 - LOWEST) * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
-
-
-def _array(tensor: Tensor, dtype: torch.dtype) -> np.ndarray:
-    """The tensor in a type of the graph."""
-    tensor = tensor.detach().to(dtype).contiguous()
-    if dtype == torch.bfloat16:
-        import ml_dtypes
-
-        return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
-    return tensor.numpy()

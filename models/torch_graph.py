@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import torch
 from graphwright.passes import graph
@@ -29,6 +30,16 @@ def to_torch(tensor: ir.TensorProtocol) -> Tensor:
     if tensor.dtype == ir.DataType.BFLOAT16:
         return torch.from_numpy(tensor.numpy().view("uint16").copy()).view(torch.bfloat16)
     return torch.from_numpy(tensor.numpy().copy())
+
+
+def array_of(tensor: Tensor, dtype: torch.dtype) -> np.ndarray:
+    """The tensor in a type of the graph."""
+    tensor = tensor.detach().to(dtype).contiguous()
+    if dtype == torch.bfloat16:
+        import ml_dtypes
+
+        return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()
 
 
 @dataclass

@@ -191,7 +191,7 @@ def measure(case: Case, bits: int, column: str, folder: Path, threads: int, seed
     source = folder / f"{case.name}.onnx"
     if not source.is_file():
         case.export(source)
-    passes = f"dynaquant:weights={bits}:activations={bits}{PARTS[column]}"
+    passes = f"dynaquant:weights={bits}:activations={bits}:tables=false{PARTS[column]}"
     passes += (case.options if PARTS[column] else "") + case.ranges
     path = kept.with_suffix(".onnx")
     start = time.perf_counter()

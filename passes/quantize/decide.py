@@ -34,6 +34,7 @@ from .scales import (
 )
 from .sensitivity import Flips, Judge, allot, class_output, fewest
 from .smooth import smooth, smoothing
+from .tables import Table, find_tables, plan_tables
 from .write import bias_place, write
 
 MOST_LOST = 0.03  # of the squares of a row of data
@@ -67,11 +68,12 @@ class Options:
 
 
 def decide(
-    model: ir.Model, sites: Collection[str], kept: Mapping[str, str], feeds: Sequence[Feeds], options: Options,
-    ctx: PassContext,
+    model: ir.Model, sites: Collection[str], tables: Collection[str], kept: Mapping[str, str], feeds: Sequence[Feeds],
+    options: Options, ctx: PassContext,
 ) -> Plan:  # fmt: skip
-    """The plan for the layers at `sites`. feeds: calibration samples; none for weights alone."""
-    return _Decision(model, sites, feeds, options, ctx).plan(kept)
+    """The plan for the layers at `sites` and the tables of these names. feeds: calibration samples; none for weights
+    alone."""
+    return _Decision(model, sites, feeds, options, ctx).plan(kept, tables)
 
 
 def edited(model: ir.Model, edits: Sequence[Edit]) -> None:
@@ -101,7 +103,7 @@ class _Decision:
     def _layers(self) -> list[Layer]:
         return [layer for layer in find_layers(self.base)[0] if layer.site in self.sites]
 
-    def plan(self, kept: Mapping[str, str]) -> Plan:
+    def plan(self, kept: Mapping[str, str], tables: Collection[str]) -> Plan:
         edits = self._edits() if self.feeds and self.options.activations else ()
         placement = Placement()
         if self.options.activations:
@@ -126,6 +128,7 @@ class _Decision:
                 self.base, self.layers, plan, self._reach(), self._held(plan), self.options.learning,
                 self.options.outputs, self.ctx,
             )  # fmt: skip
+        plan = self._with_tables(plan, tables)
         if self.ctx.max_drop is not None:
             plan = self._within_budget(plan, self.ctx.max_drop)
         if self.options.flips is not None and self.feeds and plan.layers:
@@ -292,6 +295,13 @@ class _Decision:
             found[layer.site] = np.sqrt((squares * layer.per_input(channels.mean_square)).sum(1))
         return found
 
+    def _tables(self, names: Collection[str]) -> list[Table]:
+        return [table for table in find_tables(self.base, find_layers(self.base)[0])[0] if table.name in names]
+
+    def _with_tables(self, plan: Plan, names: Collection[str]) -> Plan:
+        search = self.options.method is not Method.MINMAX
+        return plan_tables(plan, self._tables(names), self.layers, search, self.ctx.progress)
+
     # --- widths and the budget
 
     def _model(self, plan: Plan, *, alone: bool = False) -> ir.Model:
@@ -307,7 +317,15 @@ class _Decision:
         found = {}
         for number, (site, layer) in enumerate(plans.items()):
             self.ctx.progress(f"dynaquant: {what} {number + 1} of {len(plans)}")
-            found[site] = judge.drop(self._model(replace(plan, layers={site: layer}), alone=True))
+            found[site] = judge.drop(self._model(replace(plan, layers={site: layer}, tables={}), alone=True))
+        return found
+
+    def _table_damages(self, plan: Plan, judge: Judge) -> dict[str, float]:
+        found = {}
+        for name, table in plan.tables.items():
+            self.ctx.progress(f"dynaquant: damage of table {name}")
+            alone = replace(plan, layers={}, tables={name: replace(table, shared=None)})
+            found[name] = judge.drop(self._model(alone, alone=True))
         return found
 
     def _mixed(self, plan: Plan, points: Mapping[str, Point], mean_bits: float) -> Plan:
@@ -357,8 +375,9 @@ class _Decision:
     def _within(self, plan: Plan, holds: Callable[[Plan], bool], what: str) -> Plan:
         if holds(plan):
             return plan
-        damages = self._damages(plan.layers, plan, self._judge(self.feeds[:DAMAGE_SAMPLES]), "damage of layer")
-        costs = self._costs()
+        judge = self._judge(self.feeds[:DAMAGE_SAMPLES])
+        damages = {**self._damages(plan.layers, plan, judge, "damage of layer"), **self._table_damages(plan, judge)}
+        costs = {**self._costs(), **{table.name: READING * table.size for table in self._tables(plan.tables)}}
         order = sorted(damages, key=lambda site: -damages[site] / costs[site])
         reasons = {site: f"by itself it costs {damages[site]:.2g} of the outputs, {what}" for site in order}
 
@@ -405,7 +424,7 @@ class _Decision:
         sizes = {layer.site: layer.size for layer in self.layers if layer.site in layers}
         total = max(sum(sizes.values()), 1)
         stats = {
-            **plan.stats, "layers": len(layers), "edits": len(plan.edits),
+            **plan.stats, "layers": len(layers), "tables": len(plan.tables), "edits": len(plan.edits),
             "mean_bits": sum(layers[site].bits * size for site, size in sizes.items()) / total,
         }  # fmt: skip
         return replace(plan, layers=layers, stats=stats)

@@ -18,11 +18,12 @@ from .decide import WIDTHS, Options, decide, edited, samples
 from .layers import MOST_INPUTS, Layer, find_layers
 from .learn import PARTS, Learning
 from .narrow_sums import MEETING
-from .plan import Plan, Timed
+from .plan import TABLE_BITS, Plan, Timed
 from .ranges import Method
+from .tables import Table, find_tables
 from .write import write
 
-RULE = "layer"
+RULE, TABLE = "layer", "table"
 EDGES = ("first", "last")
 OPSET, WIDE_OPSET = 13, 21  # the first with scales of channels; with 4 and 16 bits and blocks
 
@@ -50,7 +51,7 @@ class DynaQuant(Pass):
     give what the float model gives. The file then holds what was learned.
     Left alone, each with its reason: operators without a constant weight, inside bodies of If, Loop, Scan and
     functions, with few weights, with sums that int32 might not hold, with data of which one scale leaves too little
-    of a typical row, and those named by keep.
+    of a typical row, and those named by keep; tables that are small, are read by something else too, or hold NaN.
 
     Sources: docs/methods/dynaquant.md; Nagel et al., "A White Paper on Neural Network Quantization",
     arXiv 2106.08295; Xiao et al., "SmoothQuant", arXiv 2211.10438; Bao et al., "DynaQuant", arXiv 2511.07903.
@@ -64,7 +65,8 @@ class DynaQuant(Pass):
     that int16 holds their products with any bytes; processors with AVX2 and without VNNI compute such layers
     faster, those of 4 most, which cost up to a bit of the weights' accuracy. 0: any weights. mixed: the mean width of
     weights; layers are given 4, 6 or 8 bits by what each costs. layers: all, or their numbers from 0. keep: first,
-    last, or outputs of layers that stay in float, joined by +. least: weights with which an operator is worth it.
+    last, or outputs of layers and names of tables that stay in float, joined by +. tables: false leaves all of them in
+    float. least: weights with which an operator is worth it.
     samples: most calibration samples that ranges come from. outputs: those that quality is measured on. learn: all, or
     some of scales, offsets (zero points and biases) and rounding (of weights), joined by +. modulator: how much more
     numbers near the border between two codes learn; 0 is the straight-through estimator. block_steps, steps, batch,
@@ -88,7 +90,8 @@ class DynaQuant(Pass):
     narrow_sums: int = 2  # 2 or 4 8-bit weights together stay so small that int16 holds their products with any bytes
     mixed: float | None = None  # mean bits of weights; each layer gets 4, 6 or 8
     layers: str = "all"  # all, or numbers joined by +
-    keep: tuple[str, ...] = ()  # first, last, or outputs of layers that stay in float, joined by +
+    keep: tuple[str, ...] = ()  # first, last, or outputs of layers and names of tables that stay in float, joined by +
+    tables: bool = True  # tables of which Gather takes rows become int8
     least: int = 256  # weights; an operator with fewer stays in float
     samples: int = 128  # most calibration samples that ranges come from
     outputs: tuple[str, ...] = ()  # outputs that quality is measured on, joined by +; by default all of floats
@@ -167,13 +170,19 @@ class DynaQuant(Pass):
         if self.plan:
             return self._convert(model, Plan.load(Path(self.plan), self.record), report)
         layers, others = find_layers(model)
-        kept = self._kept(layers)
+        tables, left = find_tables(model, layers) if self.tables else ([], [])
+        kept = self._kept(layers, tables)
         sites = [layer.site for layer in layers if layer.site not in kept]
         for node, reason in others:
             report.skipped(RULE, graph.site(node), reason)
+        for name, reason in left:
+            report.skipped(TABLE, name, reason)
+        names = [table.name for table in tables if table.name not in kept]
         if ctx.dry_run:
             for site in sites:
                 report.changed(RULE, site, f"{self.weights}-bit weights; errors are known after a run")
+            for name in names:
+                report.changed(TABLE, name, f"{TABLE_BITS}-bit rows; errors are known after a run")
             for site, reason in kept.items():
                 report.skipped(RULE, site, reason)
             return report
@@ -184,7 +193,7 @@ class DynaQuant(Pass):
             raise PassError("nothing here can run the model; use the command optimize, plan=FILE.npz or no calibration")
         if self.learn and ctx.trainer is None:
             raise PassError("nothing here can train; use the command optimize, plan=FILE.npz, or leave learn out")
-        path = ctx.output.with_name(f"{ctx.output.name}.{self.name}.npz") if feeds and sites else None
+        path = ctx.output.with_name(f"{ctx.output.name}.{self.name}.npz") if feeds and (sites or names) else None
         if path is not None:
             if spec.SEPARATOR in str(path) or "," in str(path):
                 raise PassError(
@@ -192,7 +201,7 @@ class DynaQuant(Pass):
                 )
             io.check_output(path, ctx.overwrite)
             io.check_folder(path.parent)
-        plan = decide(model, sites, kept, feeds, self._options, ctx)
+        plan = decide(model, sites, names, kept, feeds, self._options, ctx)
         if path is not None:
             plan.save(path, self.record)
             report.spec = str(replace(self, plan=str(path)))
@@ -228,20 +237,28 @@ class DynaQuant(Pass):
             report.changed(edit.kind, edit.sites[0], f"with {', '.join(edit.sites[1:])}")
         for site, layer in plan.layers.items():
             report.changed(RULE, site, layer.detail)
+        for name, table in plan.tables.items():
+            report.changed(TABLE, name, table.detail)
         for site, reason in plan.kept.items():
             report.skipped(RULE, site, reason)
         report.rows += [_row(site, timed) for site, timed in plan.timing.items()]
+        if plan.timing:
+            rows = [Timed(TABLE_BITS, table.decibels, None, None, "codes") for table in plan.tables.values()]
+            report.rows += [_row(name, row) for name, row in zip(plan.tables, rows, strict=True)]
         report.stats.update(plan.stats)
         report.stats.update({"weights_before": before, "weights_after": io.weights_nbytes(model)})
         return report
 
-    def _kept(self, layers: list[Layer]) -> dict[str, str]:
-        """Layers that stay in float from the start -> why. Raises PassError for a name in keep that is none."""
+    def _kept(self, layers: list[Layer], tables: list[Table]) -> dict[str, str]:
+        """Layers and tables that stay in float from the start -> why. Raises PassError for a name in keep that is
+        none."""
         sites = [layer.site for layer in layers]
         named = {**dict(zip(EDGES, (sites[:1], sites[-1:]), strict=True)), **{site: [site] for site in sites}}
+        named.update({table.name: [table.name] for table in tables})
         unknown = [name for name in self.keep if name not in named]
         if unknown:
-            raise PassError(f"keep names {unknown[0]!r}, which is not the output of a convolution or product")
+            what = "not the output of a convolution or product, nor a table"
+            raise PassError(f"keep names {unknown[0]!r}, which is {what}")
         kept = {site: "named by keep" for name in self.keep for site in named[name]}
         numbers = None if self.layers == "all" else {int(part) for part in self.layers.split("+")}
         for number, layer in enumerate(layers):

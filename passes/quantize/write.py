@@ -10,8 +10,9 @@ from ..errors import PassError
 from .constants import drop_unused, new_constant
 from .layers import Layer, find_layers
 from .placement import place
-from .plan import LayerPlan, Plan, Point
+from .plan import LayerPlan, Plan, Point, TablePlan
 from .scales import Grid, data_grid
+from .tables import Table, find_tables
 
 DATA_TYPES = {4: ir.DataType.UINT8, 6: ir.DataType.UINT8, 8: ir.DataType.UINT8, 16: ir.DataType.UINT16}
 BIAS_BITS = 8  # of the data up to which the bias becomes whole: sums of wider products do not fit into int32
@@ -21,10 +22,16 @@ BIAS_GRID = Grid(-(2**31 - 1), 2**31 - 1, True)
 def write(model: ir.Model, plan: Plan, *, alone: bool = False) -> None:
     """Put the plan into the model, whose edits were made. alone: see `place`. Raises PassError when the plan is for
     another model."""
-    layers = {layer.site: layer for layer in find_layers(model)[0]}
+    found = find_layers(model)[0]
+    layers = {layer.site: layer for layer in found}
     for site, planned in plan.layers.items():
         if site not in layers or layers[site].size != planned.codes.codes.size:
             raise PassError(f"the plan is for another model or preset: this one has no such layer {site!r}")
+    tables = {table.name: table for table in find_tables(model, found)[0]} if plan.tables else {}
+    for name, stored in plan.tables.items():
+        codes = stored.codes if stored.shared is None else plan.layers[stored.shared].codes
+        if name not in tables or codes is None or codes.codes.shape != tables[name].rows_shape:
+            raise PassError(f"the plan is for another model or preset: this one has no such table {name!r}")
     writer = _Writer(model)
     placement = place(model, [layers[site] for site, planned in plan.layers.items() if planned.data], alone=alone)
     points = {}
@@ -33,19 +40,26 @@ def write(model: ir.Model, plan: Plan, *, alone: bool = False) -> None:
         if point is None:
             raise PassError(f"the plan is for another model or preset: it has no range of {value.name!r}")
         points[value] = point
+    shared = {stored.shared for stored in plan.tables.values()}
     for site, planned in plan.layers.items():
         layer = layers[site]
-        writer.weight(layer, planned)
+        if site in shared:
+            writer.rows_of(layer, planned)
+        else:
+            writer.weight(layer, planned)
         writer.bias(layer, planned, points.get(layer.data) if planned.data else None)
     # Behind the weights: a node reads its data by then as before.
     for value, point in points.items():
         writer.value(value, point, placement.readers)
+    for name, stored in plan.tables.items():
+        writer.table(tables[name], stored)
 
 
 class _Writer:
     def __init__(self, model: ir.Model) -> None:
         self.model = model
         self.names = graph.Names(model)
+        self.shared: dict[str, tuple[ir.Value, np.ndarray]] = {}  # site -> codes and scales of a layer and a table
 
     def constant(self, array: np.ndarray, stem: str, dtype: ir.DataType | None = None) -> ir.Value:
         return new_constant(self.model, self.names, stem, array, dtype)
@@ -87,6 +101,63 @@ class _Writer:
         self.model.graph.insert_before(node, new)
         node.replace_input_with(1, result)
         drop_unused(old)
+
+    def rows_of(self, layer: Layer, planned: LayerPlan) -> None:
+        """The same for a weight whose codes a table shares: they lie in its rows, and are turned where the layer reads
+        columns."""
+        node, old = layer.node, layer.node.inputs[1]
+        assert old is not None
+        stem, scale = old.name or layer.site, np.ascontiguousarray(planned.codes.scale[:, 0])
+        codes = self.constant(planned.codes.codes, f"{stem}_quantized")
+        self.shared[layer.site] = codes, scale
+        shape = ir.Shape(planned.codes.codes.shape)
+        new, result = self.dequantized(
+            codes, self.constant(scale, f"{stem}_scale"), None, None, stem, {"axis": 0}, shape
+        )
+        self.model.graph.insert_before(node, new)
+        if layer.axis == 1:
+            turned = ir.Node("", "Transpose", [result], [ir.AttrInt64s("perm", [1, 0])], name="")
+            self.model.graph.insert_before(node, turned)
+            turned.outputs[0].name = self.names.fresh(f"{stem}_transposed")
+            result = turned.outputs[0]
+            result.type, result.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(layer.shape)
+        node.replace_input_with(1, result)
+        drop_unused(old)
+
+    def table(self, table: Table, planned: TablePlan) -> None:
+        """Gather -> Gather of codes and of scales, Cast, Mul: never more than the rows that are taken is computed."""
+        if planned.shared is not None:
+            codes, scale = self.shared[planned.shared]
+        else:
+            assert planned.codes is not None
+            codes = self.constant(planned.codes.codes.reshape(table.shape), f"{table.name}_quantized")
+            scale = planned.codes.scale
+        ones = [1] * (len(table.shape) - 1)  # axes of a row
+        scales = self.constant(np.ascontiguousarray(scale.reshape(-1, *ones)), f"{table.name}_scale")
+        for node in table.gathers:
+            self.gather(node, codes, scales, ones)
+        drop_unused(table.value)
+
+    def gather(self, node: ir.Node, codes: ir.Value, scales: ir.Value, ones: list[int]) -> None:
+        index, old = node.inputs[1], node.outputs[0]
+        one_each = None if index is None or index.shape is None else ir.Shape([*index.shape, *ones])
+        float32 = ir.DataType.FLOAT
+        kinds = ((ir.DataType.INT8, old.shape), (float32, one_each), (float32, old.shape), (float32, old.shape))
+        stem = old.name or "rows"
+        picked, scale, steps, rows = (
+            ir.Value(name=self.names.fresh(f"{stem}_{what}"), type=ir.TensorType(dtype), shape=shape)
+            for what, (dtype, shape) in zip(("quantized", "scale", "steps", "rows"), kinds, strict=True)
+        )
+        made = [
+            ir.Node("", "Gather", [codes, index], outputs=[picked], name=""),
+            ir.Node("", "Gather", [scales, index], outputs=[scale], name=""),
+            ir.Node("", "Cast", [picked], [ir.AttrInt64("to", float32)], outputs=[steps], name=""),
+            ir.Node("", "Mul", [steps, scale], outputs=[rows], name=""),
+        ]
+        graph.keep_metadata(node, made[-1])
+        self.model.graph.insert_before(node, made)
+        graph.replace_value(old, rows, keep_name=True)
+        graph.remove_node(node)
 
     def bias(self, layer: Layer, planned: LayerPlan, point: Point | None) -> None:
         """The bias in steps of the product's scale where the layer computes in whole numbers; else a float one."""

@@ -350,6 +350,9 @@ def _pad_runtime_axes(site: Site) -> Result:
     return pad(dataclasses.replace(site, inputs=inputs))
 
 
+CODES = ("int8", "uint8")  # types of tables whose rows a kernel takes, beside float32
+
+
 @converts("Gather")
 def gather(site: Site) -> Result:
     axis = site.axis()
@@ -372,11 +375,15 @@ def gather(site: Site) -> Result:
         bits, widen = stored_bits(stored)
         return site.te(lambda data, where: _gather(data, where, axis, widen), bits, index, name="gather")
     behind = site.shape()[axis + 1 :]
-    if axis == 0 and for_kernels(site, 0) and all(isinstance(d, int) for d in behind):
+    kind = site.dtype()
+    numbers = for_kernels(site, 0) or (site.target.is_cpu and kind in CODES)
+    if axis == 0 and numbers and all(isinstance(d, int) for d in behind) and product(behind) != 1:
         row, chosen = product(behind), site.shape(1)
         ((height,), places) = named([size], chosen)
-        kernel = gather_rows(height, int(row), places, dtype_of(index), site.target.isa, site.target.cores)
-        picked = call(site, kernel, [reshaped(site, site.x(), [size, row]), index], [*chosen, row])
+        kernel = gather_rows(
+            height, int(row), places, dtype_of(index), site.target.isa, site.target.cores, dtype=kind
+        )
+        picked = call(site, kernel, [reshaped(site, site.x(), [size, row]), index], [*chosen, row], kind)
         return reshaped(site, picked, [*chosen, *behind])
     return site.te(lambda data, where: _gather(data, where, axis), site.x(), index, name="gather")
 

@@ -215,15 +215,16 @@ def place_of_greatest(
 
 
 def gather_rows(
-    table: Size, row: int, chosen: Shape, numbers: str, isa: InstructionSet, threads: int = 1, name: str | None = None
-) -> tirx.PrimFunc:
+    table: Size, row: int, chosen: Shape, numbers: str, isa: InstructionSet, threads: int = 1, name: str | None = None,
+    dtype: str = "float32",
+) -> tirx.PrimFunc:  # fmt: skip
     """A kernel (X, places, Y) -> None: rows of X (table, row) at places, a tensor of the shape `chosen` and the integer
     type `numbers`. Negative places count from the end; those out of range are brought to the nearest row. name: of the
-    exported symbol; None for a function that only its own module calls."""
+    exported symbol; None for a function that only its own module calls. dtype: of X and Y, float32, int8 or uint8."""
     tensors: dict[str, tuple[Shape, str]] = {
-        "x": ((table, row), "float32"),
+        "x": ((table, row), dtype),
         "places": (chosen, numbers),
-        "y": ((*chosen, row), "float32"),
+        "y": ((*chosen, row), dtype),
     }
 
     def write(v: Vectors, buffers: dict[str, Buffer], size: Callable[[Size], int | Expr], index: str) -> None:

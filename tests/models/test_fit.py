@@ -15,14 +15,14 @@ import pytest
 from graphwright.passes import io
 from graphwright.passes.attention.linear_attention import LinearAttention
 from graphwright.passes.attention.softplus_attention import SoftplusAttention
-from graphwright.passes.base import Loss, PassContext, Recover
+from graphwright.passes.base import Block, Loss, PassContext, Recover
 from graphwright.passes.errors import InputError, PassError
 from graphwright.passes.pipeline import Pipeline
 from graphwright.passes.quality import held_out
 from graphwright.passes.weights import load_weights
 
 torch = pytest.importorskip("torch")
-from graphwright.models import fit  # noqa: E402 -- needs torch
+from graphwright.models import fit, fit_undo  # noqa: E402 -- needs torch
 
 pytestmark = pytest.mark.torch
 
@@ -137,6 +137,67 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(
     resumed, _ = Pipeline((step,)).run(two_layers(), ctx)
     assert "going on from the checkpoint" in caplog.text
     assert proto(resumed) == proto(whole)
+
+
+def test_what_blocks_learn_is_kept_where_it_helps() -> None:
+    """Beside what was taken before: `c` helps with `a` alone, `b` and a number that is none never."""
+    blocks = [Block(site, (), site, (site,)) for site in "abcd"]
+    before, after = ({site: torch.tensor(x) for site in "abcd"} for x in (0.0, 1.0))
+    drops = {"a": 0.2, "ab": 0.3, "ac": 0.1, "acd": float("nan")}
+    asked: list[str] = []
+
+    def drop(weights: dict[str, torch.Tensor]) -> float:
+        asked.append("".join(site for site in "abcd" if weights[site]))
+        return drops[asked[-1]]
+
+    found = fit_undo.helpful(blocks, before, after, 0.25, drop, lambda message: None)
+    assert found == {"sites": ["a", "c"], "drop": 0.1} and asked == list(drops)
+    assert fit_undo.helpful(blocks[1:2], before, after, 0.2, lambda w: 0.2, lambda m: None) == {
+        "sites": [], "drop": 0.2
+    }  # fmt: skip
+
+
+def harmful_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first layer's block ends with weights that are nonsense."""
+    learn = fit._Trainer._blocks
+
+    def blocks(self: fit._Trainer, student: object, weights: dict[str, torch.Tensor]) -> fit._Stage:
+        stage = learn(self, student, weights)  # type: ignore[arg-type]
+        for name in self.job.blocks[0].weights:
+            stage.best[name] = -3 * weights[name]
+        return stage
+
+    monkeypatch.setattr(fit._Trainer, "_blocks", blocks)
+
+
+@pytest.mark.slow
+def test_blocks_that_take_the_outputs_further_away_are_undone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """... and a run that is interrupted behind it ends alike."""
+    _, (good,) = Pipeline((small(steps=0),)).run(two_layers(), context(tmp_path / "good"))
+    assert "drop_of_the_helpful" not in good.stats
+    harmful_blocks(monkeypatch)
+    monkeypatch.setattr(fit, "SAID_EVERY", 0.0)
+    step = small(block_steps=20, steps=10)
+    whole, (report,) = Pipeline((step,)).run(two_layers(), context(tmp_path / "a"))
+    stats = report.stats
+    assert stats["drop_of_the_helpful"] < stats["drop_before"] < stats["drop_after_blocks"]  # type: ignore[operator]
+    assert stats["drop"] <= stats["drop_of_the_helpful"]  # type: ignore[operator]  # numbers
+    for stop in ("what a1 learned", "whole model"):
+        ctx = context(tmp_path / stop.replace(" ", "-"))
+        seen: list[str] = []
+
+        def interrupt(message: str, stop: str = stop, seen: list[str] = seen) -> None:
+            seen.append(message)
+            if message.startswith(stop):
+                raise Interrupted
+
+        with pytest.raises(Interrupted):
+            Pipeline((step,)).run(two_layers(), dataclasses.replace(ctx, progress=interrupt))
+        resumed, _ = Pipeline((step,)).run(two_layers(), ctx)
+        assert proto(resumed) == proto(whole)
+    assert "going on from the checkpoint" in caplog.text
 
 
 def test_a_checkpoint_of_another_run_is_not_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

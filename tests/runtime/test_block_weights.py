@@ -97,3 +97,24 @@ def test_a_gemm_of_a_transposed_weight_and_rows_known_at_run_time(compile_model:
     compiled = compile_model(model(nodes, made, ["n", 64], ["n", 33]))
     for rows in (1, 7):
         compiled.check({"x": draw(rows, 64)})
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+def test_a_table_of_rows_with_scales_is_head_and_embedding(compile_model: Callable[..., Any], rows: int) -> None:
+    """The form that `dynaquant` writes: the rows that are taken are scaled, and no table of floats is stored."""
+    codes, scales = np.random.default_rng(1).integers(-127, 128, (70, 64)).astype(np.int8), draw(70) / 100
+    made = [numpy_helper.from_array(array, name) for name, array in (("codes", codes), ("scales", scales))]
+    made.append(numpy_helper.from_array(scales[:, None].copy(), "factors"))
+    nodes = [
+        helper.make_node("Gather", ["codes", "x"], ["taken"]),
+        helper.make_node("Gather", ["factors", "x"], ["factor"]),
+        helper.make_node("Cast", ["taken"], ["steps"], to=TensorProto.FLOAT),
+        helper.make_node("Mul", ["steps", "factor"], ["rows"]),
+        helper.make_node("DequantizeLinear", ["codes", "scales"], ["numbers"], axis=0),
+        helper.make_node("Transpose", ["numbers"], ["turned"], perm=[1, 0]),
+        helper.make_node("MatMul", ["rows", "turned"], ["y"]),
+    ]
+    compiled = compile_model(model(nodes, made, [rows], [rows, 70], TensorProto.INT64))
+    assert compiled.kernels("block-product") and not compiled.kernels("dequantize")
+    assert all(array.numpy().nbytes < 4 * codes.size for array in compiled.constants)
+    compiled.check({"x": np.random.default_rng(0).integers(-70, 70, rows)})

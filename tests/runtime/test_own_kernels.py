@@ -403,6 +403,15 @@ def test_rows_of_a_table(integers: str) -> None:
     model.check({"i": np.array([[0, 10, -1], [5, 5, -11]], integers)}, {"i": np.zeros((0, 2), integers)})
 
 
+@pytest.mark.parametrize("row", [1, 7, 8, 9, 31, 32, 33, 100])
+@pytest.mark.parametrize("kind", ["int8", "uint8"])
+def test_rows_of_a_table_of_codes(kind: str, row: int) -> None:
+    codes = np.random.default_rng(0).integers(-128, 128, (11, row)).astype(np.int8).view(kind)
+    model = Model(f"g (int32[n] i) => ({kind}[n,{row}] y) {{ y = Gather (table, i) }}", table=codes)
+    assert model.kernels == ({"gather"} if row == 1 else {"gather_rows"})
+    model.check({"i": np.array([0, 10, -1, 5, 5, -11], np.int32)}, {"i": np.zeros(0, np.int32)})
+
+
 def test_a_product_with_three_leading_sizes_of_the_run_compiles() -> None:
     """The place of a row, divided by sizes of the run, was written out so often that LLVM never came to an end."""
     model = Model(

@@ -74,6 +74,29 @@ def test_a_dry_run_and_explain_measure_nothing(cli: Cli, files: tuple[Path, Path
     assert [path.name for path in sorted(model.parent.iterdir())] == ["m.onnx", "x.npz"]
 
 
+@pytest.mark.tvm
+def test_a_compiled_table_is_bytes_and_its_rows_are_those_of_the_file(cli: Cli, tmp_path: Path) -> None:
+    from graphwright.runtime.artifact import Artifact
+    from graphwright.runtime.session import Session
+
+    proto = parser.parse_model("""<ir_version: 10, opset_import: ["" : 20]> g (int64[B, S] i) => (float[B, S, 600] y)
+    { x = Gather (w, i) h = Relu (x) t = Transpose <perm = [1, 0]> (w) y = MatMul (h, t) }""")
+    w = np.random.default_rng(0).standard_normal((600, 32)).astype(np.float32)
+    proto.graph.initializer.append(numpy_helper.from_array(w, "w"))
+    onnx.save(onnx.shape_inference.infer_shapes(proto), tmp_path / "m.onnx")
+    passes = ("--passes", "dynaquant:activations=none")
+    cli("optimize", tmp_path / "m.onnx", *passes, "-o", tmp_path / "q.onnx")
+    cli("optimize", tmp_path / "m.onnx", *passes, "--target", "cpu", "-o", tmp_path / "out")
+    manifest = Artifact.load(tmp_path / "out").manifest
+    assert [region.runtime for region in manifest.regions] == ["tvm"]
+    assert all(parameter.nbytes < 2 * w.size for region in manifest.regions for parameter in region.parameters)
+    compiled, stored = Session(tmp_path / "out"), Reference(io.load(tmp_path / "q.onnx"))
+    for shape in ((1, 1), (2, 5), (3, 1)):
+        index = np.random.default_rng(1).integers(-600, 600, shape)
+        expected = stored.run({"i": index})["y"]
+        np.testing.assert_allclose(compiled.run(None, {"i": index})[0], expected, atol=1e-5 * np.abs(expected).max())
+
+
 def measured(path: Path, name: str, passes: str, count: int, tmp_path: Path) -> tuple[driver.Result, ir.Model]:
     feeds = [registry.sample_inputs(name, seed) for seed in range(count)]
     calibration = {key: [one[key] for one in feeds] for key in feeds[0]}
@@ -101,6 +124,7 @@ def test_mobilenet(exported: Callable[..., Path], tmp_path: Path) -> None:
 def test_minilm(exported: Callable[..., Path], tmp_path: Path) -> None:
     done, model = measured(exported("minilm"), "minilm", "dynaquant", 4, tmp_path)
     assert done.quality is not None and done.quality.drop < 0.01
-    assert done.reports[-1].stats["layers"] == 36
+    assert done.reports[-1].stats["layers"] == 36 and done.reports[-1].stats["tables"] == 1
+    assert io.weights_nbytes(model) < 24e6
     feeds = registry.sample_inputs("minilm", 9)
     assert np.isfinite(Reference(model).run(feeds)["sentence_embedding"]).all()

@@ -18,6 +18,7 @@ import numpy as np
 import onnx
 import pytest
 from click.testing import CliRunner, Result
+from graphwright.passes import wire
 from graphwright.runtime.generator import Generator
 from graphwright.tools import generators
 from graphwright.tools.cli import main
@@ -280,11 +281,15 @@ def test_a_text_calibrates_both_parts_alike(
     assert {path.name for path in tmp_path.iterdir()} == {text.name, "out", "out.dynaquant.npz"}
     large = [{data for data in initializers(out / f"{part}.onnx") if len(data) > 256} for part in ("prefill", "decode")]
     assert large[0] == large[1]
+    stored = [tensor for tensor in onnx.load(out / "decode.onnx").graph.initializer if tensor.dims[:1] == [260]]
+    assert [tensor.data_type for tensor in stored if tensor.dims[1:] not in ([], [1])] == [onnx.TensorProto.INT8]
     assert len(list(Generator(out).tokens(PROMPT, max_tokens=9))) == 9
     assert {path.name for path in out.iterdir()} == {
         "prefill.onnx", "decode.onnx", "weights.data", "generator.json", "tokenizer.json"
     }  # fmt: skip
-    assert all((out / f"{part}.onnx").stat().st_size < (out / "weights.data").stat().st_size for part in done["parts"])
+    for part in done["parts"]:
+        inside = onnx.load(out / f"{part}.onnx", load_external_data=False).graph.initializer
+        assert all(len(tensor.raw_data) < wire.LARGE for tensor in inside)
 
 
 def test_a_bad_calibration_of_a_generator_is_refused(cli: Cli, tiny_generator: Any, tmp_path: Path) -> None:
