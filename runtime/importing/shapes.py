@@ -325,12 +325,16 @@ def transpose(site: Site) -> Result:
     array = constant_of(site.x())
     if array is not None and array.size <= CONTENT_LIMIT:
         return relax.const(np.transpose(array, perm), site.dtype())
-    made = made_by(site.bb, site.x(), "relax.permute_dims")
+    return permuted(site, site.x(), perm)
+
+
+def permuted(site: Site, expr: tvm.ir.Expr, perm: Sequence[int]) -> tvm.ir.Expr:
+    """`expr` with its axes in another order. Two transpositions are one, or none."""
+    made = made_by(site.bb, expr, "relax.permute_dims")
     if made is not None and made.attrs.axes is not None:
-        # Two transpositions are one, or none.
         perm = [int(made.attrs.axes[p]) for p in perm]
-        return made.args[0] if perm == list(range(rank)) else relax.op.permute_dims(made.args[0], perm)
-    return relax.op.permute_dims(site.x(), perm)
+        expr = made.args[0]
+    return expr if list(perm) == list(range(len(perm))) else site.emit(relax.op.permute_dims(expr, perm))
 
 
 @converts("Expand")
