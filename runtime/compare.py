@@ -14,7 +14,10 @@ from ..passes.errors import VerificationError
 
 LIMIT = 1e-4  # of the output's scale: float32 rounding over a whole model
 FLOAT16_LIMIT = 1e-2
-TINY = float(np.finfo(np.float32).tiny)
+# A product below the smallest normal float32 loses its last digits or, where a processor says so, all of them, and
+# what is summed from such products is off by about as much: errors beside a smaller scale than this are taken relative
+# to it.
+LEAST_SCALE = float(np.finfo(np.float32).tiny) / LIMIT
 # onnxruntime's own Sigmoid, Tanh and Erf are good to about 1e-7, whatever the scale of the output: a map of
 # probabilities near zero cannot be compared more closely, so smaller absolute errors of such outputs are not judged.
 FLOOR = 2.0**-22
@@ -35,8 +38,8 @@ Runner = Callable[[Mapping[str, np.ndarray]], Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Difference:
-    """How far one output is from its reference. scale is max |reference|; relative = max_abs / scale. floor: an
-    absolute error that is not judged."""
+    """How far one output is from its reference. scale is max |reference|; relative = max_abs / scale, or / LEAST_SCALE
+    where that is more. floor: an absolute error that is not judged."""
 
     name: str
     shape: tuple[int, ...]
@@ -239,7 +242,7 @@ def _is_rounding(expected: np.ndarray, found: Any, moved: Moved, limit: float) -
     """Whether numbers are off by about as much as rounding moves them, and about as many beyond the limit: a model that
     computes something else is off nearly everywhere."""
     away, scale = _away(expected, found)
-    off = np.count_nonzero(away > limit * max(scale, TINY))
+    off = np.count_nonzero(away > limit * max(scale, LEAST_SCALE))
     return bool(away.max(initial=0.0) <= ROUNDINGS * moved.largest and off <= 2 * moved.count)
 
 
@@ -282,7 +285,7 @@ def difference(name: str, expected: Any, found: Any, limit: float | None = None)
         unequal = a != b
         x, y = (np.where(unequal, values, 0).astype(np.longdouble) for values in (a, b))
         scale, error = float(np.max(np.abs(a.astype(np.longdouble)))), float(np.max(np.abs(x - y)))
-        return verdict(error, scale, error / max(scale, TINY) if error else 0.0)
+        return verdict(error, scale, error / max(scale, LEAST_SCALE) if error else 0.0)
     wide = np.complex128 if a.dtype.kind == "c" else np.float64
     x, y = a.astype(wide), b.astype(wide)
     finite = np.isfinite(x)
@@ -293,7 +296,7 @@ def difference(name: str, expected: Any, found: Any, limit: float | None = None)
         return verdict(math.inf, math.nan, math.inf, f"{y.flat[at]} instead of {x.flat[at]} at element {at}")
     scale = float(np.max(np.abs(x[finite]), initial=0.0))
     error = float(np.max(np.abs(x[finite] - y[finite]), initial=0.0))
-    return verdict(error, scale, error / max(scale, TINY) if error else 0.0)
+    return verdict(error, scale, error / max(scale, LEAST_SCALE) if error else 0.0)
 
 
 def same_ranks(expected: np.ndarray, found: np.ndarray, numbers: np.ndarray, limit: float = LIMIT) -> bool:

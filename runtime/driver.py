@@ -166,7 +166,7 @@ def optimize(
     pipeline.check_needs(ctx)
     unverified = "" if verify and not dry_run else "--no-verify"
     if (node := verification.random_node(original)) is not None:
-        unverified = f"{node.op_type} gives other numbers every run"
+        unverified = verification.why_random(node)
     again = (lambda: io.load(where)) if where is not None else (lambda: original)
     tried, verdict = None, None
     if not unverified:

@@ -373,6 +373,13 @@ def leaves(tree: Tree) -> list[Load]:
     return list(found)
 
 
+def functions(tree: Tree) -> int:
+    """How many functions such as exp a tree computes."""
+    if not isinstance(tree, Apply):
+        return 0
+    return (tree.op in FUNCTIONS) + sum(map(functions, tree.args))
+
+
 def _divides_integers(tree: Tree) -> bool:
     return isinstance(tree, Apply) and (tree.op == "truncdiv" or any(map(_divides_integers, tree.args)))
 

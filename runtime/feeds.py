@@ -279,7 +279,10 @@ def _size_choices(places: Mapping[str, list[tuple[int, int]]], model: ir.Model) 
     if not places:
         yield {}
         return
-    batch = [name for name, at in places.items() if all(axis == 0 and rank > 1 for axis, rank in at)]
+    # One number for each entry, such as a time step or a length, is in the batch of the larger inputs.
+    batch = [
+        name for name, at in places.items() if all(axis == 0 for axis, _ in at) and any(rank > 1 for _, rank in at)
+    ]
     others = [name for name in places if name not in batch]
     if not others:
         first, *rest = BATCH_SIZES

@@ -3,6 +3,10 @@
 The kernels for convolutions are written for one or two spatial axes of known sizes. TVM's general code for others takes
 several times what onnxruntime's kernels take, so an artifact for this processor leaves such convolutions, and the nodes
 between them, to onnxruntime.
+
+Convolutions along one axis of free length become products (`importing/sliding.py`). These are as fast among other
+products, as in layers of text and speech, where a change of runtime in every layer costs more than they do. Networks of
+convolutions alone, as vocoders, stay with onnxruntime.
 """
 
 from __future__ import annotations
@@ -32,7 +36,7 @@ def spared(model: ir.Model) -> dict[ir.Node, str]:
     # Sizes in bodies are often not inferred: with fixed inputs the importer finds them.
     fixed = all(graph.static_shape(value) is not None for value in model.graph.inputs if not value.is_initializer())
     found = {node: reason for node in nodes if (reason := _reason(node) or (None if fixed else _inside(node)))}
-    if not found:
+    if not found or _in_layers(nodes, list(found)):
         return {}
     found.update(dict.fromkeys(_beside(found, set(nodes)) - set(found), BETWEEN))
     before, after = _ahead(nodes, found), _behind(nodes, found)
@@ -59,6 +63,23 @@ def _reason(node: ir.Node) -> str | None:
     if len(node.inputs[0].shape) > 4:
         return DEEP
     return UNKNOWN if _moving(node.inputs[0]) else None
+
+
+def _in_layers(nodes: list[ir.Node], convolutions: list[ir.Node]) -> bool:
+    """Whether all of them become products, and other nodes are as many products."""
+    products = sum(node.op_type in PRODUCTS for node in nodes)
+    return len(convolutions) <= products and all(map(_slides, convolutions))
+
+
+def _slides(node: ir.Node) -> bool:
+    """Whether `importing/sliding.py` takes a convolution of free length."""
+    data, weight = node.inputs[0], graph.input_of(node, 1)
+    if node.op_type != "Conv" or data is None or data.dtype != ir.DataType.FLOAT:
+        return False
+    sizes, groups = graph.static_shape(weight), node.attributes.get_int("group", 1)
+    if graph.constant_tensor(weight) is None or sizes is None or len(sizes) != 3:
+        return False
+    return groups == 1 or (sizes[1] == 1 and groups == sizes[0])
 
 
 def _moving(value: ir.Value | None) -> bool:

@@ -37,6 +37,9 @@ log = logging.getLogger("graphwright")
 ANCHOR = "graphwright.anchor"
 FUSES = 4  # Relax's operator pattern of a function into whose output elementwise operators are fused
 OPAQUE = 8
+# Functions such as exp, of twenty operations and more, that an epilogue computes in all places of a kernel that store
+# results. Unrolled kernels have few such places, mostly under 100; code far beyond that takes minutes to compile.
+MOST_FUNCTIONS = 256
 
 # Called with a vector of results, the values of the output's axes of which the last is that of the first lane, and how
 # many lanes exist (None: all).
@@ -315,11 +318,14 @@ def _anchor_kernel(name: str, calls: Sequence[_Call], params: Sequence[Any], tar
     small, _, groups = elements.collapsed(tree, shape)
     elements.check_vectors(tree, shape, Vectors(target.isa).lanes)
     positions = [list(params).index(a) for a in main.arguments]
+    stores = 0
 
     def write(v: Vectors, inputs: Sequence[Buffer], y: Buffer, index: str) -> None:
         emitter = TreeEmitter(v, inputs, index)
 
         def store(value: Expr, axes: Sequence[Expr], count: int | None) -> None:
+            nonlocal stores
+            stores += 1
             place = elements.place_of(axes, shape, groups)
             result = emitter.vector(small, place, count, value)
             offset: Expr = tirx.const(0, index)
@@ -338,7 +344,10 @@ def _anchor_kernel(name: str, calls: Sequence[_Call], params: Sequence[Any], tar
             TEMPLATES[name](spec["parameters"], body)
 
     flops = int((main.function.attrs or {}).get(FLOPS, 0))
-    return _kernel(name, kinds, shapes, target, flops, write)
+    kernel = _kernel(name, kinds, shapes, target, flops, write)
+    if len(calls) > 1 and stores * elements.functions(small) > MOST_FUNCTIONS:
+        raise NotElementwise(f"its {stores} vectors of results at once would each compute what follows")
+    return kernel
 
 
 def _of_item(body: Body, item: Expr) -> Body:

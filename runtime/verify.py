@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from ..passes.base import Contract, LearnedPass, Pass, PassContext, PassReport
 from ..passes.errors import BudgetError, InputError, ModelError, VerificationError
-from ..passes.graph import all_nodes
+from ..passes.graph import all_nodes, constant_value, input_of
 from ..passes.pipeline import Pipeline
 from ..passes.quality import Drops, caches, counts, held_out, judged
 from ..passes.quantize.dynaquant import DynaQuant
@@ -42,7 +42,24 @@ RANDOM_OPS = frozenset({"RandomNormal", "RandomNormalLike", "RandomUniform", "Ra
 
 def random_node(model: ir.Model) -> ir.Node | None:
     """A node whose result is another one every run, so that nothing can be compared; None: the model is a function."""
-    return next((node for node in all_nodes(model) if node.domain == "" and node.op_type in RANDOM_OPS), None)
+    return next((node for node in all_nodes(model) if _draws(node)), None)
+
+
+def why_random(node: ir.Node) -> str:
+    """What a message says of a `random_node`."""
+    trains = " is in training mode (export the model in evaluation mode) and" if node.op_type == "Dropout" else ""
+    return f"{node.op_type}{trains} gives other numbers every run"
+
+
+def _draws(node: ir.Node) -> bool:
+    """A Dropout does where it trains, as in a model that was exported in training mode, or where the caller decides."""
+    if node.domain != "" or node.op_type != "Dropout":
+        return node.domain == "" and node.op_type in RANDOM_OPS
+    mode, ratio = input_of(node, 2), constant_value(input_of(node, 1))
+    if mode is None or (ratio is not None and not ratio.any()):
+        return False
+    training = constant_value(mode)
+    return mode.is_graph_input() if training is None else bool(training.any())
 
 
 @dataclass(frozen=True)

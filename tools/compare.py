@@ -39,7 +39,7 @@ def compare_models(
     gives other numbers every run, and what loading and running raise.
     """
     from graphwright.runtime.compare import approximate_outputs, compare, ranked_outputs
-    from graphwright.runtime.verify import random_node
+    from graphwright.runtime.verify import random_node, why_random
 
     from .opened import choose_feeds, opened
 
@@ -53,8 +53,7 @@ def compare_models(
                 node = random_node(model.graph)
                 if node is not None:
                     raise ModelError(
-                        f"{model.name}: {node.op_type} gives other numbers every run; "
-                        "only models without random operators can be compared"
+                        f"{model.name}: {why_random(node)}; only models without random operators can be compared"
                     )
             say("choose inputs")
             feeds, where = choose_feeds(a, b, file, seed)

@@ -151,7 +151,7 @@ def _graph_findings(model: ir.Model) -> Iterator[Finding]:
     """What can be seen in the graph alone."""
     from graphwright.passes.graph import all_nodes
     from graphwright.runtime.feeds import required_inputs
-    from graphwright.runtime.verify import random_node
+    from graphwright.runtime.verify import random_node, why_random
 
     version = model.opset_imports.get("", model.opset_imports.get("ai.onnx"))
     newest = _wanted_opset()
@@ -181,7 +181,7 @@ def _graph_findings(model: ir.Model) -> Iterator[Finding]:
         )
     random = random_node(model)
     if random is not None:
-        yield Finding("random", random.op_type, "gives other numbers every run", cure="the result cannot be verified")
+        yield Finding("random", random.op_type, why_random(random), cure="the result cannot be verified")
 
 
 def _wanted_opset() -> int:

@@ -16,13 +16,14 @@ from .site import Dim, Refuse, Result, Site, const, converts, int64
 def non_max_suppression(site: Site) -> Result:
     """Greedy selection for each batch entry and class, boxes in descending order of score, the first of equals first.
 
-    A box is dropped when its intersection over union with a kept one is above the threshold.
+    A box is dropped when its intersection over union with a kept one is above the threshold. Boxes come from a heap,
+    so that those behind the last that is kept cost nothing.
     """
     from tvm.script.ir_builder import IRBuilder
     from tvm.script.ir_builder import tirx as T
 
-    batch, boxes, _ = site.static(0)
-    _, classes, _ = site.static(1)
+    batch, boxes, _ = site.shape(0)
+    _, classes, _ = site.shape(1)
     centre = bool(site.attr("center_point_box", 0))
     f32 = "float32"
 
@@ -34,8 +35,12 @@ def non_max_suppression(site: Site) -> Result:
     limit, overlap = scalar(2, 0, "int64"), scalar(3, 0.0, f32)
     floor = scalar(4, 0.0, f32)
     has_floor = site.has(4) and site.shape(4) != (0,)
-    capacity = batch * classes * boxes
-    if capacity == 0:
+    most_known = site.array(2) if site.has(2) else np.zeros(1)
+    each = boxes
+    if most_known is not None and most_known.size:
+        most = max(0, int(most_known.reshape(-1)[0]))
+        each = min(boxes, most) if isinstance(boxes, int) else most
+    if 0 in [d for d in (batch, boxes, classes, each) if isinstance(d, int)]:
         return const(np.zeros((0, 3)), "int64")
 
     def corner(data: Any, n: Any, i: Any, which: int) -> Any:
@@ -48,52 +53,85 @@ def non_max_suppression(site: Site) -> Result:
         first, second = data[base + which % 2], data[base + which % 2 + 2]
         return tirx.min(first, second) if which < 2 else tirx.max(first, second)
 
+    def overlaps(data: Any, n: Any, i: Any, j: Any, iou: Any) -> Any:
+        zero = tirx.const(0, f32)
+        y1, x1, y2, x2 = (corner(data, n, i, w) for w in range(4))
+        v1, u1, v2, u2 = (corner(data, n, j, w) for w in range(4))
+        high = tirx.max(tirx.min(y2, v2) - tirx.max(y1, v1), zero)
+        wide = tirx.max(tirx.min(x2, u2) - tirx.max(x1, u1), zero)
+        shared = high * wide
+        union = (y2 - y1) * (x2 - x1) + (v2 - v1) * (u2 - u1) - shared
+        return tirx.all(union > zero, shared > iou * union)
+
     def kernel(ins: Any, outs: Any) -> Any:
         data, score, most, iou, least = (T.buffer_proxy(b) for b in ins)
-        rows, count, alive = (T.buffer_proxy(b) for b in outs)
-        zero = tirx.const(0, f32)
+        rows, count, heap, state = (T.buffer_proxy(b) for b in outs)
+        # What the loops change. heap[0 : state[size]] are boxes, each before those at 2 i + 1 and 2 i + 2.
+        size, node, top, held, kept, seen, dropped = range(7)
+        zero, one = tirx.const(0, "int32"), tirx.const(1, "int32")
+
+        def before(group: Any, i: Any, j: Any) -> Any:
+            a, b = score[group * boxes + i], score[group * boxes + j]
+            return tirx.any(a > b, tirx.all(a == b, i < j))
+
+        def sink(group: Any, start: Any) -> None:
+            """Exchange a box with the better one below it until none is better."""
+            state[node], state[held] = start, one
+            with T.While(state[held] >= 0):
+                state[top] = state[node]
+                for child in (1, 2):
+                    below = state[node] * 2 + child
+                    better = before(group, heap[below], heap[state[top]])
+                    with T.If(below < state[size]), T.Then(), T.If(better), T.Then():
+                        state[top] = below
+                with T.If(state[top] == state[node]):
+                    with T.Then():
+                        state[held] = -one
+                    with T.Else():
+                        state[held] = heap[state[node]]
+                        heap[state[node]] = heap[state[top]]
+                        heap[state[top]] = state[held]
+                        state[node] = state[top]
+
         with IRBuilder() as ib, T.seq_scope():
             count[0] = tirx.const(0, "int64")
-            with T.serial(0, tirx.IntImm("int64", batch * classes)) as group:
+            with T.serial(0, int64(batch) * int64(classes)) as group:
                 n = tirx.floordiv(group, classes)
-                with T.serial(0, tirx.IntImm("int64", boxes)) as i:
+                state[size] = zero
+                with T.serial(0, int64(boxes)) as i:
                     keep = score[group * boxes + i] > least[0] if has_floor else tirx.const(True, "bool")
-                    alive[i] = tirx.Select(keep, tirx.const(1, "int32"), tirx.const(0, "int32"))
-                # alive[boxes]: the best box of this round, -1 for none; alive[boxes + 1]: how many were kept.
-                alive[boxes + 1] = tirx.const(0, "int32")
-                with T.serial(0, tirx.IntImm("int64", boxes)):
-                    alive[boxes] = tirx.const(-1, "int32")
-                    with T.serial(0, tirx.IntImm("int64", boxes)) as i:
-                        best = alive[boxes]
-                        better = tirx.any(best < 0, score[group * boxes + i] > score[group * boxes + tirx.max(best, 0)])
-                        with T.If(tirx.all(alive[i] == 1, better)), T.Then():
-                            alive[boxes] = i.astype("int32")
-                    room = alive[boxes + 1].astype("int64") < most[0]
-                    with T.If(tirx.all(alive[boxes] >= 0, room)), T.Then():
+                    with T.If(keep), T.Then():
+                        heap[state[size]] = i.astype("int32")
+                        state[size] = state[size] + 1
+                state[seen] = tirx.floordiv(state[size], 2)
+                with T.While(state[seen] > 0):
+                    state[seen] = state[seen] - 1
+                    sink(group, state[seen])
+                state[kept] = zero
+                with T.While(tirx.all(state[size] > 0, state[kept].astype("int64") < most[0])):
+                    state[dropped], state[seen] = zero, zero
+                    with T.While(tirx.all(state[dropped] == 0, state[seen] < state[kept])):
+                        other = rows[(count[0] - 1 - state[seen].astype("int64")) * 3 + 2]
+                        with T.If(overlaps(data, n, heap[0].astype("int64"), other, iou[0])), T.Then():
+                            state[dropped] = one
+                        state[seen] = state[seen] + 1
+                    with T.If(state[dropped] == 0), T.Then():
                         rows[count[0] * 3] = n.astype("int64")
                         rows[count[0] * 3 + 1] = tirx.floormod(group, classes).astype("int64")
-                        rows[count[0] * 3 + 2] = alive[boxes].astype("int64")
+                        rows[count[0] * 3 + 2] = heap[0].astype("int64")
                         count[0] = count[0] + tirx.const(1, "int64")
-                        alive[boxes + 1] = alive[boxes + 1] + 1
-                        with T.serial(0, tirx.IntImm("int64", boxes)) as i:
-                            best = alive[boxes]
-                            y1, x1, y2, x2 = (corner(data, n, i, w) for w in range(4))
-                            v1, u1, v2, u2 = (corner(data, n, best, w) for w in range(4))
-                            high = tirx.max(tirx.min(y2, v2) - tirx.max(y1, v1), zero)
-                            wide = tirx.max(tirx.min(x2, u2) - tirx.max(x1, u1), zero)
-                            shared = high * wide
-                            union = (y2 - y1) * (x2 - x1) + (v2 - v1) * (u2 - u1) - shared
-                            drop = tirx.any(i == best, tirx.all(union > zero, shared > iou[0] * union))
-                            with T.If(tirx.all(alive[i] == 1, drop)), T.Then():
-                                alive[i] = tirx.const(0, "int32")
+                        state[kept] = state[kept] + 1
+                    state[size] = state[size] - 1
+                    heap[0] = heap[state[size]]
+                    sink(group, zero)
         return ib.get()
 
     def compute(*inputs: te.Tensor) -> list[te.Tensor]:
         return te.extern(
-            [(capacity, 3), (1,), (boxes + 2,)],
+            [(int64(batch) * int64(classes) * int64(each), 3), (1,), (int64(boxes),), (7,)],
             list(inputs),
             kernel,
-            dtype=["int64", "int64", "int32"],
+            dtype=["int64", "int64", "int32", "int32"],
             name="non_max_suppression",
         )
 

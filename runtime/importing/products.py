@@ -7,7 +7,7 @@ from typing import Any
 import tvm
 from tvm import relax
 
-from . import integer_products
+from . import integer_products, sliding
 from .block_weights import block_product
 from .quantization import conv_pads
 from .shapes import reshaped
@@ -104,6 +104,8 @@ def conv(site: Site) -> Result:
     if (whole := integer_products.conv(site, kernel, strides, dilations)) is not None:
         return whole
     before, after = conv_pads(site, site.shape()[2:], kernel, strides, dilations)
+    if (sums := sliding.convolution(site, kernel, strides, dilations, before, after)) is not None:
+        return sums
     x, weight, stored = site.x(0), site.x(1), stored_weight(site, 1)
     weight = weight if stored is None else stored
     options: dict[str, Any] = {"out_dtype": "float32"} if dtype_of(weight) in NARROW_FLOATS else {}

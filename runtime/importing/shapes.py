@@ -325,12 +325,16 @@ def transpose(site: Site) -> Result:
     array = constant_of(site.x())
     if array is not None and array.size <= CONTENT_LIMIT:
         return relax.const(np.transpose(array, perm), site.dtype())
-    made = made_by(site.bb, site.x(), "relax.permute_dims")
+    return permuted(site, site.x(), perm)
+
+
+def permuted(site: Site, expr: tvm.ir.Expr, perm: Sequence[int]) -> tvm.ir.Expr:
+    """`expr` with its axes in another order. Two transpositions are one, or none."""
+    made = made_by(site.bb, expr, "relax.permute_dims")
     if made is not None and made.attrs.axes is not None:
-        # Two transpositions are one, or none.
         perm = [int(made.attrs.axes[p]) for p in perm]
-        return made.args[0] if perm == list(range(rank)) else relax.op.permute_dims(made.args[0], perm)
-    return relax.op.permute_dims(site.x(), perm)
+        expr = made.args[0]
+    return expr if list(perm) == list(range(len(perm))) else site.emit(relax.op.permute_dims(expr, perm))
 
 
 @converts("Expand")
@@ -340,7 +344,7 @@ def expand(site: Site) -> Result:
     if content is None and site.shape(1) == (0,):
         content = ()
     if content is not None:
-        return broadcast(site, site.x(), broadcast_dims(source, content))
+        return broadcast(site, site.x(), broadcast_dims(source, _agreed(site, source, content)))
     (length,) = site.shape(1)
     promised = site.promised().static
     if promised is not None:
@@ -372,6 +376,28 @@ def expand(site: Site) -> Result:
     return broadcast(
         site, site.x(), [k if isinstance(k, int) and k != 1 else d for k, d in zip(known, dims, strict=True)]
     )
+
+
+def _agreed(site: Site, source: Sequence[Dim], wanted: Sequence[Dim]) -> list[Dim]:
+    """A wanted shape with the source's size in the place of those that must be equal to it: `min(sequence, 512)` of a
+    sliced table and `sequence`, of which neither is 1 alone. The program checks that they are."""
+    result = list(wanted)
+    for place in range(1, min(len(source), len(wanted)) + 1):
+        own, other = source[-place], wanted[-place]
+        if not same(own, other) and (_shortened(own, other) or _shortened(other, own)):
+            result[-place] = own
+    if any(a is not b for a, b in zip(result, wanted, strict=True)):
+        shape = relax.ShapeExpr([int64(dim) for dim in wanted])
+        site.bb.match_cast(shape, relax.ShapeType([int64(dim) for dim in result]))
+    return result
+
+
+def _shortened(dim: Dim, whole: Dim) -> bool:
+    """Whether a size is min(whole, bound) with a bound above 1."""
+    if not isinstance(dim, tirx.Min):
+        return False
+    bound = number(dim.b)
+    return isinstance(bound, int) and bound > 1 and same(number(dim.a), whole)
 
 
 def broadcast_dims(a: Sequence[Dim], b: Sequence[Dim]) -> list[Dim]:

@@ -49,6 +49,13 @@ def test_nothing_is_too_small_to_be_judged() -> None:
     assert not ok(zero, zero + np.float32(FLOOR / 2)) and not ok(small, -small) and ok(small, small)
 
 
+def test_what_is_lost_below_the_normal_numbers_is_no_error() -> None:
+    """A model whose numbers vanish: 1e-40 has five digits, and a sum of such products fewer."""
+    vanished = np.full(4, 1e-39, np.float32)
+    assert ok(vanished, vanished + np.float32(7e-42)) and ok(vanished, np.zeros(4, np.float32))
+    assert not ok(vanished, np.full(4, 1e-37, np.float32))
+
+
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
 def test_narrow_types_have_a_wider_limit(dtype: Any) -> None:
     a = np.ones(4, np.float32)

@@ -200,6 +200,12 @@ def test_dimensions_that_may_differ_do() -> None:
         assert len(set(_dynamic(first))) == 1 and len(set(_dynamic(second))) == 2
 
 
+def test_a_number_for_each_image_does_not_make_many_images() -> None:
+    first, second = feeds(model("(float[N,4,64,64] x, int64[N] step) => (float[N,4,64,64] y) { y = Neg(x) }"))
+    assert [len(made["step"]) for made in (first, second)] == [1, 2]
+    assert all(len(made["x"]) == len(made["step"]) for made in (first, second))
+
+
 def _dynamic(made: Feeds) -> list[int]:
     return [*made["x"].shape[2:]] or [array.shape[0] for array in made.values()]
 

@@ -151,6 +151,16 @@ def test_a_shape_that_is_known_nowhere_is_computed_at_run_time() -> None:
     same(model, *({"x": x, "s": np.array(s)} for s in ([3, 4], [-1, 2], [12, 1], [0, 6])))
 
 
+def test_a_table_cut_to_the_length_of_the_tokens_is_repeated_for_each() -> None:
+    """`positions[:, :length].expand(batch, length)` of exports: both lengths are the same, or the model is refused."""
+    model = parse("""<ir_version: 9, opset_import: ["": 18]> g (int64[batch, seq] ids) => (int64[batch, seq] y) {
+        s = Shape(ids) n = Slice(s, one, two) p = Slice(table, zero, n, one) e = Expand(p, s) y = Add(ids, e) }""",
+        one=np.array([1]), two=np.array([2]), zero=np.array([0]), table=np.arange(16)[None])  # fmt: skip
+    same(model, *[{"ids": np.arange(a * b).reshape(a, b)} for a, b in ((1, 1), (3, 1), (2, 15), (1, 16))])
+    with pytest.raises(Exception, match="match_cast error"):
+        compiled(model)({"ids": np.ones((1, 17), np.int64)})
+
+
 def test_axes_that_arrive_at_run_time_choose_between_the_forms_that_fit() -> None:
     model = parse('<ir_version: 9, opset_import: ["": 18]> g (float[3, 2, 2] x, int64[1] axes) => (float[3, 2] y)'
                   "{ y = ReduceSum <keepdims = 0> (x, axes) }")  # fmt: skip

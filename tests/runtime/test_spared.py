@@ -55,6 +55,35 @@ def test_known_sizes_are_compiled() -> None:
     assert found(net("n, 3, 8, 8")) == {}
 
 
+def layer(after: str) -> ir.Model:
+    """A convolution over rows of free length, and what follows it."""
+    random = np.random.default_rng(0)
+    shapes = {"w": (8, 8, 3), "p": (8, 8), "grouped": (8, 2, 3)}
+    weights = {name: random.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    proto = parser.parse_model(f"""<ir_version: 8, opset_import: ["" : 17]>
+        g (float[2, n, 8] x) => (float[a, b, c] y) {{
+            t = Transpose <perm = [0, 2, 1]> (x)
+            r = Conv <pads = [1, 1]> (t, w)
+            {after} }}""")
+    proto.graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in weights.items())
+    return ir.from_proto(onnx.shape_inference.infer_shapes(proto, data_prop=True))
+
+
+def test_a_convolution_of_free_length_among_products_becomes_one() -> None:
+    assert found(layer("u = Transpose <perm = [0, 2, 1]> (r) y = MatMul(u, p)")) == {}
+
+
+@pytest.mark.parametrize(
+    "after",
+    [
+        "y = Conv <pads = [1, 1]> (r, w)",
+        "s = Conv <pads = [1, 1], group = 4> (r, grouped) u = Transpose <perm = [0, 2, 1]> (s) y = MatMul(u, p)",
+    ],
+)
+def test_convolutions_of_free_length_alone_or_in_groups_are_left_alone(after: str) -> None:
+    assert UNKNOWN in found(layer(after)).values()
+
+
 @pytest.mark.parametrize("shape", ["2, 3, h, w", "2, 3, 8, w", "2, 3, h, 8"])
 def test_an_image_of_unknown_size_is_left_alone_with_what_lies_between(shape: str) -> None:
     """The gate and the computed size are between convolutions; the product and what follows it stay."""

@@ -154,3 +154,15 @@ def test_weights_are_kept_once(compile_model: Callable[..., Any], tmp_path: Path
     code = library.read_bytes()
     for constant in held:
         assert constant.reshape(-1)[:16].tobytes() not in code
+
+
+def test_functions_behind_a_kernel_that_stores_in_many_places_are_a_kernel_of_their_own(
+    compile_model: Callable[..., Any],
+) -> None:
+    """Mish behind each of the 126 vectors that a transposed convolution stores takes minutes to compile."""
+    weights = {"w": draw(16, 8, 4, 4) / 16, "b": draw(8)}
+    text = """g (float[n,16,64,64] x) => (float[n,8,a,c] y)
+        { t = ConvTranspose <strides = [2, 2], pads = [1, 1, 1, 1]> (x, w, b) y = Mish (t) }"""
+    model = compile_model(text, **weights)
+    assert model.kernels("conv-transposed") and any(name.startswith("fused_blocked") for name in model.kernels())
+    model.check({"x": draw(1, 16, 64, 64)})

@@ -216,6 +216,8 @@ def test_weights_that_are_no_numbers_can_be_verified(model: Path) -> None:
         "g (float[4] x, bool c) => (float[4] y) { y = If (c) <"
         "then_branch = t () => (float[4] a) { a = RandomUniformLike(x) }, else_branch = e () => (float[4] b)"
         " { b = Neg(x) }> }",
+        "g (float[64] x) => (float[64] y) <float r = {0.5}, bool training = {1}> { y = Dropout(x, r, training) }",
+        "g (float[64] x, bool training) => (float[64] y) <float r = {0.5}> { y = Dropout(x, r, training) }",
     ],
 )
 def test_random_numbers_are_found_wherever_they_are(text: str, tmp_path: Path) -> None:
@@ -224,6 +226,18 @@ def test_random_numbers_are_found_wherever_they_are(text: str, tmp_path: Path) -
     onnx.save(proto, tmp_path / "m.onnx")
     result = run(tmp_path / "m.onnx", Honest())
     assert result.verdict is None and result.unverified.endswith("gives other numbers every run")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "g (float[64] x) => (float[64] y) { y = Dropout(x) }",
+        "g (float[64] x) => (float[64] y) <float r = {0.5}, bool training = {0}> { y = Dropout(x, r, training) }",
+        "g (float[64] x, bool training) => (float[64] y) <float r = {0.0}> { y = Dropout(x, r, training) }",
+    ],
+)
+def test_a_dropout_that_drops_nothing_is_no_random_number(text: str) -> None:
+    assert random_node(ir.from_proto(parser.parse_model(f"{HEADER}\n{text}"))) is None
 
 
 def test_whole_number_outputs_are_exact(tmp_path: Path) -> None:
