@@ -122,7 +122,11 @@ def average_pool(site: Site) -> Result:
     dilations = [int(d) for d in site.attr("dilations", [1] * rank)]
     before, after = conv_pads(site, dims[2:], kernel, strides, dilations)
     out: list[Dim] = [*dims[:2], *pooled_sizes(site, dims[2:], kernel, strides, dilations, before, after)]
-    include = bool(site.attr("count_include_pad", 0))
+    include = bool(site.attr("count_include_pad", 0)) and any((*before, *after))
+    if not include and all(isinstance(d, int) for d in dims[2:]):
+        # Places of a window behind the input count in none: with ceil_mode it may be far larger than the image.
+        reach = [-(-(int(size) + first) // step) for size, first, step in zip(dims[2:], before, dilations, strict=True)]
+        kernel = [max(1, min(k, most)) for k, most in zip(kernel, reach, strict=True)]
     if templated(site) and not (include and site.attr("ceil_mode", 0)):
         return _pool_anchor(site, "mean", out, kernel, strides, dilations, before, include)
     return window_means(site, out, kernel, strides, dilations, before, after, include)
