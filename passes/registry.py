@@ -17,6 +17,7 @@ PASSES: dict[str, str] = {
     "infer-shapes": "graphwright.passes.prepare.infer_shapes:InferShapes",
     "fold-constants": "graphwright.passes.prepare.fold_constants:FoldConstants",
     "fold-batch-norm": "graphwright.passes.prepare.fold_batch_norm:FoldBatchNorm",
+    "fold-pad": "graphwright.passes.prepare.fold_pad:FoldPad",
     "dead-code": "graphwright.passes.prepare.dead_code:DeadCode",
     "common-subexpressions": "graphwright.passes.prepare.common_subexpressions:CommonSubexpressions",
     "simplify": "graphwright.passes.prepare.simplify:Simplify",
@@ -57,12 +58,12 @@ RECOGNISE = (
 PRESETS: dict[str, str] = {
     # Cleans a model for any runtime.
     "default": "pin-shapes,infer-shapes,fold-constants,simplify,fold-batch-norm,cancel-transposes,"
-    "dedupe-initializers,common-subexpressions,dead-code",
+    "fold-pad,dedupe-initializers,common-subexpressions,dead-code",
     # What a compiler needs: one opset, no functions, no constants as nodes, large operators, only those it has.
     "compile": "inline-functions,pin-shapes,standardise-contrib,convert-opset,infer-shapes,fold-constants,simplify,"
     f"infer-shapes,fold-constants,simplify,fold-batch-norm,{RECOGNISE},infer-shapes,fold-constants,cancel-transposes,"
-    "decompose,infer-shapes,fold-constants,simplify,lift-constants,dedupe-initializers,common-subexpressions,dead-code,"
-    "infer-shapes",
+    "fold-pad,decompose,infer-shapes,fold-constants,simplify,lift-constants,dedupe-initializers,common-subexpressions,"
+    "dead-code,infer-shapes",
     "none": "",
 }
 

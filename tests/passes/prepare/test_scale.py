@@ -22,7 +22,7 @@ from onnx import TensorProto, helper
 PREPARE = [
     "pin-shapes", "infer-shapes", "fold-constants", "dead-code", "common-subexpressions", "simplify",
     "lift-constants", "dedupe-initializers", "inline-functions", "convert-opset", "decompose", "cancel-transposes",
-    "standardise-contrib",
+    "standardise-contrib", "fold-pad",
 ]  # fmt: skip
 
 
