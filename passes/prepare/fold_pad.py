@@ -45,7 +45,7 @@ class FoldPad(Pass):
                 if reason is not None:
                     report.skipped(RULE, graph.site(node), reason)
                     continue
-                report.changed(RULE, graph.site(node), f"{node.op_type} pads {node.inputs[0].name}")  # type: ignore[union-attr]
+                report.changed(RULE, graph.site(node), f"Pad {graph.site(pad)} into {node.op_type}")
         return report
 
 
