@@ -72,7 +72,7 @@ def _folded(module: tvm.IRModule) -> tvm.IRModule:
 def fuse(module: tvm.IRModule, target: Target) -> tvm.IRModule:
     """Loop nests -> fewer loop nests, and on a CPU kernels for those that a template takes."""
     if target.is_cpu:
-        from .templates import annotate, claim
+        from .claiming import annotate, claim
 
         module = claim(relax.transform.FuseOps()(annotate(module)), target)
     else:

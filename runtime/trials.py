@@ -22,6 +22,7 @@ import tvm
 from tvm import relax, tirx
 
 from . import importer, phases
+from .claiming import claim
 from .codegen import machine_code
 from .importing.site import np_dtype
 from .kernels import conv, conv_direct, gemm_spec, products, winograd
@@ -33,7 +34,7 @@ from .kernels.gemm_spec import GemmSpec, GemmTile
 from .kernels.vectors import Vectors
 from .measure import Spread
 from .target import Target
-from .templates import anchor, claim, spec_of
+from .templates import anchor, spec_of
 from .tuning import Measured, Tunable, kernel_name
 from .turns import medians, take_turns
 from .tvm_step import use_threads

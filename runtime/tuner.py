@@ -32,7 +32,7 @@ from .worker import Compiler
 KERNEL_SECONDS = 30.0  # that one kernel gets at most
 BAR = 20  # characters
 # What the tiles of a kernel, and the time it takes, depend on.
-TEMPLATES = ("kernels/*.py", "templates.py", "trials.py", "turns.py")
+TEMPLATES = ("kernels/*.py", "claiming.py", "templates.py", "trials.py", "turns.py")
 
 log = logging.getLogger("graphwright")
 

@@ -28,7 +28,7 @@ LIGHT_PACKAGES = frozenset({"click", "graphwright"})
 COMPILING = (
     "runtime/blocked.py", "runtime/codegen.py", "runtime/elements.py", "runtime/importer.py", "runtime/importing/",
     "runtime/kernels/", "runtime/phases.py", "runtime/plan.py", "runtime/repeat.py", "runtime/schedule.py",
-    "runtime/templates.py", "runtime/trials.py",
+    "runtime/claiming.py", "runtime/templates.py", "runtime/trials.py",
 )  # fmt: skip
 ONLY_WITH = {
     "tvm": COMPILING,
