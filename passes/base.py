@@ -141,7 +141,8 @@ class PassContext:
     """Everything a pass may read besides the model.
 
     pins: input name -> shape (ints), from --pin. calibration: input name -> list of arrays, one per sample.
-    target: the target's name, or None when only the ONNX file is rewritten. seed: of every random choice.
+    target: the target's name, or None when only the ONNX file is rewritten. caches, dot_bf16: of that target, the
+    latter whether its processor multiplies pairs of bfloat16. seed: of every random choice.
     dry_run: report as usual, learn nothing; the caller throws the model away. trainer: fits what a learned pass asks
     for (`graphwright.models.fit.train`); None where nothing can be trained. evaluator: values inside a model
     (`graphwright.runtime.evaluator.evaluate`); None where nothing can be run. stopwatch: times models
@@ -153,6 +154,7 @@ class PassContext:
     calibration: Mapping[str, Sequence[np.ndarray]] | None = None
     target: str | None = None
     caches: Caches = field(default_factory=Caches)
+    dot_bf16: bool = False
     seed: int = 0
     max_drop: float | None = None
     progress: Callable[[str], None] = field(default=lambda message: None, repr=False)

@@ -16,7 +16,7 @@ from tvm.ir import TensorLoad
 
 from .elements import NotElementwise, nest_of, renamed, size_of
 
-IMAGES = ("float32", "int8", "uint8")  # types of images that are kept in blocks
+IMAGES = ("float32", "int8", "uint8", "uint16")  # types of images that are kept in blocks
 CHANNEL = 1  # the axis that is cut into blocks
 
 # Functions that stay finite for every finite argument; others may not see the lanes beyond C.
@@ -65,7 +65,7 @@ def rebuilt(
         return tirx.Not(rebuilt(e.a, variables, load, safe))
     if isinstance(e, tvm.ir.Call) and isinstance(e.op, tvm.ir.Op):
         name = str(e.op.name).rpartition(".")[2]
-        if safe and name not in FINITE:
+        if safe and name not in FINITE and str(e.ty.dtype) != "uint32":
             raise NotElementwise(f"it calls {name}")
         arguments = [rebuilt(a, variables, load, safe) for a in e.args]
         return tvm.ir.Call(e.op, arguments, e.attrs, list(e.ty_args), None, e.ty)

@@ -18,7 +18,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ..passes import io, registry
-from ..passes.base import Contract, PassContext, PassReport, TrainingJob, Weights, WidthJob
+from ..passes.base import Caches, Contract, PassContext, PassReport, TrainingJob, Weights, WidthJob
 from ..passes.errors import ModelError, TargetError, VerificationError
 from ..passes.graph import site
 from ..passes.pipeline import Observer, Pipeline
@@ -161,7 +161,7 @@ def optimize(
         progress=progress, dry_run=dry_run, trainer=trainer, output=learned or path, overwrite=overwrite,
         evaluator=functools.partial(evaluate, threads=threads or 0),
         stopwatch=Stopwatch(goal, threads, progress) if goal is not None and goal.runs_here else None,
-        **({"caches": goal.caches} if goal else {}),
+        caches=goal.caches if goal else Caches(), dot_bf16=goal is not None and goal.isa.dot_bf16,
     )  # fmt: skip
     pipeline.check_needs(ctx)
     unverified = "" if verify and not dry_run else "--no-verify"

@@ -117,7 +117,8 @@ class Constant:
 
 @dataclass(frozen=True)
 class Apply:
-    """An operation on trees. op: a name of OPERATIONS or of FUNCTIONS, "cast" or "select"."""
+    """An operation on trees. op: a name of OPERATIONS or of FUNCTIONS, "cast", "select", "round": to the bits of
+    bfloat16, or "widen": from these."""
 
     op: str
     args: tuple[Tree, ...]
@@ -228,6 +229,48 @@ def computes_functions(e: Any) -> bool:
     return called or (not isinstance(e, TensorLoad) and any(computes_functions(part) for part in _parts(e)))
 
 
+# TVM takes a cast to bfloat16 and back for none, and its bits for those of float32.
+
+
+def rounded_bits(x: Any) -> Any:
+    """The bits, uint16, of the bfloat16 nearest to a float32, half to even. A NaN stays one."""
+    bits = tirx.reinterpret("uint32", x)
+
+    def number(value: int) -> Any:
+        return tirx.const(value, "uint32")
+
+    high = bits >> number(16)
+    nearest = (bits + number(0x7FFF) + (high & number(1))) >> number(16)
+    nan = (bits & number(0x7FFFFFFF)) > number(0x7F800000)
+    return tirx.Select(nan, high | number(64), nearest).astype("uint16")
+
+
+def rounded_from(e: Any) -> Any | None:
+    """What an expression is `rounded_bits` of; None for others."""
+    if not isinstance(e, P.Cast) or not isinstance(e.value, P.Select):
+        return None
+    x = _inside(e.value.true_value, "bitwise_or", "shift_right", "reinterpret")
+    return x if x is not None and str(x.ty.dtype) == "float32" and _same(e, rounded_bits(x)) else None
+
+
+def widened_bits(bits: Any) -> Any:
+    """The float32 of the bits of a bfloat16."""
+    return tirx.reinterpret("float32", bits.astype("uint32") << tirx.const(16, "uint32"))
+
+
+def _inside(e: Any, *names: str) -> Any | None:
+    """The first argument of the first argument ... of calls of these names; None where they are others."""
+    for name in names:
+        if not isinstance(e, tvm.ir.Call) or not isinstance(e.op, tvm.ir.Op) or _short_name(e) != name:
+            return None
+        e = e.args[0]
+    return e
+
+
+def _same(a: Any, b: Any) -> bool:
+    return bool(tvm_ffi.structural_equal(a, b))
+
+
 def _parts(e: Any) -> list[Any]:
     parts = [getattr(e, name, None) for name in ("a", "b", "value", "condition", "true_value", "false_value")]
     return [p for p in parts if isinstance(p, tvm.ir.Expr)] + (list(e.args) if isinstance(e, tvm.ir.Call) else [])
@@ -268,6 +311,8 @@ class _Reader:
             parts = (self.tree(e.condition), self.tree(e.true_value), self.tree(e.false_value))
             return Apply("select", parts, dtype)
         if isinstance(e, P.Cast):
+            if (x := rounded_from(e)) is not None:
+                return Apply("round", (self.tree(x),), dtype)
             inner = self.tree(e.value)
             return inner if inner.dtype == dtype else Apply("cast", (inner,), dtype)
         if isinstance(e, tvm.ir.Call):
@@ -276,11 +321,20 @@ class _Reader:
 
     def call(self, e: Any, dtype: str) -> Tree:
         name = _short_name(e) if isinstance(e.op, tvm.ir.Op) else ""
+        if name == "reinterpret":
+            return self.widened(e, dtype)
         if name == "pow" or name == "power":
             return self.power(e, dtype)
         if name not in FUNCTIONS or dtype != "float32" or len(e.args) != 1:
             raise NotElementwise(f"it calls {name or 'a function'}")
         return Apply(name, (self.tree(e.args[0]),), dtype)
+
+    def widened(self, e: Any, dtype: str) -> Tree:
+        """`widened_bits`."""
+        bits = _inside(e, "reinterpret", "shift_left")
+        if isinstance(bits, P.Cast) and _same(e, widened_bits(bits.value)):
+            return Apply("widen", (self.tree(bits.value),), dtype)
+        raise NotElementwise("it takes numbers for others of the same bits")
 
     def power(self, e: Any, dtype: str) -> Tree:
         base, exponent = (self.tree(a) for a in e.args)

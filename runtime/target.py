@@ -35,7 +35,7 @@ class InstructionSet:
     numbers of a register by the low bits of eight others (AVX2's vpermd). streaming: non-temporal stores. half:
     float16 from and to float32 in one instruction. dot_int8: how 8-bit numbers are multiplied and added into int32:
     "pairs" of int16 (pmaddwd), "quads" of uint8 with int8 (VNNI), "signed-quads" of int8 (NEON's sdot), "": one by one.
-    dot_bf16: dot products of bfloat16.
+    dot_bf16: pairs of bfloat16 are multiplied and added into float32 (vdpbf16ps).
     """
 
     name: str
@@ -56,6 +56,7 @@ class InstructionSet:
 
 AVX512 = InstructionSet("avx512", 512, 32, fma=True, scalef=True, streaming=True, half=True, dot_int8="pairs")
 AVX512_VNNI = dataclasses.replace(AVX512, name="avx512-vnni", dot_int8="quads")
+AVX512_BF16 = dataclasses.replace(AVX512_VNNI, name="avx512-bf16", dot_bf16=True)
 AVX2 = InstructionSet("avx2", 256, 16, fma=True, lookup=True, streaming=True, half=True, dot_int8="pairs")
 AVX2_VNNI = dataclasses.replace(AVX2, name="avx2-vnni", dot_int8="quads")
 SSE2 = InstructionSet("sse2", 128, 16, streaming=True, dot_int8="pairs")
@@ -69,6 +70,7 @@ _AVX2_FLAGS = frozenset(["avx2", "fma", "bmi1", "bmi2", "f16c", "movbe"])
 _AVX512_FLAGS = frozenset(["avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx2", "fma", "bmi2", "f16c"])
 # /proc/cpuinfo's words that a processor must show to run code of an instruction set.
 NEEDED_FLAGS = {
+    "avx512-bf16": _AVX512_FLAGS | {"avx512_vnni", "avx512_bf16"},
     "avx512-vnni": _AVX512_FLAGS | {"avx512_vnni"},
     "avx512": _AVX512_FLAGS,
     "avx2-vnni": _AVX2_FLAGS | {"avx_vnni"},
@@ -261,9 +263,8 @@ def host() -> Target:
     if machine not in triples:
         raise TargetError(f"this machine is {machine}; target cpu is known for {', '.join(triples)}")
     if machine == "x86_64":
-        known = (AVX512_VNNI, AVX512, AVX2_VNNI, AVX2)
+        known = (AVX512_BF16, AVX512_VNNI, AVX512, AVX2_VNNI, AVX2)
         isa = next((isa for isa in known if NEEDED_FLAGS[isa.name] <= flags), SSE2)
-        isa = dataclasses.replace(isa, dot_bf16="avx512_bf16" in flags)
     else:
         dot = "signed-quads" if "asimddp" in flags else ""
         isa = dataclasses.replace(NEON, dot_int8=dot) if machine == "aarch64" else RVV
@@ -296,6 +297,11 @@ TARGETS: dict[str, Target] = {
         Target(
             "cpu-avx512-vnni", "llvm", "x86-64 with AVX-512 and VNNI (Cascade Lake and Zen 4 on)", _X86, "x86-64-v4",
             ("+avx512vnni",), _X86, AVX512_VNNI, Caches(32 * KIB, 1 * MIB, 16 * MIB), 4,
+        ),
+        Target(
+            "cpu-avx512-bf16", "llvm", "x86-64 with AVX-512, VNNI and bfloat16 products (Zen 4, Sapphire Rapids on)",
+            _X86, "x86-64-v4", ("+avx512bf16", "+avx512vnni"), _X86, AVX512_BF16,
+            Caches(32 * KIB, 1 * MIB, 16 * MIB), 4,
         ),
         Target(
             "cpu-baseline", "llvm", "any x86-64", _X86, "x86-64", zig=_X86,

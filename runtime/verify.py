@@ -30,7 +30,7 @@ from .compare import (
 )
 from .feeds import Feeds, check_names, made_up
 from .reference import Reference
-from .wavering import LEAST, Wavering, quantizes
+from .wavering import Wavering, least
 
 UNUSABLE = (ModelError, InputError)  # what onnxruntime's refusal of a model or of inputs becomes
 
@@ -81,7 +81,7 @@ class Trial:
     def judge(self, candidate: Runner, limit: float | None = None) -> Verdict:
         """limit: relative error allowed; None: by the output's type. More is allowed of a model that quantizes."""
         if self.wavering is not None:
-            limit = max(limit or 0.0, LEAST)
+            limit = max(limit or 0.0, self.wavering.least)
 
         def verdict(limit: float | None, moved: Sequence[Mapping[str, Moved]] | None = None) -> Verdict:
             known = (limit, self.source, self.approximate, self.ranked, moved)
@@ -129,7 +129,8 @@ def trial(
 
 def _traits(model: ir.Model, threads: int) -> tuple[frozenset[str], dict[str, str], Wavering | None]:
     """What a comparison with the model's outputs has to know."""
-    wavering = Wavering(model, threads) if quantizes(model) else None
+    allowed = least(model)
+    wavering = None if allowed is None else Wavering(model, allowed, threads)
     return approximate_outputs(model), ranked_outputs(model), wavering
 
 
@@ -171,8 +172,7 @@ class Verifier:
         limit = (step.contract.limit or self.max_drop) if report.changes else Contract.EXACT.limit
         if limit is None or (report.changes and step.contract is Contract.LEARNED):
             return
-        if quantizes(self._before):
-            limit = max(limit, LEAST)
+        limit = max(limit, least(self._before) or 0.0)
         old = Reference(self._before, threads=self.threads)
         try:
             new = Reference(model, threads=self.threads)

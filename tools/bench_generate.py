@@ -75,19 +75,19 @@ def measure(compiled: GeneratorFolder, source: GeneratorFolder, threads: int, se
     import numpy as np
 
     from ..passes.io import load
+    from ..runtime import wavering
     from ..runtime.decoders import decoder
     from ..runtime.generator_folder import DECODE
     from ..runtime.measure import Spread
     from ..runtime.peaks import moving
     from ..runtime.target import Target
-    from ..runtime.wavering import LEAST, quantizes
 
     ours, theirs = (
         calls(folder, decoder(folder, backend, threads))
         for folder, backend in ((compiled, "tvm"), (source, "onnxruntime"))
     )
     read, read_bytes = moving("read", Target.named("cpu"), threads)
-    limit = LEAST if quantizes(load(source.model(DECODE))) else 1e-4
+    limit = wavering.least(load(source.model(DECODE))) or 1e-4
     nbytes = weight_bytes(source.model(DECODE))
     cached = 8 * math.prod(source.about.cache_shape[1:]) // source.about.capacity * source.about.layers
     errors = {}

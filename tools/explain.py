@@ -60,6 +60,7 @@ def explain(
             calibration=load_calibration(calibration, graph, pins or {}) if calibration else None,
             target=goal.name if goal else None,
             caches=goal.caches if goal else Caches(),
+            dot_bf16=goal is not None and goal.isa.dot_bf16,
             progress=say,
             dry_run=True,
         )

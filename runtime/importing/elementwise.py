@@ -9,6 +9,7 @@ import numpy as np
 import tvm
 from tvm import relax, te, tirx
 
+from . import rounded_products
 from .shapes import broadcast_dims, content_value, reshaped
 from .site import (
     CONTENT_LIMIT,
@@ -358,6 +359,8 @@ def cast(site: Site) -> Result:
     value = site.value(0)
     if value.content is not None and target in ("int32", "int64"):
         return content_value(site, value.content, target, site.static())
+    if (rounded := rounded_products.rounded(site, target)) is not None:
+        return rounded
     return cast_to(site, value.expr, target, bool(site.attr("saturate", 1)))
 
 

@@ -117,11 +117,11 @@ def conv(site: Site, kernel: list[int], strides: list[int], dilations: list[int]
     rank, channels = len(kernel), operands.weight.shape[0]
     bias = _integer_bias(site, 2, operands, channels)
     before, _ = pads = conv_pads(site, site.shape()[2:], kernel, strides, dilations)
+    sizes = zip(shape_of(operands.x.value)[2:], kernel, strides, dilations, *pads, strict=True)
     sums = integers.convolution(
         site.bb, operands.x.value, operands.weight, np.zeros(channels, np.int64) if bias is None else bias,
         integers.Window(tuple(strides), tuple(dilations), tuple(map(int, before)), int(site.attr("group", 1))),
-        [_out(*size) for size in zip(shape_of(operands.x.value)[2:], kernel, strides, dilations, *pads, strict=True)],
-        int(operands.x.zero_point), site.target,
+        [out_size(*size) for size in sizes], int(operands.x.zero_point), site.target,
     )  # fmt: skip
     if sums is None:
         return None
@@ -134,7 +134,8 @@ def conv(site: Site, kernel: list[int], strides: list[int], dilations: list[int]
     return site.emit(relax.op.add(y, site.emit(added)))
 
 
-def _out(size: Dim, kernel: int, stride: int, dilation: int, before: int, after: int) -> Dim:
+def out_size(size: Dim, kernel: int, stride: int, dilation: int, before: int, after: int) -> Dim:
+    """Of a convolution, on one axis."""
     room = size + before + after - dilation * (kernel - 1) - 1
     return room // stride + 1
 

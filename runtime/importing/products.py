@@ -7,7 +7,7 @@ from typing import Any
 import tvm
 from tvm import relax
 
-from . import integer_products, sliding
+from . import integer_products, rounded_products, sliding
 from .block_weights import block_product
 from .quantization import conv_pads
 from .shapes import reshaped
@@ -25,6 +25,8 @@ def matmul(site: Site) -> Result:
     if (whole := integer_products.matmul(site)) is not None:
         return whole[0]
     if dtype not in NARROW_FLOATS:
+        if (rounded := rounded_products.matmul(site)) is not None:
+            return rounded
         stored = stored_weight(site, 1)
         if stored is not None:
             return relax.op.matmul(site.x(0), stored, out_dtype=dtype)
@@ -52,6 +54,7 @@ def gemm(site: Site) -> Result:
     a, b = site.x(0), site.x(1)
     if site.attr("transA", 0):
         a = site.emit(relax.op.permute_dims(a, [1, 0]))
+    rounded = None if site.attr("transA", 0) else rounded_products.matmul(site, bool(site.attr("transB", 0)))
     stored = stored_weight(site, 1, bool(site.attr("transB", 0)))
     if stored is not None:
         b = stored
@@ -61,7 +64,7 @@ def gemm(site: Site) -> Result:
     if dtype in NARROW_FLOATS:
         y = site.cast(relax.op.matmul(a, b, out_dtype="float32"), dtype)
     else:
-        product = block_product(site, a, b) if stored is None else None
+        product = rounded if rounded is not None or stored is not None else block_product(site, a, b)
         y = relax.op.matmul(a, b, out_dtype=None if stored is None else dtype) if product is None else product
         y = site.emit(y)
     if alpha != 1.0:
@@ -104,6 +107,8 @@ def conv(site: Site) -> Result:
     if (whole := integer_products.conv(site, kernel, strides, dilations)) is not None:
         return whole
     before, after = conv_pads(site, site.shape()[2:], kernel, strides, dilations)
+    if (rounded := rounded_products.conv(site, kernel, strides, dilations, before, after)) is not None:
+        return _with_bias(site, rounded, rank, dtype)
     if (sums := sliding.convolution(site, kernel, strides, dilations, before, after)) is not None:
         return sums
     x, weight, stored = site.x(0), site.x(1), stored_weight(site, 1)

@@ -55,13 +55,15 @@ class Value:
     import, as numbers or as expressions of the symbolic dimensions; this is what keeps computed shapes symbolic.
     wide: the float32 tensor that a float16 one was rounded from; operators that compute in float32 read it, as
     onnxruntime does, and so round once less. packed: its type in ONNX, where that has less than the 8 bits that an
-    element of `expr` has.
+    element of `expr` has. bits: uint16, the bits of the bfloat16 numbers that it was rounded to, for kernels that take
+    these.
     """
 
     expr: tvm.ir.Expr
     content: tuple[Dim, ...] | None = None
     wide: tvm.ir.Expr | None = None
     packed: str | None = None
+    bits: tvm.ir.Expr | None = None
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,9 @@ direct: any size, dense or with groups that fill whole vectors (`conv_direct`).
 depthwise: one input channel for each output channel, or groups that lie in a vector (`conv_depthwise`).
 winograd: 3x3 of stride 1 with fewer multiplications (`winograd`).
 
-float32, and 8-bit numbers with sums in int32 (`dots`), which the first two take. Weights of 16 bits are widened in
-registers by the direct form, and when they are packed by the others. Layouts are in `conv_spec`. `emit`
-writes the loops and hands each finished vector to the caller, who stores it.
+float32, 8-bit numbers with sums in int32 (`dots`), which the first two take, and bfloat16, which the first does.
+Weights of 16 bits are widened in registers by the direct form, and when they are packed by the others. Layouts are in
+`conv_spec`. `emit` writes the loops and hands each finished vector to the caller, who stores it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ...passes.base import Caches
 from ..target import InstructionSet
 from . import conv_depthwise, conv_direct, winograd
 from .conv_spec import ConvSpec, ConvTile, Emission, Finish
-from .dots import LONGEST, Dot, dot_of
+from .dots import BITS, INTEGERS, LONGEST, Dot, dot_of
 from .vectors import Buffer, Expr, Vectors
 
 SYMBOL = "conv"
@@ -39,8 +39,10 @@ def supported(spec: ConvSpec, isa: InstructionSet) -> str | None:
     if min(sizes) < 1 or min(spec.in_channels, spec.out_channels, spec.groups) < 1:
         return f"a size below one in {spec}"
     depth = spec.taps * spec.in_channels // spec.groups
-    if spec.data != "float32" and depth > LONGEST:
+    if spec.data in INTEGERS and depth > LONGEST:
         return f"sums of {depth} products of 8-bit numbers may exceed int32"
+    if spec.data == BITS and spec.in_vectors(lanes):
+        return f"groups of {spec.each} input channels have no pairs of bfloat16"
     if spec.groups == 1:
         return None
     if spec.in_channels % spec.groups or spec.out_channels % spec.groups:
@@ -60,7 +62,7 @@ def choose_algorithm(spec: ConvSpec, isa: InstructionSet, caches: Caches) -> tup
     if spec.in_vectors(Vectors(isa).lanes):
         return "depthwise", f"groups of {spec.each} input channels lie in a vector"
     if spec.data != "float32":
-        return "direct", "8-bit numbers"
+        return "direct", "8-bit numbers" if spec.data in INTEGERS else "bfloat16"
     if refusal := winograd.refusal(spec):
         return "direct", refusal
     one = replace(spec, batch=1)
@@ -133,7 +135,7 @@ def conv(
     """A kernel (x, w, bias, y) -> None: y = convolution + bias, blocked.
 
     x (N, an image's elements), w from `pack_weights`, bias (ceil(O/L)·L,), y (N, ceil(O/L)·H·W·L). All are float32, w
-    uint16 where its 16 bits are widened; of 8-bit x, w is int8, bias from `first_sums` and int32, y int32.
+    uint16 where it has 16 bits; of 8-bit x, w is int8, bias from `first_sums` and int32, y int32.
     """
     if reason := supported(spec, isa):
         raise ValueError(reason)
@@ -161,7 +163,7 @@ def conv(
         )
         x = T.decl_buffer((n * tirx.const(sizes[0], index),), spec.data, data=x.data)
         y = T.decl_buffer((n * tirx.const(sizes[1], index),), dot.sums, data=y.data)
-        whole = spec.data != "float32"
+        whole = spec.data in INTEGERS
 
         def finish(value: Expr, place: Sequence[Expr]) -> None:
             image, block, row, column = place

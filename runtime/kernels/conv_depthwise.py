@@ -28,8 +28,8 @@ from tvm.tirx.script import builder as T
 
 from ...passes.base import Caches
 from ..target import InstructionSet
-from .conv_int8 import Source, copied_columns, rows_in_groups
 from .conv_spec import ConvSpec, ConvTile, Emission, axis, split_evenly, taps_inside
+from .conv_steps import Source, copied_columns, rows_in_groups
 from .dots import INTEGERS, Accumulators, Dot, ExactDot, IntegerDot, dot_of, grouped
 from .vectors import Expr, Vectors
 

@@ -28,9 +28,9 @@ from tvm.tirx.script import builder as T
 
 from ...passes.base import Caches
 from ..target import InstructionSet
-from .conv_int8 import Source, copied
 from .conv_spec import ConvSpec, ConvTile, Emission, axis, split_evenly, taps_inside
-from .dots import Accumulators, Dot, IntegerDot, dot_of, grouped
+from .conv_steps import Source, copied
+from .dots import BITS, Accumulators, Dot, IntegerDot, SteppedDot, dot_of, grouped
 from .gemm_spec import loads_cost
 from .vectors import Expr, Vectors
 
@@ -164,7 +164,8 @@ def _taps(spec: ConvSpec, start: int, width: int) -> tuple[Taps, ...]:
 
 
 def pack(weight: np.ndarray, spec: ConvSpec, isa: InstructionSet, tile: ConvTile) -> np.ndarray:
-    """OIHW weights as the kernel reads them, one axis; of float16 and bfloat16 their bits, uint16."""
+    """OIHW weights as the kernel reads them, one axis; of float16 and bfloat16, of which those of BITS come as bits,
+    uint16."""
     dot, plan = dot_of(Vectors(isa), spec.data, spec.stored, spec.joined), tiling(spec, isa, tile)
     lanes = dot.vectors.lanes
     out_each, in_each = spec.out_channels // spec.groups, spec.in_channels // spec.groups
@@ -181,7 +182,8 @@ def pack(weight: np.ndarray, spec: ConvSpec, isa: InstructionSet, tile: ConvTile
             depth = lanes if spec.blocked_input else in_each
             part = grouped(part.reshape(vectors * lanes, -1, depth, *spec.kernel), 2, dot.group)
             pieces.append(part.transpose(1, 3, 4, 2, 0, 5).reshape(-1))
-    packed = np.ascontiguousarray(np.concatenate(pieces), dtype=dot.dtype)
+    joined = np.concatenate(pieces)
+    packed = np.ascontiguousarray(joined, dtype=None if spec.data == BITS else dot.dtype)
     return packed.view(np.uint16) if packed.dtype.itemsize == 2 else packed
 
 
@@ -285,7 +287,7 @@ class DirectEmitter:
     def source(self, image: Expr, first_row: Expr, rows: int | Expr) -> Source:
         """Where a task finds its input: in the image, or copied as a step wants it."""
         e, width = self.e, self.plan.columns if flat(self.spec) else self.spec.in_size[1]
-        if isinstance(self.dot, IntegerDot):
+        if isinstance(self.dot, SteppedDot):
             every = self.plan.columns if flat(e.spec) else None
             return copied(e, self.dot, image, self.in_blocks, first_row, rows, self.split.rows, every)
         plane = math.prod(self.spec.in_size)

@@ -32,8 +32,9 @@ class ConvSpec:
     batch: None where it is known at run time. in_size, out_size: (H, W). pads: rows above and columns to the left;
     those below and to the right follow from out_size, and a negative pad drops input. blocked_input: False where x is
     plain (N, C, H, W), as for the first convolution of a model. data: type of x; for uint8 and int8, of which `zero`
-    stands for 0, weights are int8 and results int32. joined: `dots.joined_steps` of the weights of a dense one. stored:
-    type that constant weights of float32 are given in; who reads them in no other type than float32 widens them first.
+    stands for 0, weights are int8 and results int32; uint16: the bits of bfloat16, which weights are too. joined:
+    `dots.joined_steps` of the weights of a dense one. stored: type that constant weights of float32 are given in; who
+    reads them in no other type than float32 widens them first.
     """
 
     batch: int | None
@@ -58,7 +59,7 @@ class ConvSpec:
 
     @property
     def seen(self) -> ConvSpec:
-        """What the loops see. Of 8-bit numbers they read a copy, which has the padding in it and leaves out rows and
+        """What the loops see. Of narrow numbers they read a copy, which has the padding in it and leaves out rows and
         columns between the places of a kernel of one."""
         if self.data == "float32":
             return self
@@ -77,7 +78,7 @@ class ConvSpec:
 
     def in_vectors(self, lanes: int) -> bool:
         """Whether groups, of as many outputs as inputs or a multiple, are smaller than a vector and their inputs lie in
-        one: those of depthwise ones do. Of 8-bit numbers no others."""
+        one: those of depthwise ones do. Of narrow numbers no others."""
         if self.groups == 1 or self.out_channels % self.in_channels:
             return False
         if self.data != "float32":

@@ -1,12 +1,13 @@
-"""One step of a product: a vector of sums takes up elements of the depth, for float32 and for 8-bit numbers.
+"""One step of a product: a vector of sums takes up elements of the depth, for float32 and for narrower numbers.
 
     float32        sums[lane] += x · w[lane]
     8-bit numbers  sums[lane] += x[0] · w[lane][0] + ... + x[group - 1] · w[lane][group - 1], exactly, in int32
+    bfloat16       the same with two numbers, in float32
 
 Loops of products and convolutions count in steps. A step's elements of x are one element of a flat buffer: a float32,
-or an int32 that holds `group` numbers as the instruction wants them. Weights are int8, [step][lane][group], and stay so
-in memory. Numbers of x may be shifted by a constant (`shift`), which the sums must be corrected for: they start at
-`first_sums`.
+or an int32 that holds `group` numbers as the instruction wants them. Weights of a group are [step][lane][group], and
+stay int8 or bfloat16 in memory. 8-bit numbers of x may be shifted by a constant (`shift`), which the sums must be
+corrected for: they start at `first_sums`.
 
 AVX2's product of bytes adds neighbours in int16, which general weights exceed. Where the weights themselves say that
 int16 holds them (`joined_steps`), even over two steps, x stays in bytes and a step takes up half or a quarter as many
@@ -28,6 +29,7 @@ from .vectors import Buffer, Expr, Vectors
 # Bytes below which a buffer of scope "global" stays on the stack, where LLVM turns it into registers.
 REGISTER_BUFFER = 1024
 INTEGERS = ("uint8", "int8")
+BITS = "uint16"  # what numbers of bfloat16 are kept as in compiled code
 # Products of 8-bit numbers of which an int32 can hold two sums, whatever they are: those of x, and of its shift.
 LONGEST = (1 << 30) // (255 * 128) - 1
 INT16 = (1 << 15) - 1
@@ -108,9 +110,91 @@ FORMS = {
     "pairs": Form(2, "int16"), "quads": Form(4, "uint8"), "signed-quads": Form(4, "int8"), "bytes": Form(4, "uint8"),
     "": Form(1, "int32"),
 }  # fmt: skip
+ROUNDED = Form(2, BITS)
 
 
-class IntegerDot(Dot):
+class SteppedDot(Dot):
+    """Takes x from a copy that holds steps of `form.group` numbers as int32. data: type of the elements of x, which are
+    moved by `shift` so that the form's type holds them."""
+
+    def __init__(self, vectors: Vectors, data: str, form: Form, shift: int = 0) -> None:
+        super().__init__(vectors)
+        self.data, self.form, self.shift, self.group = data, form, shift, form.group
+
+    def packed(self, x: Buffer, offset: Expr, steps: int) -> Expr:
+        """`steps` steps from the elements of x that lie behind each other from `offset` on, as a vector of int32."""
+        count = steps * self.group
+        value = x[T.ramp(offset, 1, count)] if count > 1 else x[offset]
+        suffix = f"x{count}" if count > 1 else ""
+        if self.shift:
+            # The only shifts are by 128, up or down: the highest bit changes.
+            flipped = T.reinterpret(value, dtype=f"uint8{suffix}") if self.data == "int8" else value
+            high = tirx.const(128, "uint8")
+            value = T.bitwise_xor(flipped, T.broadcast(high, count) if count > 1 else high)
+        elif self.form.element != self.data and self.form.bits > 8:
+            value = T.Cast(f"{self.form.element}{suffix}", value)
+        if self.group == 1:
+            return value
+        return T.reinterpret(value, dtype=f"int32x{steps}" if steps > 1 else "int32")
+
+    def gathered(
+        self, x: Buffer, offsets: Sequence[Expr | None], count: int, there: Sequence[Expr] | None = None,
+        zero: Expr = None,
+    ) -> Expr:  # fmt: skip
+        """`count` steps of which the elements of each number lie behind each other from an offset on; None: any.
+
+        there: for each of them -1, or 0 where all are `zero` instead, which is shifted already.
+        """
+        suffix = f"x{count}" if count > 1 else ""
+
+        def splat(value: Expr | int) -> Expr:
+            value = T.int32(value) if isinstance(value, int) else value
+            return T.broadcast(value, count) if count > 1 else value
+
+        result = None
+        signed = not self.form.element.startswith("uint") and (self.data == "int8" or self.shift)
+        for number, offset in enumerate(offsets):
+            if offset is None:
+                continue
+            value = T.Cast(f"int32{suffix}", x[T.ramp(offset, 1, count)] if count > 1 else x[offset])
+            if self.shift:
+                value = value + splat(self.shift)
+            if there is not None:
+                value = T.bitwise_and(value - splat(zero), splat(there[number])) + splat(zero)
+            if signed and number + 1 < self.group:
+                value = T.bitwise_and(value, splat((1 << self.form.bits) - 1))
+            if number:
+                value = T.shift_left(value, splat(self.form.bits * number))
+            result = value if result is None else T.bitwise_or(result, value)
+        return splat(0) if result is None else T.Bind(result)
+
+    def constant(self, value: int) -> int:
+        """A step whose elements are all a number of x, as int32."""
+        array = np.full(self.group, value + self.shift).astype(self.form.element)
+        return int(array.view(np.int32)[0])
+
+
+class RoundedDot(SteppedDot):
+    """bfloat16, of which x has the bits (BITS): a step is one `vdpbf16ps`, two products that are added to a float32.
+    Numbers below the normal ones count as 0."""
+
+    dtype = "bfloat16"
+    itemsize = 2
+
+    def __init__(self, vectors: Vectors) -> None:
+        super().__init__(vectors, BITS, ROUNDED)
+
+    def weights(self, buffer: Buffer, offset: Expr) -> Expr:
+        return T.Bind(buffer[T.ramp(offset, 1, self.width)])
+
+    def same(self, buffer: Buffer, offset: Expr) -> Expr:
+        return T.Bind(T.broadcast(buffer[offset], self.vectors.lanes))
+
+    def add(self, sums: Expr, x: Expr, weights: Expr) -> Expr:
+        return self.vectors.add_rounded(sums, x, weights)
+
+
+class IntegerDot(SteppedDot):
     """8-bit numbers. data: type of x, uint8 or int8. joined: steps whose products int16 holds together, by the weights
     (`joined_steps`)."""
 
@@ -119,15 +203,10 @@ class IntegerDot(Dot):
     itemsize = 1
 
     def __init__(self, vectors: Vectors, data: str, joined: int = 0) -> None:
-        super().__init__(vectors)
-        self.data, self.joined = data, max(1, joined)
-        self.kind = "bytes" if joined else vectors.isa.dot_int8
-        self.form = FORMS[self.kind]
-        self.group = self.form.group
-        self.spare = {"pairs": 1, "": 1, "bytes": 2}.get(self.kind, 0)
-        # What elements of x are moved by so that their type holds them.
+        self.joined, self.kind = max(1, joined), "bytes" if joined else vectors.isa.dot_int8
         moved = {("quads", "int8"): 128, ("bytes", "int8"): 128, ("signed-quads", "uint8"): -128}
-        self.shift = moved.get((self.kind, data), 0)
+        super().__init__(vectors, data, FORMS[self.kind], moved.get((self.kind, data), 0))
+        self.spare = {"pairs": 1, "": 1, "bytes": 2}.get(self.kind, 0)
 
     def zeros(self) -> Expr:
         return T.broadcast(T.int32(0), self.vectors.lanes)
@@ -162,60 +241,6 @@ class IntegerDot(Dot):
             return T.call_llvm_pure_intrin(number, sums, x, weights, dtype=dtype)
         return sums + x * weights
 
-    # -- elements of x into steps ----------------------------------------------------------------------------
-
-    def packed(self, x: Buffer, offset: Expr, steps: int) -> Expr:
-        """`steps` steps from the elements of x that lie behind each other from `offset` on, as a vector of int32."""
-        count = steps * self.group
-        value = x[T.ramp(offset, 1, count)] if count > 1 else x[offset]
-        suffix = f"x{count}" if count > 1 else ""
-        if self.shift:
-            # The only shifts are by 128, up or down: the highest bit changes.
-            flipped = T.reinterpret(value, dtype=f"uint8{suffix}") if self.data == "int8" else value
-            high = tirx.const(128, "uint8")
-            value = T.bitwise_xor(flipped, T.broadcast(high, count) if count > 1 else high)
-        elif self.form.bits > 8:
-            value = T.Cast(f"{self.form.element}{suffix}", value)
-        if self.group == 1:
-            return value
-        return T.reinterpret(value, dtype=f"int32x{steps}" if steps > 1 else "int32")
-
-    def gathered(
-        self, x: Buffer, offsets: Sequence[Expr | None], count: int, there: Sequence[Expr] | None = None,
-        zero: Expr = None,
-    ) -> Expr:  # fmt: skip
-        """`count` steps of which the elements of each number lie behind each other from an offset on; None: any.
-
-        there: for each of them -1, or 0 where all are `zero` instead, which is shifted already.
-        """
-        suffix = f"x{count}" if count > 1 else ""
-
-        def splat(value: Expr | int) -> Expr:
-            value = T.int32(value) if isinstance(value, int) else value
-            return T.broadcast(value, count) if count > 1 else value
-
-        result = None
-        signed = self.form.element != "uint8" and (self.data == "int8" or self.shift)
-        for number, offset in enumerate(offsets):
-            if offset is None:
-                continue
-            value = T.Cast(f"int32{suffix}", x[T.ramp(offset, 1, count)] if count > 1 else x[offset])
-            if self.shift:
-                value = value + splat(self.shift)
-            if there is not None:
-                value = T.bitwise_and(value - splat(zero), splat(there[number])) + splat(zero)
-            if signed and number + 1 < self.group:
-                value = T.bitwise_and(value, splat((1 << self.form.bits) - 1))
-            if number:
-                value = T.shift_left(value, splat(self.form.bits * number))
-            result = value if result is None else T.bitwise_or(result, value)
-        return splat(0) if result is None else T.Bind(result)
-
-    def constant(self, value: int) -> int:
-        """A step whose elements are all a number of x, as int32."""
-        array = np.full(self.group, value + self.shift).astype(self.form.element)
-        return int(array.view(np.int32)[0])
-
 
 class ExactDot(Dot):
     """8-bit numbers in float32: a step is one multiply-add, exact for up to 514 products, whose sum is at most 2^24.
@@ -241,9 +266,11 @@ class ExactDot(Dot):
 
 
 def dot_of(vectors: Vectors, data: str, stored: str = "float32", joined: int = 0) -> Dot:
-    """What takes x of type `data`, and weights of float32 that are stored as `stored`."""
+    """What takes x of type `data`, BITS for those of bfloat16, and weights of float32 that are stored as `stored`."""
     if data in INTEGERS:
         return IntegerDot(vectors, data, joined)
+    if data == BITS:
+        return RoundedDot(vectors)
     return Dot(vectors) if stored == "float32" else StoredDot(vectors, stored)
 
 

@@ -178,7 +178,11 @@ class TreeEmitter:
             result = v.narrow(self._emit(wide, place, count, anchor), tree.dtype)
         else:
             args = [self._emit(a, place, count, anchor) for a in tree.args]
-            if tree.op == "select":
+            if tree.op == "round":
+                result = v.rounded(args[0])
+            elif tree.op == "widen":
+                result = v.of_bits(args[0])
+            elif tree.op == "select":
                 result = T.Select(*args)
                 result = result if tree.dtype == "bool" else T.Bind(result)
             elif tree.op == "cast" and tree.args[0].dtype == "bool" and tree.dtype != "bool":

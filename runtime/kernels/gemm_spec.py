@@ -27,8 +27,8 @@ class GemmSpec:
 
     batch: how many products of these sizes lie behind each other, 1 for a packed B. shared_a, shared_b: all of them
     read the same A or B. weights: the type that a packed B is stored in; its elements become float32 in registers.
-    data: type of A; for uint8 and int8, of which `zero` stands for 0, B is int8 and Y int32. joined:
-    `dots.joined_steps` of B.
+    data: type of A; for uint8 and int8, of which `zero` stands for 0, B is int8 and Y int32; uint16: the bits of
+    bfloat16, which B is too. joined: `dots.joined_steps` of B.
     """
 
     rows: int | None

@@ -23,7 +23,7 @@ from .gemm_spec import GemmSpec, pack
 from .products import chosen_tile as product_tile
 from .vectors import Vectors
 
-PLAN = "conv-int8"  # the template's name in an anchor whose layout is still to be decided
+PLAN = "conv-steps"  # the template's name in an anchor whose layout is still to be decided
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,29 @@ def convolution(
     x: uint8 or int8 (N, C, ...) over one or two spatial axes. weight: int8 (O, C / groups, ...). bias: (O,). `planned`
     decides later how images lie.
     """
+    seen = described(x, weight, window, places, zero)
+    if seen is None:
+        return None
+    spec, weight, swapped = seen
+    if not spec.in_vectors(Vectors(target.isa).lanes):
+        spec = replace(spec, joined=joined_steps(weight, 1, target.isa))
+    if kernels.supported(spec, target.isa) is not None:
+        return None
+    sums = weight.sum(axis=(1, 2, 3), dtype=np.int64)
+    first = first_sums(sums, bias, spec.data, zero, target.isa, Vectors(target.isa).lanes, spec.joined)
+    inputs = [x, relax.const(np.ascontiguousarray(weight), "int8"), relax.const(first, "int32")]
+    return unplanned(bb, spec, swapped, inputs, places, "int32")
+
+
+def described(
+    x: Any, weight: np.ndarray, window: Window, places: Sequence[Any], zero: int = 0
+) -> tuple[ConvSpec, np.ndarray, bool] | None:
+    """A convolution of data in another type than float32, its weights over two axes, and whether rows are columns in
+    both; None where it is none over one or two axes of known sizes."""
     dims, rank = dims_of(x.ty), len(window.strides)
     if dims is None or rank not in (1, 2) or not all(isinstance(d, int) and d > 0 for d in (*dims[1:], *places)):
+        return None
+    if 0 in dims:
         return None
     if rank == 1:
         weight = weight[:, :, None, :]
@@ -87,21 +108,19 @@ def convolution(
         "groups": window.groups, "blocked_input": dims[1] > 4 or window.groups > 1, "data": str(x.ty.dtype.dtype),
         "zero": zero,
     }  # fmt: skip
-    swapped = rank == 2 and one_column(fields)
-    if swapped:
+    if rank == 2 and one_column(fields):
         # Kernels work along rows. Columns of one place lie in memory as a row does.
-        weight, fields = weight.swapaxes(2, 3), turned(fields)
-    spec = ConvSpec(**fields)
-    if not spec.in_vectors(Vectors(target.isa).lanes):
-        spec = replace(spec, joined=joined_steps(weight, 1, target.isa))
-    if 0 in dims or kernels.supported(spec, target.isa) is not None:
-        return None
-    sums = weight.sum(axis=(1, 2, 3), dtype=np.int64)
-    first = first_sums(sums, bias, spec.data, zero, target.isa, Vectors(target.isa).lanes, spec.joined)
-    sizes = [tirx.const(d, "int64") if isinstance(d, int) else d for d in (dims[0], len(weight), *places)]
-    out = relax.TensorType(sizes, "int32")
+        return ConvSpec(**turned(fields)), weight.swapaxes(2, 3), True
+    return ConvSpec(**fields), weight, False
+
+
+def unplanned(
+    bb: relax.BlockBuilder, spec: ConvSpec, swapped: bool, inputs: Sequence[Any], places: Sequence[Any], sums: str
+) -> Any:
+    """A convolution as `planned` takes it. inputs: x, weights, what sums start at, if anything. sums: their type."""
+    sizes = [inputs[0].ty.shape.values[0], spec.out_channels, *places]
+    out = relax.TensorType([tirx.const(d, "int64") if isinstance(d, int) else d for d in sizes], sums)
     flops = 2 * spec.multiply_adds * (spec.batch or 1)
-    inputs = [x, relax.const(np.ascontiguousarray(weight), "int8"), relax.const(first, "int32")]
     return anchor(bb, PLAN, {"spec": vars(spec), "swapped": swapped}, inputs, out, flops)
 
 
@@ -109,21 +128,21 @@ def planned(
     bb: relax.BlockBuilder, parameters: dict[str, Any], arguments: Sequence[Any], kind: Any, blocked: Any | None,
     into_blocks: Pack, target: Target, packed: dict[Any, Any],
 ) -> Any:  # fmt: skip
-    """An anchor of `convolution` as a template over blocks of channels, in blocks. blocked: the input in blocks, if it
+    """An anchor of `unplanned` as a template over blocks of channels, in blocks. blocked: the input in blocks, if it
     is; kind: of the plain result."""
-    x, weight, first = arguments
+    x, weight, *first = arguments
     fields = tuples(parameters["spec"])
     spec = ConvSpec(**{**fields, "blocked_input": fields["blocked_input"] or blocked is not None})
     tile = chosen_tile(spec, target)
     key = (weight, spec, tile)
     if key not in packed:
         array = kernels.pack_weights(weight.value.numpy(), spec, target.isa, tile)
-        packed[key] = relax.const(array, "int8")
+        packed[key] = relax.const(array, str(array.dtype))
     source = into_blocks(x) if spec.blocked_input else x
     dims = dims_of(kind)
     assert dims is not None, "the sizes of an image are known"
-    out = relax.TensorType(blocked_shape(dims, Vectors(target.isa).lanes), "int32")
+    out = relax.TensorType(blocked_shape(dims, Vectors(target.isa).lanes), kind.dtype)
     flops = 2 * spec.multiply_adds * (spec.batch or 1)
     given = {"spec": vars(spec), "tile": vars(tile), "swapped": parameters["swapped"]}
-    return anchor(bb, "conv", given, [source, packed[key], first], out, flops)
+    return anchor(bb, "conv", given, [source, packed[key], *first], out, flops)
 

@@ -29,6 +29,11 @@ _NARROW_BFLOAT16 = """
   %e = select {mask} %n, {whole} %q, {whole} %d
   %r = trunc {whole} %e to {short}
 """
+# One instruction, for which numbers below the normal ones are 0.
+_ROUND_BFLOAT16 = """
+  %x = call <{lanes} x bfloat> @llvm.x86.avx512bf16.cvtneps2bf16.{size}({vector} %v)
+  %r = bitcast <{lanes} x bfloat> %x to {short}
+"""
 _WIDEN_HALF = """
   %x = bitcast {short} %h to <{lanes} x half>
   %r = fpext <{lanes} x half> %x to {vector}
@@ -85,6 +90,13 @@ _NARROW_FLOAT16 = """
 _WIDENING = """
 define {vector} @gw_widen_{kind}_{lanes}({short} %h) alwaysinline {{{widen}  ret {vector} %r
 }}
+"""
+_ROUNDING = """
+define {short} @gw_rounded_{lanes}({vector} %v) alwaysinline {{{round}  ret {short} %r
+}}
+"""
+_DECLARED_ROUNDING = """
+declare <{lanes} x bfloat> @llvm.x86.avx512bf16.cvtneps2bf16.{size}({vector})
 """
 # take and give: a whole vector. load and store: the first n elements, as of float32.
 _ACCESS = """
@@ -145,6 +157,14 @@ def widening(isa: InstructionSet, lanes: int) -> str:
     return "".join(
         _WIDENING.format(kind=kind, widen=text.format(**words), **words) for kind, text in texts.items()
     )
+
+
+def rounding(isa: InstructionSet, lanes: int) -> str:
+    """The function that rounds to bfloat16 what products of it, where there are any, are made of."""
+    words = _words(lanes)
+    text = (_ROUND_BFLOAT16 if isa.dot_bf16 else _NARROW_BFLOAT16).format(size=32 * lanes, **words)
+    declared = _DECLARED_ROUNDING.format(size=32 * lanes, **words) if isa.dot_bf16 else ""
+    return _ROUNDING.format(round=text, **words) + declared
 
 
 def functions_for(kinds: set[str], isa: InstructionSet, lanes: int) -> str:

@@ -12,7 +12,7 @@ from tvm.tirx.script import builder as T
 from ..elements import Size, expression, product, size_of
 from ..target import Target
 from ..templates import Body, anchor, template
-from . import gemm_int8
+from . import gemm_steps
 from .dots import dot_of
 from .gemm import Finish, GemmEmitter
 from .gemm_spec import GemmSpec, GemmTile, choose_tile, pack, packed_tile
@@ -23,8 +23,8 @@ STORED = ("float32", "float16", "bfloat16")  # types of constant weights
 
 @template("gemm")
 def gemm(parameters: dict[str, Any], body: Body) -> None:
-    """A (..., M, K) · B (K, N) packed or (..., K, N) in place. parameters: the fields of GemmSpec and of GemmTile. Of
-    8-bit numbers the third input is what sums start at."""
+    """A (..., M, K) · B (K, N) packed or (..., K, N) in place. parameters: the fields of GemmSpec and of GemmTile. The
+    third input is what sums of 8-bit numbers start at."""
     spec, tile = GemmSpec(**parameters["spec"]), GemmTile(**parameters["tile"])
     v = body.vectors
     a, b, *first = body.inputs
@@ -33,8 +33,8 @@ def gemm(parameters: dict[str, Any], body: Body) -> None:
     rows = product(leading) if batch == 1 else leading[-1]
     height, inner, count = (_number(size) for size in (rows, body.shapes[0][-1], batch))
     common = (row_store(body), body.target.cores, body.target.caches, body.index)
-    if first:
-        gemm_int8.emit(v, spec, tile, height, a, b, first[0], *common)
+    if spec.data != "float32":
+        gemm_steps.emit(v, spec, tile, height, a, b, first[0] if first else None, *common)
     else:
         GemmEmitter(v, spec, tile, height, inner, count, a, b, *common).emit()
 

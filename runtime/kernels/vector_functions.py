@@ -8,7 +8,7 @@ from __future__ import annotations
 import struct
 
 from ..target import InstructionSet
-from .narrow_floats import widening
+from .narrow_floats import rounding, widening
 
 PARTS = 8  # of a power of two, which one register holds
 # x·2^k is 0 for k below this, whatever float x below 2^27 is: 2^-150 is half the smallest one.
@@ -40,10 +40,12 @@ def functions_of(isa: InstructionSet, lanes: int) -> str:
         text += _CHOOSE.format(name=name, word=word, lanes=lanes, vector=vector, mask=mask)
     for name, word in (("above", "ogt"), ("above_or_nan", "ugt")):
         text += _ABOVE.format(name=name, word=word, lanes=lanes, vector=vector, mask=mask)
-    text += _LOWEST_BIT + widening(isa, lanes)
+    text += _LOWEST_BIT + widening(isa, lanes) + rounding(isa, lanes)
     if isa.dot_int8 == "pairs":
         text += _PAIRS_SSE2 if lanes == 4 else _PAIRS.format(lanes=lanes, twice=2 * lanes)
         text += "".join(_bytes(lanes, c, s) for c in range(1, BYTE_COLUMNS + 1) for s in (1, 2) if lanes > 4)
+    if isa.dot_bf16:
+        text += _ADD_ROUNDED.format(lanes=lanes, twice=2 * lanes, bits=32 * lanes)
     if isa.lookup:
         text += _LOOKUP.format(entries=", ".join(f"i32 {_root_of_two(j)}" for j in range(PARTS)))
     if isa.scalef:
@@ -168,6 +170,18 @@ define <{lanes} x i32> @gw_pairs_{lanes}(<{lanes} x i32> %s, <{twice} x i16> %x,
   %v = extractvalue {{ <{lanes} x i32>, <{lanes} x i32> }} %r, 0
   ret <{lanes} x i32> %v
 }}
+"""
+_ADD_ROUNDED = """
+define <{lanes} x float> @gw_add_rounded_{lanes}(<{lanes} x float> %s, <{lanes} x i32> %x, <{twice} x i16> %w)
+    alwaysinline {{
+  %a = bitcast <{lanes} x i32> %x to <{twice} x bfloat>
+  %b = bitcast <{twice} x i16> %w to <{twice} x bfloat>
+  %r = call <{lanes} x float> @llvm.x86.avx512bf16.dpbf16ps.{bits}(
+      <{lanes} x float> %s, <{twice} x bfloat> %a, <{twice} x bfloat> %b)
+  ret <{lanes} x float> %r
+}}
+declare <{lanes} x float> @llvm.x86.avx512bf16.dpbf16ps.{bits}(
+    <{lanes} x float>, <{twice} x bfloat>, <{twice} x bfloat>)
 """
 _PAIRS_SSE2 = """
 define <4 x i32> @gw_pairs_4(<4 x i32> %s, <8 x i16> %x, <8 x i16> %w) alwaysinline {

@@ -169,6 +169,18 @@ class Vectors:
             weights = T.address_of(w[w_at + first * 4 * self.lanes])
             T.evaluate(T.call_extern("int32", name, *part, T.address_of(x[x_at]), weights, T.int64(apart)))
 
+    def rounded(self, x: Expr) -> Expr:
+        """The bits of the nearest bfloat16, half to even, as uint16; with `dot_bf16` subnormal numbers are 0."""
+        return T.Bind(T.call_extern(f"uint16x{self.lanes}", self._name("rounded"), x))
+
+    def of_bits(self, bits: Expr) -> Expr:
+        """The numbers of bits of bfloat16."""
+        return T.Bind(T.call_extern(self.dtype, self._name("widen_bfloat16"), bits))
+
+    def add_rounded(self, sums: Expr, x: Expr, w: Expr) -> Expr:
+        """float32 sums + the products of neighbouring bfloat16, pair by pair. x: pairs as int32. w: bits as uint16."""
+        return T.call_extern(self.dtype, self._name("add_rounded"), sums, x, w)
+
     def choose(self, comparison: str, a: Expr, b: Expr, then: Expr, otherwise: Expr) -> Expr:
         """Lane by lane `then` where a compares so with b, else `otherwise`.
 

@@ -162,7 +162,7 @@ def test_functions_behind_a_kernel_that_stores_in_many_places_are_a_kernel_of_th
     import tvm
     from graphwright.runtime import importer, phases
 
-    target = Target.named("cpu")
+    target = Target.named("cpu-avx2")
     proto = parser.parse_model("""<ir_version: 10, opset_import: ["": 20]> g (float[n,16,64,64] x) => (float[n,8,a,c] y)
         { t = ConvTranspose <strides = [2, 2], pads = [1, 1, 1, 1]> (x, w, b) y = Mish (t) }""")
     weights = {"w": draw(16, 8, 4, 4), "b": draw(8)}

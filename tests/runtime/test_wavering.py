@@ -7,7 +7,7 @@ import onnx_ir as ir
 import pytest
 from graphwright.passes.base import PassContext
 from graphwright.runtime.verify import Trial, trial
-from graphwright.runtime.wavering import quantizes
+from graphwright.runtime.wavering import LEAST, LEAST_ROUNDED, least
 from onnx import parser
 
 HALVES = np.arange(8, dtype=np.float32) * 32 + 0.5  # between two steps of 1
@@ -20,7 +20,7 @@ def tried(body: str, x: np.ndarray, out: str = "uint8") -> Trial:
 
 
 @pytest.mark.parametrize("body, more", [("y = QuantizeLinear (x, s)", True), ("y = Cast <to = 2> (x)", False)])
-def test_a_step_is_allowed_of_a_model_that_quantizes(body: str, more: bool) -> None:
+def test_a_step_is_allowed_of_a_model_that_least(body: str, more: bool) -> None:
     """Where a number lies between two steps, another order of a sum decides for the other one."""
     t = tried(body, HALVES)
     expected = t.expected[0]["y"]
@@ -58,4 +58,10 @@ def test_a_width_that_is_computed_is_a_step(fixed: bool) -> None:
     x = ir.val("x", ir.DataType.FLOAT, [1, 32])
     node = ir.node("NestedMatMul", [x, widths], domain="graphwright")
     graph = ir.Graph([x, widths], node.outputs, nodes=[node], opset_imports={"": 21, "graphwright": 1})
-    assert quantizes(ir.Model(graph, ir_version=10)) != fixed
+    assert least(ir.Model(graph, ir_version=10)) == (None if fixed else LEAST)
+
+
+@pytest.mark.parametrize("to, allowed", [(16, LEAST_ROUNDED), (10, None), (11, None)])
+def test_what_is_rounded_to_bfloat16_is_a_small_step(to: int, allowed: float | None) -> None:
+    text = f'<ir_version: 10, opset_import: ["" : 21]> g (float[8] x) => (y) {{ y = Cast <to = {to}> (x) }}'
+    assert least(ir.from_proto(parser.parse_model(text))) == allowed

@@ -10,10 +10,12 @@ import onnx
 import onnx_ir as ir
 import pytest
 from graphwright.passes import io
-from graphwright.passes.base import PassReport
+from graphwright.passes.base import PassContext, PassReport
+from graphwright.passes.errors import UsageError
 from graphwright.passes.pipeline import Pipeline
 from graphwright.runtime import driver
 from graphwright.runtime.reference import Reference
+from graphwright.runtime.wavering import LEAST_ROUNDED, least
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -187,3 +189,68 @@ def test_a_budget_is_checked() -> None:
     assert driver.optimize(model, "bf16", max_drop=0.05).verdict is not None
     with pytest.raises(VerificationError, match="bf16"):
         driver.optimize(model, "bf16", max_drop=1e-6)
+
+
+ATTENTION = """g (float[N,64] x) => (float[N,64] y) {
+    q = MatMul (x, w)
+    k = MatMul (x, v)
+    s = Add (q, k)
+    y = Add (s, x)
+}"""
+
+
+def rounded(x: np.ndarray) -> np.ndarray:
+    return x.astype(ml_dtypes.bfloat16).astype(np.float32)
+
+
+def test_data_are_rounded_once_for_all_products() -> None:
+    """What is no product reads them as they were."""
+    w, v, x = draw(64, 64), draw(64, 64) + 1, draw(5, 64)
+    after, report = stored(parse(ATTENTION, w=w, v=v), ":data=bfloat16")
+    casts = [node for node in after.graph if node.op_type == "Cast"]
+    assert len(casts) == 4 and report.spec == "bf16:data=bfloat16"
+    assert [change.rule for change in report.changes] == ["store", "store", "round", "round"]
+    expected = rounded(x) @ rounded(w) + rounded(x) @ rounded(v) + x
+    np.testing.assert_allclose(Reference(after).run({"x": x})["y"], expected, atol=1e-3)
+    again, second = stored(after, ":data=bfloat16")
+    assert not second.changes and ir.to_proto(again) == ir.to_proto(after)
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+def test_auto_rounds_for_processors_that_multiply_pairs(pairs: bool) -> None:
+    model = parse(PRODUCT, w=draw(64, 64))
+    _, (report,) = Pipeline.parse("bf16").run(model, PassContext(target="cpu", dot_bf16=pairs))
+    assert report.spec == f"bf16:data={'bfloat16' if pairs else 'float32'}"
+    assert sum(change.rule == "round" for change in report.changes) == pairs
+    _, (report,) = Pipeline.parse("bf16:type=float16").run(model, PassContext(target="cpu", dot_bf16=pairs))
+    assert report.spec == "bf16:type=float16:data=float32"
+
+
+@pytest.mark.parametrize(
+    "line, shape, reason",
+    [
+        ("y = Conv <group = 32> (x, w)", (4096, 4, 1, 1), "its groups have fewer than 16 channels"),
+        ("y = Conv <group = 2> (x, w)", (128, 64, 1, 1), None),
+        ("y = Conv (x, w)", (64, 128, 1, 1), None),
+        ("x2 = Flatten (x) y = Gemm <transA = 1> (x2, w)", (1, 4096), "it reads its data transposed"),
+        ("x2 = Flatten (x) y = Gemm <transB = 1> (x2, w)", (64, 128), None),
+        ("x2 = Flatten (x) v = Transpose <perm = [1, 0]> (w) y = MatMul (x2, v)", (64, 128), None),
+    ],
+)
+def test_what_reads_rounded_data(line: str, shape: tuple[int, ...], reason: str | None) -> None:
+    model = parse(f"g (float[1,128,1,1] x) => (float y) {{ {line} }}", w=draw(*shape))
+    _, report = stored(model, ":data=bfloat16")
+    assert [skip.reason for skip in report.skips] == ([] if reason is None else [reason])
+    assert sum(change.rule == "round" for change in report.changes) == (reason is None)
+
+
+def test_rounded_data_need_weights_of_bfloat16() -> None:
+    with pytest.raises(UsageError, match="data=bfloat16 needs type=bfloat16"):
+        Pipeline.parse("bf16:type=float16:data=bfloat16")
+
+
+def test_rounding_of_data_is_allowed_by_verification() -> None:
+    """Two sums that differ in their last digits may round to neighbours."""
+    after, _ = stored(parse(PRODUCT, w=draw(64, 64)), ":data=bfloat16")
+    assert least(after) == LEAST_ROUNDED
+    assert least(parse(PRODUCT, w=draw(64, 64))) is None

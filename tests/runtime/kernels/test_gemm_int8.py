@@ -48,7 +48,7 @@ def multiplies_bytes(target: Target) -> bool:
 
 def function(product: Product, target: Target, name: str, threads: int = 1) -> Any:
     """A kernel (a, b, first, y) over flat buffers."""
-    from graphwright.runtime.kernels import gemm_int8
+    from graphwright.runtime.kernels import gemm_steps
     from graphwright.runtime.kernels.products import chosen_tile
     from graphwright.runtime.kernels.vectors import Vectors
     from tvm import tirx
@@ -81,7 +81,7 @@ def function(product: Product, target: Target, name: str, threads: int = 1) -> A
                         v.store(flat, at, T.reinterpret(value, dtype=v.dtype), tirx.const(there, "int64"))
 
                 tile, rows = chosen_tile(spec, target), m if p.dynamic else p.m
-                gemm_int8.emit(v, spec, tile, rows, a, b, first, store, threads, target.caches)
+                gemm_steps.emit(v, spec, tile, rows, a, b, first, store, threads, target.caches)
     return builder.get()
 
 

@@ -1,4 +1,4 @@
-"""What convolutions of 8-bit numbers read: a task's part of the image, copied as a step of `dots` wants it.
+"""What convolutions of 8-bit numbers and bfloat16 read: the part of the image of a task, copied as steps of `dots`.
 
 The copy holds whole steps as int32: channels of a pixel in groups for dense convolutions, neighbouring taps of a column
 in groups for depthwise ones. It has the padding in it, as numbers that stand for 0, and is small enough for a cache.
@@ -14,7 +14,7 @@ from tvm import tirx
 from tvm.tirx.script import builder as T
 
 from .conv_spec import ConvSpec, Emission
-from .dots import IntegerDot
+from .dots import SteppedDot
 from .vectors import Buffer, Expr
 
 WRITTEN_OUT = 4  # vectors of a copy in one turn of its loop, at most
@@ -43,7 +43,7 @@ class _Copy:
     """A copy in progress. e.spec: the convolution as it is; `seen` reads the copy."""
 
     e: Emission
-    dot: IntegerDot
+    dot: SteppedDot
     target: Buffer
 
     def zeros(self, at: Expr, count: int | Expr) -> None:
@@ -111,7 +111,7 @@ def runs(
 
 
 def copied(
-    e: Emission, dot: IntegerDot, image: Expr, blocks: int, first_row: Expr, rows: int | Expr, most: int,
+    e: Emission, dot: SteppedDot, image: Expr, blocks: int, first_row: Expr, rows: int | Expr, most: int,
     columns: int | None,
 ) -> Source:  # fmt: skip
     """The input of output rows [first_row, first_row + rows) for a dense convolution; `most` >= rows.
@@ -222,7 +222,7 @@ def rows_in_groups(spec: ConvSpec, group: int) -> ConvSpec:
 
 
 def copied_columns(
-    e: Emission, dot: IntegerDot, seen: ConvSpec, plane: Expr, first_row: Expr, rows: int | Expr, most: int
+    e: Emission, dot: SteppedDot, seen: ConvSpec, plane: Expr, first_row: Expr, rows: int | Expr, most: int
 ) -> Source:
     """The input of output rows [first_row, first_row + rows) for a depthwise convolution; `most` >= rows.
 
