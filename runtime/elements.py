@@ -241,7 +241,7 @@ def rounded_bits(x: Any) -> Any:
 
     high = bits >> number(16)
     nearest = (bits + number(0x7FFF) + (high & number(1))) >> number(16)
-    nan = (bits & number(0x7FFFFFFF)) > number(0x7F800000)
+    nan = number(0x7F800000) < (bits & number(0x7FFFFFFF))
     return tirx.Select(nan, high | number(64), nearest).astype("uint16")
 
 
@@ -249,7 +249,7 @@ def rounded_from(e: Any) -> Any | None:
     """What an expression is `rounded_bits` of; None for others."""
     if not isinstance(e, P.Cast) or not isinstance(e.value, P.Select):
         return None
-    x = _inside(e.value.true_value, "bitwise_or", "shift_right", "reinterpret")
+    x = _first_operand(e.value.true_value, 3)
     return x if x is not None and str(x.ty.dtype) == "float32" and _same(e, rounded_bits(x)) else None
 
 
@@ -258,12 +258,10 @@ def widened_bits(bits: Any) -> Any:
     return tirx.reinterpret("float32", bits.astype("uint32") << tirx.const(16, "uint32"))
 
 
-def _inside(e: Any, *names: str) -> Any | None:
-    """The first argument of the first argument ... of calls of these names; None where they are others."""
-    for name in names:
-        if not isinstance(e, tvm.ir.Call) or not isinstance(e.op, tvm.ir.Op) or _short_name(e) != name:
-            return None
-        e = e.args[0]
+def _first_operand(e: Any, depth: int) -> Any | None:
+    """The first operand of the first operand ... of an expression; None where there is none."""
+    for _ in range(depth):
+        e = next(iter(_parts(e)), None)
     return e
 
 
@@ -331,7 +329,7 @@ class _Reader:
 
     def widened(self, e: Any, dtype: str) -> Tree:
         """`widened_bits`."""
-        bits = _inside(e, "reinterpret", "shift_left")
+        bits = _first_operand(e, 2)
         if isinstance(bits, P.Cast) and _same(e, widened_bits(bits.value)):
             return Apply("widen", (self.tree(bits.value),), dtype)
         raise NotElementwise("it takes numbers for others of the same bits")

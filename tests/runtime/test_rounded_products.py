@@ -149,3 +149,23 @@ def test_three_products_round_once() -> None:
     x = np.random.default_rng(0).standard_normal((7, 64), np.float32)
     np.testing.assert_allclose(ours(x), theirs(x), atol=1e-4)
     assert sum("round" in kernel for kernel in kernels) == 1
+
+
+def test_trees_know_rounding_again() -> None:
+    """Else kernels of products would end before it, and it would be a loop of whole numbers."""
+    from graphwright.runtime.elements import Apply, Load, load_source, nest_of, nested_source, rounded_bits, widened_bits
+    from tvm import te, tirx
+
+    axis = [tirx.Var("i", "int64")]
+
+    def tree(dtype: str, element: Any) -> Any:
+        x = te.placeholder([64], dtype, "x")
+        nest = nest_of(te.create_prim_func([x, te.compute(x.shape, lambda i: element(x(i)))], "int64"))
+        return nested_source(nest, [load_source(0, [64], dtype, axis)])(axis)
+
+    for dtype, element, op, to in (
+        ("float32", rounded_bits, "round", "uint16"), ("uint16", widened_bits, "widen", "float32")
+    ):  # fmt: skip
+        found = tree(dtype, element)
+        assert isinstance(found, Apply) and (found.op, found.dtype) == (op, to)
+        assert isinstance(found.args[0], Load)
