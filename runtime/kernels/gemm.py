@@ -29,6 +29,7 @@ from .vectors import LINE, Buffer, Expr, Vectors
 PARALLEL = 1 << 17
 NEAR = 2  # tiles of a panel up to which none asks for the next one: it would be gone again before it is read
 BESIDE = 4  # panels side by side from which on each is a stream
+CHUNK = 16  # tiles of rows in a chunk, at most, where their number is known at run time only
 SUMS = 1 << 18  # elements of the sums that wait between two parts of the depth
 
 # Called with a vector of results, its row and first column, and how many of its lanes exist (None: all).
@@ -200,17 +201,18 @@ class GemmEmitter:
             work *= size if isinstance(size, int) else 64
         return work >= PARALLEL
 
-    def _chunks(self) -> tuple[int | Expr, int]:
-        """Chunks of row tiles that go through one panel behind each other, and the tiles of one.
+    def _chunks(self) -> tuple[int | Expr, int | Expr]:
+        """Chunks of row tiles that go through one panel behind each other, and the tiles of one; the last may have
+        fewer, if little.
 
         A chunk of A stays in half of the second-level cache; there are enough chunks for the threads.
         """
         inner = self.spec.inner or 1024
         most = max(1, self.caches.l2 // 2 // max(1, self.tile.rows * inner * 4))
         if not isinstance(self.rows, int):
-            per_chunk = min(most, 16)
-            step = self.const(per_chunk * self.tile.rows)
-            return T.Bind(tirx.floordiv(self.rows + step - self.const(1), step)), per_chunk
+            tiles = T.Bind(self._over(self.rows, self.const(self.tile.rows)))
+            chunks = T.Bind(self._over(tiles, self.const(min(most, CHUNK))))
+            return chunks, T.Bind(self._over(tiles, T.max(chunks, self.const(1))))
         tiles = -(-self.rows // self.tile.rows)
         side = -(-self.spec.columns // (self.tile.vectors * self.vectors.lanes)) * (self.spec.batch or 1)
         least = 1
@@ -220,12 +222,16 @@ class GemmEmitter:
         per_chunk = -(-tiles // chunks)
         return -(-tiles // per_chunk), per_chunk
 
+    def _over(self, a: Expr, b: Expr) -> Expr:
+        """a / b, rounded up."""
+        return tirx.floordiv(a + b - self.const(1), b)
+
     def _panel(
-        self, panel: Panel, chunk: Expr, per_chunk: int, item: Expr, part: _Part | None = None
+        self, panel: Panel, chunk: Expr, per_chunk: int | Expr, item: Expr, part: _Part | None = None
     ) -> None:
         """All row tiles of one chunk against one panel, or a part of the depth of it."""
         height, const = self.tile.rows, self.const
-        if isinstance(self.rows, int):
+        if isinstance(self.rows, int) and isinstance(per_chunk, int):
             turns = min(per_chunk, -(-self.rows // height))
 
             def tile(step: Expr, count: int, row: Expr) -> None:
@@ -234,12 +240,11 @@ class GemmEmitter:
 
             self._row_tiles(chunk, per_chunk, tile)
             return
-        first = T.Bind(chunk * const(per_chunk))
-        start = T.Bind(first * const(height))
-        stop = T.Bind(T.min(start + const(per_chunk * height), self.rows))
+        start = T.Bind(chunk * const(per_chunk) * const(height))
+        stop = T.Bind(T.min(start + const(per_chunk) * const(height), self.rows))
         whole = T.Bind(tirx.floordiv(stop - start, const(height)))
         with T.serial(whole) as step:
-            turn = (step, per_chunk) if self.spec.packed else None
+            turn = (step, CHUNK) if self.spec.packed else None
             self._tile(height, panel, T.Bind(start + step * const(height)), item, turn=turn)
         done = T.Bind(start + whole * const(height))
         left = T.Bind(stop - done)

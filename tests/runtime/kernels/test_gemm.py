@@ -159,6 +159,20 @@ def test_tile_edges(name: str, part: int, runnable: Callable[[str], Target]) -> 
         check(case, kernel)
 
 
+def test_rows_that_are_known_at_run_time_are_shared_evenly() -> None:
+    """Around one and two chunks of tiles, on two threads."""
+    from graphwright.runtime.kernels.gemm import CHUNK
+    from graphwright.runtime.kernels.gemm_spec import packed_tile
+    from graphwright.runtime.kernels.vectors import Vectors
+
+    target, case = Target.named("cpu"), Product(0, 40, 50, dynamic=True)
+    height = packed_tile(None, case.n, target.isa, Vectors(target.isa).lanes).rows
+    (kernel,) = kernels([case], target, 2)
+    for rows in (CHUNK * height + n for n in (-1, 0, 1, height, CHUNK * height - 1, CHUNK * height + 1)):
+        check(case, kernel, rows)
+
+
+
 @pytest.mark.parametrize("name", X86)
 def test_dynamic_rows(name: str, runnable: Callable[[str], Target]) -> None:
     target = runnable(name)
