@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from ..passes.base import PassContext
 from ..passes.graph import Names, all_nodes, attribute, has_references, is_constant
+from ..passes.prepare.infer_shapes import InferShapes
 from .compare import judge
 from .feeds import Feeds
 from .reference import Reference
@@ -43,8 +45,10 @@ def _allowed(node: ir.Node) -> float | None:
         return LEAST
     if node.op_type != "Cast" or not node.inputs or node.inputs[0] is None or is_constant(node.inputs[0]):
         return None
-    narrow = attribute(node, "to") == int(ir.DataType.BFLOAT16) if not has_references(node) else False
-    return LEAST_ROUNDED if narrow and node.inputs[0].dtype == ir.DataType.FLOAT else None
+    if has_references(node) or attribute(node, "to") != int(ir.DataType.BFLOAT16):
+        return None
+    # Files need not tell types.
+    return LEAST_ROUNDED if node.inputs[0].dtype in (None, ir.DataType.FLOAT) else None
 
 
 class Wavering:
@@ -66,6 +70,7 @@ class Wavering:
 def _moved(model: ir.Model) -> ir.Model:
     """A copy in which every float32 that is rounded to steps at run time is DISTANCE larger."""
     copy = model.clone()
+    InferShapes().run(copy, PassContext())  # files need not tell types
     graph, names = copy.graph, Names(copy)
     factor = ir.Value(
         name=names.fresh("distance"), type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([]),

@@ -65,3 +65,17 @@ def test_a_width_that_is_computed_is_a_step(fixed: bool) -> None:
 def test_what_is_rounded_to_bfloat16_is_a_small_step(to: int, allowed: float | None) -> None:
     text = f'<ir_version: 10, opset_import: ["" : 21]> g (float[8] x) => (y) {{ y = Cast <to = {to}> (x) }}'
     assert least(ir.from_proto(parser.parse_model(text))) == allowed
+
+
+def test_types_that_a_file_does_not_tell_are_inferred() -> None:
+    """The sum of two numbers between two steps of bfloat16, less what it is rounded to."""
+    text = """<ir_version: 10, opset_import: ["" : 21]> g (float[8] x) => (float[8] y) {
+        s = Add (x, x)
+        b = Cast <to = 16> (s)
+        r = Cast <to = 1> (b)
+        y = Sub (s, r)
+    }"""
+    model = ir.from_proto(parser.parse_model(text))
+    halves = (1 + np.arange(8, dtype=np.float32) * 2.0**-7 + 2.0**-8) / 2
+    t = trial(model, PassContext(calibration={"x": [halves]}), model.clone)
+    assert t.wavering is not None and t.wavering.limit(t.feeds, t.expected) > 1
