@@ -81,7 +81,7 @@ def dequantization(bb: relax.BlockBuilder, made: Any) -> Dequantization | None:
     known = _known(bb, made) if made.op.name == "relax.call_tir" else None
     if known is None:
         return None
-    value, *given = made.args[1].fields
+    value, *given = _tensors(made)
     arrays = [constant_of(g) for g in given]
     if any(a is None for a in arrays):
         return None
@@ -106,13 +106,18 @@ def running_operand(bb: relax.BlockBuilder, expr: tvm.ir.Expr) -> RunningOperand
     known = None if made is None else _known(bb, made)
     if made is None or known is None or known["axis"] is not None or dtype_of(expr) != "float32":
         return None
-    x, *given = made.args[1].fields
+    x, *given = _tensors(made)
     if known["scale"] is not None:
         return None
     zero = given[1] if len(given) > 1 else None
     if zero is None and known["zero_point"]:
         zero = const(known["zero_point"], dtype_of(x))
     return RunningOperand(x, given[0], zero)
+
+
+def _tensors(call: Any) -> list[tvm.ir.Expr]:
+    """The tensors that a function is called with; sizes may be passed behind them."""
+    return [a for a in call.args[1].fields if isinstance(a.ty, relax.TensorType)]
 
 
 def _known(bb: relax.BlockBuilder, call: Any) -> dict[str, Any] | None:

@@ -215,3 +215,22 @@ def test_two_convolutions_have_nothing_between_them_but_bytes() -> None:
     # A step in one place of the first result moves many sums of the second.
     off = np.abs(got.astype(int) - reference(model, feeds)[0].astype(int))
     assert off.max() <= 2 and (off > 0).mean() <= 0.01
+
+
+def test_sizes_that_are_expressions_of_others() -> None:
+    """The rows of a sum of two tensors of free lengths are the greater of both; kernels are told both."""
+    model = model_of(
+        """(float[N,32] x, float[M,32] t) => (float[K,48] y) <float s = {0.02}, uint8 z = {128}> {
+            e = Add (x, t)
+            q = QuantizeLinear (e, s, z)
+            d = DequantizeLinear (q, s, z)
+            w = DequantizeLinear <axis = 1> (v, u)
+            y = MatMul (d, w)
+        }""",
+        v=numbers((32, 48), "int8"), u=scales(48),
+    )  # fmt: skip
+    for rows in (7, 1, 5):
+        x, t = (DRAW.standard_normal((rows, 32), np.float32) for _ in range(2))
+        check(model, [x, t], "gemm", 1e-3)
+    names, _ = kernels_and_run(model, [x, t])
+    assert not any("block" in name or "dequantize" in name for name in names)
