@@ -15,7 +15,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ..passes.base import PassContext
-from ..passes.graph import Names, all_nodes, attribute, has_references, is_constant
+from ..passes.graph import Names, add_constant, all_nodes, attribute, has_references, is_constant, scopes
 from ..passes.prepare.infer_shapes import InferShapes
 from .compare import judge
 from .feeds import Feeds
@@ -71,18 +71,16 @@ def _moved(model: ir.Model) -> ir.Model:
     """A copy in which every float32 that is rounded to steps at run time is DISTANCE larger."""
     copy = model.clone()
     InferShapes().run(copy, PassContext())  # files need not tell types
-    graph, names = copy.graph, Names(copy)
-    factor = ir.Value(
-        name=names.fresh("distance"), type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([]),
-        const_value=ir.tensor(np.float32(1 + DISTANCE)),
-    )  # fmt: skip
-    graph.register_initializer(factor)
-    for node in list(graph):
-        x = node.inputs[0] if node.inputs else None
-        if _allowed(node) is None or x is None or x.dtype != ir.DataType.FLOAT or x.const_value is not None:
-            continue
-        moved = ir.node("Mul", [x, factor], name=names.fresh(f"{node.name}_moved"))
-        moved.outputs[0].name = names.fresh(f"{x.name}_moved")
-        graph.insert_before(node, moved)
-        node.replace_input_with(0, moved.outputs[0])
+    names = Names(copy)
+    for scope in scopes(copy):
+        for node in list(scope.graph):
+            x = node.inputs[0] if node.inputs else None
+            if _allowed(node) is None or x is None or x.dtype != ir.DataType.FLOAT or x.const_value is not None:
+                continue
+            name = names.fresh("distance")
+            factor = add_constant(scope, node, name, ir.tensor(np.float32(1 + DISTANCE), name=name))
+            moved = ir.node("Mul", [x, factor], name=names.fresh(f"{node.name}_moved"))
+            moved.outputs[0].name = names.fresh(f"{x.name}_moved")
+            scope.graph.insert_before(node, moved)
+            node.replace_input_with(0, moved.outputs[0])
     return copy

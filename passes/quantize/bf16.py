@@ -48,7 +48,8 @@ class Bf16(Pass):
     data=bfloat16 rounds what products and dense convolutions read beside such weights, by a Cast to bfloat16 and one
     back, once for all that read it: processors with AVX512-BF16 then multiply pairs and are up to twice as fast, others
     gain nothing. Sums are float32. data=auto does so for targets that have these instructions (`cpu` on a machine
-    that does); the recorded pipeline names what it was.
+    that does); the recorded pipeline names what it was. Data beyond 3.39e38 become infinite; where pairs are
+    multiplied, numbers below 1.18e-38 count as 0.
     Left alone, each with its reason: constants that something else reads too, those that are inputs or outputs, numbers
     that the type does not hold, constants of fewer than `least` elements, and other types than float32, so that
     a second run changes nothing.
@@ -163,6 +164,10 @@ def _stays(node: ir.Node, x: ir.Value) -> str | None:
         return "what it reads is a constant, or rounded already"
     if node.op_type == "Gemm" and graph.attribute(node, "transA", 0):
         return "it reads its data transposed"
+    if node.op_type == "MatMul" and graph.rank(x) == 1:
+        return "its data is a vector"
+    if node.op_type == "Conv" and (x.shape is None or not all(isinstance(d, int) for d in x.shape[1:])):
+        return "the size of its image is known only at run time"
     if node.op_type == "Conv" and graph.attribute(node, "group", 1) != 1:
         shape = graph.static_shape(node.inputs[1])
         if shape is None or shape[1] < DENSE:

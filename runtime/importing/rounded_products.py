@@ -23,16 +23,19 @@ from .site import Dim, Site, Value, constant_of, dtype_of, shape_of
 from .stored import stored_weight
 
 ROUNDED = "bfloat16"
+WHOLE = tuple(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))
+ROUNDS = ("float32", "float64", "float16", "bool", *WHOLE)
 
 
 def rounded(site: Site, target: str) -> Value | None:
-    """A Cast from float32 to bfloat16, or back, by way of the bits, which are remembered; None for others. TVM takes a
-    cast there and back for none."""
+    """A Cast to bfloat16, or back to float32, by way of the bits, which are remembered; None for others. TVM takes a
+    cast there and back for none: what it casts there has been rounded before."""
     value, source = site.value(0), site.dtype()
-    if not site.target.is_cpu or constant_of(value.expr) is not None:
+    if constant_of(value.expr) is not None:
         return None
-    if (source, target) == ("float32", ROUNDED) and isinstance(value.expr.ty.shape, relax.ShapeExpr):
-        return Value(relax.op.astype(value.expr, target), bits=site.te(_rounded, value.expr, name="round"))
+    if target == ROUNDED and source in ROUNDS and isinstance(value.expr.ty.shape, relax.ShapeExpr):
+        bits = site.te(_rounded, site.cast(value.expr, "float32"), name="round")
+        return Value(relax.op.astype(site.te(_widened, bits, name="widen"), target), bits=bits)
     if (source, target) == (ROUNDED, "float32") and value.bits is not None:
         return Value(site.te(_widened, value.bits, name="widen"), bits=value.bits)
     return None

@@ -20,7 +20,8 @@ def stored_weight(site: Site, index: int, transposed: bool = False) -> tvm.ir.Ex
     axes = expr.ty.ndim
     if not site.target.is_cpu or dtype_of(expr) != "float32" or axes not in (2, 3, 4):
         return None
-    while (made := made_by(site.bb, expr, "relax.astype", *(("relax.permute_dims",) if axes == 2 else ()))) is not None:
+    moves = ("relax.permute_dims",) if axes == 2 else ()
+    while dtype_of(expr) == "float32" and (made := made_by(site.bb, expr, "relax.astype", *moves)) is not None:
         expr = made.args[0]
         order = getattr(made.attrs, "axes", None) if made.op.name == "relax.permute_dims" else (0, 1)
         transposed ^= order is None or [int(axis) for axis in order] == [1, 0]

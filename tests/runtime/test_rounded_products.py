@@ -80,6 +80,25 @@ def test_a_cast_there_and_back_rounds(shape: str, target: str) -> None:
     np.testing.assert_array_equal(theirs(x), rounded(x))
 
 
+@pytest.mark.parametrize(
+    "given, lines",
+    [
+        ("int64", CASTS),
+        ("float16", CASTS),
+        ("double", CASTS),
+        ("float", "b = Cast <to = 16> (x) t = Transpose <perm = [1, 0]> (b) y = Cast <to = 1> (t)"),
+        ("float", "b = Cast <to = 16> (x) c = Concat <axis = 0> (b, b) y = Cast <to = 1> (c)"),
+        ("float", "b = Cast <to = 16> (x) h = Cast <to = 10> (b) y = Cast <to = 1> (h)"),
+        ("float", "b = Cast <to = 16> (x) i = Cast <to = 6> (b) y = Cast <to = 1> (i)"),
+    ],
+)
+def test_other_types_and_what_stands_between_casts(given: str, lines: str) -> None:
+    ours, theirs, _ = compiled(f"g ({given}[5,20] x) => (float[N,M] y) {{ {lines} }}", "cpu")
+    kinds = {"int64": np.int64, "float16": np.float16, "double": np.float64, "float": np.float32}
+    x = (np.random.default_rng(0).standard_normal((5, 20)) * 3000).astype(kinds[given])
+    np.testing.assert_array_equal(ours(x), theirs(x))
+
+
 @pytest.fixture(scope="module")
 def seventy() -> Run:
     return compiled(f"g (float[70] x) => (float[70] y) {{ {CASTS} }}", "cpu")[0]
@@ -177,3 +196,17 @@ def test_trees_know_rounding_again() -> None:
         found = tree(dtype, element)
         assert isinstance(found, Apply) and (found.op, found.dtype) == (op, to)
         assert isinstance(found.args[0], Load)
+
+
+def test_a_weight_of_float16_that_was_rounded_to_bfloat16() -> None:
+    """Not the weight as it is stored."""
+    weight = np.random.default_rng(1).standard_normal((64, 80)).astype(np.float16)
+    ours, theirs, _ = compiled(
+        """g (float[5,64] x) => (float[5,80] y) {
+            b = Cast <to = 16> (n)
+            w = Cast <to = 1> (b)
+            y = MatMul (x, w)
+        }""", "cpu", n=weight,
+    )  # fmt: skip
+    x = np.random.default_rng(0).standard_normal((5, 64), np.float32)
+    np.testing.assert_allclose(ours(x), theirs(x), atol=1e-4)

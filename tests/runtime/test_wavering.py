@@ -79,3 +79,21 @@ def test_types_that_a_file_does_not_tell_are_inferred() -> None:
     halves = (1 + np.arange(8, dtype=np.float32) * 2.0**-7 + 2.0**-8) / 2
     t = trial(model, PassContext(calibration={"x": [halves]}), model.clone)
     assert t.wavering is not None and t.wavering.limit(t.feeds, t.expected) > 1
+
+
+def test_what_a_branch_rounds_is_moved_too() -> None:
+    text = """<ir_version: 10, opset_import: ["" : 21]> g (float[8] x) => (float[8] y) {
+        c = Constant <value = bool {1}> ()
+        y = If (c) <
+            then_branch = t () => (float[8] p) {
+                b = Cast <to = 16> (x)
+                r = Cast <to = 1> (b)
+                p = Sub (x, r)
+            },
+            else_branch = e () => (float[8] q) { q = Relu (x) }
+        >
+    }"""
+    model = ir.from_proto(parser.parse_model(text))
+    halves = 1 + np.arange(8, dtype=np.float32) * 2.0**-7 + 2.0**-8
+    t = trial(model, PassContext(calibration={"x": [halves]}), model.clone)
+    assert t.wavering is not None and t.wavering.limit(t.feeds, t.expected) > 1

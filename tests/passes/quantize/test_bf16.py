@@ -254,3 +254,19 @@ def test_rounding_of_data_is_allowed_by_verification() -> None:
     after, _ = stored(parse(PRODUCT, w=draw(64, 64)), ":data=bfloat16")
     assert least(after) == LEAST_ROUNDED
     assert least(parse(PRODUCT, w=draw(64, 64))) is None
+
+
+@pytest.mark.parametrize(
+    "text, shape, reason",
+    [
+        ("g (float[64] x) => (float[64] y) { y = MatMul (x, w) }", (64, 64), "its data is a vector"),
+        (
+            "g (float[1,64,h,8] x) => (float y) { y = Conv (x, w) }", (64, 64, 1, 1),
+            "the size of its image is known only at run time",
+        ),
+        ("g (float[b,64,8,8] x) => (float y) { y = Conv (x, w) }", (64, 64, 1, 1), None),
+    ],
+)  # fmt: skip
+def test_data_stay_where_no_kernel_multiplies_pairs(text: str, shape: tuple[int, ...], reason: str | None) -> None:
+    _, report = stored(parse(text, w=draw(*shape)), ":data=bfloat16")
+    assert [skip.reason for skip in report.skips] == ([] if reason is None else [reason])
