@@ -24,14 +24,19 @@ from .vector_tiles import VectorTiles
 from .vectors import Expr
 
 SYMBOL = "attention"
+MOST = 256  # keys of a block
 # Multiply-adds below which a parallel launch costs more than the second thread saves.
 PARALLEL = 1 << 21
 
 
 def key_block(tile: Tile, lanes: int, caches: Caches) -> int:
-    """Keys of a block: its scores take half of the innermost cache."""
-    width = tile.queries * lanes
-    return max(1, min(256, caches.l1 // 2 // (4 * width)) // tile.keys) * tile.keys
+    """Keys of a block, MOST at most: its scores take half of the innermost cache, or an eighth of the second one where
+    that would be few keys, since the output is scaled again for every block."""
+    key = 4 * tile.queries * lanes
+    room = caches.l1 // 2 // key
+    if room < MOST // 2:
+        room = max(room, caches.l2 // 8 // key)
+    return max(1, min(MOST, room) // tile.keys) * tile.keys
 
 
 def attention(
