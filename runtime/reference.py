@@ -48,22 +48,9 @@ def ort_session(
     """
     import onnxruntime as ort
 
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 4
-    if not optimized:  # a session for a run or two: packing weights costs more than it gives, and a second copy
-        options.add_session_config_entry("session.disable_prepacking", "1")
-    levels = ort.GraphOptimizationLevel
-    options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimized else levels.ORT_DISABLE_ALL
-    if optimized and any(node.op_type == "DequantizeLinear" for node in model.graph):
-        # No products of bytes, which some machines saturate; EXACT_BYTES fails at weights with a scale a channel.
-        options.add_session_config_entry(WITHOUT_QDQ, "1")
-    else:
-        options.add_session_config_entry(EXACT_BYTES, "1")
-    if not optimized and any(node.op_type in BYTE_PRODUCTS for node in model.graph.all_nodes()):
-        options.graph_optimization_level = levels.ORT_ENABLE_EXTENDED  # the first at which it can be exact
-        options.add_session_config_entry(WITHOUT_QDQ, "1")  # floats between QDQ nodes stay floats
+    quantized = optimized and any(node.op_type == "DequantizeLinear" for node in model.graph)
+    of_bytes = not optimized and any(node.op_type in BYTE_PRODUCTS for node in model.graph.all_nodes())
+    if of_bytes:
         model = with_own_bytes(model)
     on_disk = {
         name: value.const_value
@@ -72,11 +59,36 @@ def ort_session(
     }
     proto = io._proto_without(model, {name: t for name, t in on_disk.items() if t is not None})
     values = [ort.OrtValue.ortvalue_from_numpy(mapped(tensor)) for tensor in on_disk.values() if tensor is not None]
-    if values:
-        options.add_external_initializers(list(on_disk), values)
-    try:
+
+    def session(exact_bytes: bool) -> onnxruntime.InferenceSession:
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 4
+        if not optimized:  # a session for a run or two: packing weights costs more than it gives, and a second copy
+            options.add_session_config_entry("session.disable_prepacking", "1")
+        levels = ort.GraphOptimizationLevel
+        options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimized else levels.ORT_DISABLE_ALL
+        if quantized:
+            # No products of bytes, which some machines saturate; EXACT_BYTES fails at weights with a scale a channel.
+            options.add_session_config_entry(WITHOUT_QDQ, "1")
+        elif exact_bytes:
+            options.add_session_config_entry(EXACT_BYTES, "1")
+        if of_bytes:
+            options.graph_optimization_level = levels.ORT_ENABLE_EXTENDED  # the first at which it can be exact
+            options.add_session_config_entry(WITHOUT_QDQ, "1")  # floats between QDQ nodes stay floats
+        if values:
+            options.add_external_initializers(list(on_disk), values)
         return ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    except ort.capi.onnxruntime_pybind11_state.NotImplemented as error:
+
+    unknown = ort.capi.onnxruntime_pybind11_state.NotImplemented
+    try:
+        try:
+            return session(True)
+        except unknown:
+            # EXACT_BYTES makes uint8 of weights, for which there are no kernels beside data of int8.
+            return session(False)
+    except unknown as error:
         raise NoKernel(f"onnxruntime cannot run the model: {_without_code(error)}") from error
     except Exception as error:  # onnxruntime raises a family of its own for every kind of refusal
         raise ModelError(f"onnxruntime cannot load the model: {first_line(error)}") from error

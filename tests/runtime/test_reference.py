@@ -142,3 +142,16 @@ def test_products_of_bytes_that_share_a_weight() -> None:
     found = Reference(whole, threads=1).run({"x": np.full((2, 8), 255, np.uint8), "a": a, "b": b})
     assert np.unique(found["y"]).tolist() == [8 * 255 * 127] and np.unique(found["z"]).tolist() == [8 * 254 * 127]
     assert list(whole.graph.initializers) == ["w", "zero"]
+
+
+def test_products_of_signed_bytes_by_signed_bytes() -> None:
+    """Which onnxruntime refuses where it is told to multiply bytes exactly."""
+    text = """<ir_version: 8, opset_import: ["": 17]> g (int8[5,8] x) => (int8[5,4] y) <float s = {0.5}, int8 z = {0}>
+        { y = QLinearMatMul (x, s, z, w, s, z, s, z) }"""
+    proto = parser.parse_model(text)
+    weight = np.arange(-16, 16, dtype=np.int8).reshape(8, 4)
+    proto.graph.initializer.append(numpy_helper.from_array(weight, "w"))
+    x = np.arange(40, dtype=np.int8).reshape(5, 8) - 20
+    (y,) = Reference(ir.from_proto(proto)).run({"x": x}).values()
+    expected = np.clip(np.rint(x.astype(np.int64) @ weight.astype(np.int64) * 0.5), -128, 127)
+    np.testing.assert_array_equal(y, expected)
