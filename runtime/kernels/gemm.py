@@ -207,11 +207,10 @@ class GemmEmitter:
 
         A chunk of A stays in half of the second-level cache; there are enough chunks for the threads.
         """
-        inner = self.spec.inner or 1024
-        most = max(1, self.caches.l2 // 2 // max(1, self.tile.rows * inner * 4))
+        most = self._most()
         if not isinstance(self.rows, int):
             tiles = T.Bind(self._over(self.rows, self.const(self.tile.rows)))
-            chunks = T.Bind(self._over(tiles, self.const(min(most, CHUNK))))
+            chunks = T.Bind(self._over(tiles, self.const(most)))
             return chunks, T.Bind(self._over(tiles, T.max(chunks, self.const(1))))
         tiles = -(-self.rows // self.tile.rows)
         side = -(-self.spec.columns // (self.tile.vectors * self.vectors.lanes)) * (self.spec.batch or 1)
@@ -221,6 +220,11 @@ class GemmEmitter:
         chunks = max(least, -(-tiles // most))
         per_chunk = -(-tiles // chunks)
         return -(-tiles // per_chunk), per_chunk
+
+    def _most(self) -> int:
+        """Tiles of a chunk, at most."""
+        most = max(1, self.caches.l2 // 2 // max(1, self.tile.rows * (self.spec.inner or 1024) * 4))
+        return most if isinstance(self.rows, int) else min(most, CHUNK)
 
     def _over(self, a: Expr, b: Expr) -> Expr:
         """a / b, rounded up."""
@@ -244,7 +248,7 @@ class GemmEmitter:
         stop = T.Bind(T.min(start + const(per_chunk) * const(height), self.rows))
         whole = T.Bind(tirx.floordiv(stop - start, const(height)))
         with T.serial(whole) as step:
-            turn = (step, CHUNK) if self.spec.packed else None
+            turn = (step, self._most()) if self.spec.packed else None
             self._tile(height, panel, T.Bind(start + step * const(height)), item, turn=turn)
         done = T.Bind(start + whole * const(height))
         left = T.Bind(stop - done)

@@ -172,7 +172,6 @@ def test_rows_that_are_known_at_run_time_are_shared_evenly() -> None:
         check(case, kernel, rows)
 
 
-
 @pytest.mark.parametrize("name", X86)
 def test_dynamic_rows(name: str, runnable: Callable[[str], Target]) -> None:
     target = runnable(name)
