@@ -22,6 +22,7 @@ from tvm.tirx.script import builder as T
 
 from .kernels.functions import FUNCTIONS
 from .kernels.vectors import Expr
+from .rounding import rounded_bits, widened_bits
 
 P = ir_prim.expr
 
@@ -229,33 +230,12 @@ def computes_functions(e: Any) -> bool:
     return called or (not isinstance(e, TensorLoad) and any(computes_functions(part) for part in _parts(e)))
 
 
-# TVM takes a cast to bfloat16 and back for none, and its bits for those of float32.
-
-
-def rounded_bits(x: Any) -> Any:
-    """The bits, uint16, of the bfloat16 nearest to a float32, half to even. A NaN stays one."""
-    bits = tirx.reinterpret("uint32", x)
-
-    def number(value: int) -> Any:
-        return tirx.const(value, "uint32")
-
-    high = bits >> number(16)
-    nearest = (bits + number(0x7FFF) + (high & number(1))) >> number(16)
-    nan = number(0x7F800000) < (bits & number(0x7FFFFFFF))
-    return tirx.Select(nan, high | number(64), nearest).astype("uint16")
-
-
 def rounded_from(e: Any) -> Any | None:
     """What an expression is `rounded_bits` of; None for others."""
     if not isinstance(e, P.Cast) or not isinstance(e.value, P.Select):
         return None
     x = _first_operand(e.value.true_value, 3)
     return x if x is not None and str(x.ty.dtype) == "float32" and _same(e, rounded_bits(x)) else None
-
-
-def widened_bits(bits: Any) -> Any:
-    """The float32 of the bits of a bfloat16."""
-    return tirx.reinterpret("float32", bits.astype("uint32") << tirx.const(16, "uint32"))
 
 
 def _first_operand(e: Any, depth: int) -> Any | None:

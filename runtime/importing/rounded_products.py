@@ -15,9 +15,9 @@ import numpy as np
 import tvm
 from tvm import relax, te
 
-from ..elements import rounded_bits, widened_bits
 from ..kernels import rounded as kernels
 from ..kernels.integers import Window
+from ..rounding import rounded_bits, widened_bits
 from .integer_products import out_size
 from .site import Dim, Site, Value, constant_of, dtype_of, shape_of
 from .stored import stored_weight

@@ -172,15 +172,8 @@ def test_three_products_round_once() -> None:
 
 def test_trees_know_rounding_again() -> None:
     """Else kernels of products would end before it, and it would be a loop of whole numbers."""
-    from graphwright.runtime.elements import (
-        Apply,
-        Load,
-        load_source,
-        nest_of,
-        nested_source,
-        rounded_bits,
-        widened_bits,
-    )
+    from graphwright.runtime.elements import Apply, Load, load_source, nest_of, nested_source
+    from graphwright.runtime.rounding import rounded_bits, widened_bits
     from tvm import te, tirx
 
     axis = [tirx.Var("i", "int64")]
