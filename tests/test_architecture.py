@@ -27,8 +27,8 @@ LIGHT_PACKAGES = frozenset({"click", "graphwright"})
 # Modules that are nothing without the package, and imported late themselves.
 COMPILING = (
     "runtime/blocked.py", "runtime/codegen.py", "runtime/elements.py", "runtime/importer.py", "runtime/importing/",
-    "runtime/kernels/", "runtime/phases.py", "runtime/plan.py", "runtime/repeat.py", "runtime/schedule.py",
-    "runtime/claiming.py", "runtime/templates.py", "runtime/trials.py",
+    "runtime/kernels/", "runtime/phases.py", "runtime/plan.py", "runtime/repeat.py", "runtime/rounding.py",
+    "runtime/schedule.py", "runtime/claiming.py", "runtime/templates.py", "runtime/trials.py",
 )  # fmt: skip
 ONLY_WITH = {
     "tvm": COMPILING,
