@@ -272,7 +272,7 @@ class ConvTrial(Trial):
 
     def depthwise(self) -> Iterator[ConvTile]:
         columns = self.spec.out_size[1]
-        rule = -(-columns // widest(self.target.isa, self.spec))
+        rule = -(-columns // widest(self.target.isa, self.spec, self.target.caches))
         for count in range(max(1, rule - 2), min(columns, rule + 4) + 1):
             if count != rule and -(-columns // count) <= 20:
                 yield ConvTile("depthwise", width=-(-columns // count))

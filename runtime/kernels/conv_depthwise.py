@@ -34,6 +34,7 @@ from .dots import INTEGERS, Accumulators, Dot, ExactDot, IntegerDot, dot_of, gro
 from .vectors import Expr, Vectors
 
 WRITTEN_OUT = 9  # taps up to which kernel rows are written out
+FAR = 7  # most pixels of a tile of an image that is in no near cache: wider ones wait longer for it
 WIDE = 56  # pixels of a row from which on copies of 8-bit numbers pay
 COPY = 96 << 10  # bytes of a copy of the input of 8-bit numbers, about: in the second cache of any processor
 
@@ -58,24 +59,25 @@ def pack(weight: np.ndarray, spec: ConvSpec, isa: InstructionSet, tile: ConvTile
     return np.ascontiguousarray(blocked.transpose(0, 2, 1, 3), dtype=dot.dtype).reshape(-1)
 
 
-def widest(isa: InstructionSet, spec: ConvSpec, spare: int = 0) -> int:
+def widest(isa: InstructionSet, spec: ConvSpec, caches: Caches, spare: int = 0) -> int:
     """Pixels of the largest tile; beside it live the weights of a kernel row and channel, or of all, and `spare`
     products."""
-    written_out = spec.taps * spec.each <= WRITTEN_OUT
-    weights = spec.taps * spec.each if written_out and isa.registers >= 32 else spec.kernel[1]
-    return max(4, min(14, isa.registers - weights - 2 - spare))
+    beside_all = spec.taps * spec.each <= WRITTEN_OUT and isa.registers >= 32
+    weights = spec.taps * spec.each if beside_all else spec.kernel[1]
+    far = spec.data == "float32" and 4 * spec.image(Vectors(isa).lanes) > caches.l2
+    return max(4, min(FAR if far and beside_all else 14, isa.registers - weights - 2 - spare))
 
 
 class DepthwiseEmitter:
     """Emits one depthwise convolution into the IR builder that is open."""
 
-    def __init__(self, emission: Emission, tile: ConvTile) -> None:
+    def __init__(self, emission: Emission, tile: ConvTile, caches: Caches) -> None:
         self.e, self.dot, self.lanes = emission, dot_for(emission.vectors, emission.spec), emission.lanes
         self.spec = rows_in_groups(emission.spec, self.dot.group) if self.copies else emission.spec
         self.steps = self.spec.each * self.spec.kernel[1]  # weights of a kernel row
         self.multiple, self.part = self.spec.out_channels // self.spec.in_channels, 0
         columns = self.spec.out_size[1]
-        most = tile.width or widest(emission.vectors.isa, self.spec, self.dot.spare)
+        most = tile.width or widest(emission.vectors.isa, self.spec, caches, self.dot.spare)
         widths = split_evenly(columns, -(-columns // most))
         starts = itertools.accumulate(widths, initial=0)
         self.tiles: list[tuple[int, int, int]] = []  # (start, width, count) of equal neighbours
@@ -293,4 +295,4 @@ class DepthwiseEmitter:
 
 
 def emit(emission: Emission, tile: ConvTile, caches: Caches) -> None:
-    DepthwiseEmitter(emission, tile).emit()
+    DepthwiseEmitter(emission, tile, caches).emit()
