@@ -34,12 +34,13 @@ def emit_elementwise(
         chain.along([], tirx.const(0, index), threads if wide else 1)
         return
     count = product(outer)
+    quotient, remainder = v.divisions(isinstance(count, int))
     with (T.parallel if wide and count != 1 else T.serial)(expression(count, index)) as step:
         place = []
         for position, extent in enumerate(outer):
             later = product(outer[position + 1 :])
-            value = step if later == 1 else tirx.floordiv(step, expression(later, index))
-            place.append(T.Bind(value if position == 0 else tirx.floormod(value, expression(extent, index))))
+            value = step if later == 1 else quotient(step, expression(later, index))
+            place.append(value if position == 0 else remainder(value, expression(extent, index)))
         chain.along(place, step * expression(inner, index), 1)
 
 

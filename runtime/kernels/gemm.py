@@ -81,9 +81,7 @@ class GemmEmitter:
         with (T.parallel if self._parallel() else T.serial)(tasks) as task:
             panel = T.Bind(tirx.floormod(task, self.const(len(cuts))))
             rest = T.Bind(tirx.floordiv(task, self.const(len(cuts))))
-            chunk = T.Bind(tirx.floormod(rest, self.const(chunks)))
-            item = T.Bind(tirx.floordiv(rest, self.const(chunks)))
-
+            chunk, item = (self._bind(f(rest, self.const(chunks))) for f in (tirx.truncmod, tirx.truncdiv))
             self._any_panel(cuts, panel, lambda chosen: self._panel(chosen, chunk, per_chunk, item))
 
     def _any_panel(self, cuts: Sequence[tuple[int, int]], number: Expr, body: Callable[[Panel], None]) -> None:
@@ -209,9 +207,9 @@ class GemmEmitter:
         """
         most = self._most()
         if not isinstance(self.rows, int):
-            tiles = T.Bind(self._over(self.rows, self.const(self.tile.rows)))
-            chunks = T.Bind(self._over(tiles, self.const(most)))
-            return chunks, T.Bind(self._over(tiles, T.max(chunks, self.const(1))))
+            tiles = self._over(self.rows, self.const(self.tile.rows))
+            chunks = self._over(tiles, self.const(most))
+            return chunks, self._over(tiles, T.max(chunks, self.const(1)))
         tiles = -(-self.rows // self.tile.rows)
         side = -(-self.spec.columns // (self.tile.vectors * self.vectors.lanes)) * (self.spec.batch or 1)
         least = 1
@@ -227,8 +225,12 @@ class GemmEmitter:
         return most if isinstance(self.rows, int) else min(most, CHUNK)
 
     def _over(self, a: Expr, b: Expr) -> Expr:
-        """a / b, rounded up."""
-        return tirx.floordiv(a + b - self.const(1), b)
+        """a / b, rounded up, where a is not negative."""
+        return self._bind(tirx.truncdiv(a + b - self.const(1), b))
+
+    def _bind(self, value: Expr) -> Expr:
+        """A number of its own; TVM does not look through one that depends on rows known at run time."""
+        return T.Bind(value) if isinstance(self.rows, int) else self.vectors.opaque(value)
 
     def _panel(
         self, panel: Panel, chunk: Expr, per_chunk: int | Expr, item: Expr, part: _Part | None = None
@@ -244,9 +246,9 @@ class GemmEmitter:
 
             self._row_tiles(chunk, per_chunk, tile)
             return
-        start = T.Bind(chunk * const(per_chunk) * const(height))
-        stop = T.Bind(T.min(start + const(per_chunk) * const(height), self.rows))
-        whole = T.Bind(tirx.floordiv(stop - start, const(height)))
+        start = self._bind(chunk * const(per_chunk) * const(height))
+        stop = self._bind(T.min(start + const(per_chunk) * const(height), self.rows))
+        whole = self._bind(tirx.truncdiv(stop - start, const(height)))
         with T.serial(whole) as step:
             turn = (step, self._most()) if self.spec.packed else None
             self._tile(height, panel, T.Bind(start + step * const(height)), item, turn=turn)
@@ -477,4 +479,3 @@ def repeat(
     done = T.Bind(whole * const(unroll))
     with T.serial(count - done) as k:
         body(done + k)
-

@@ -202,14 +202,15 @@ def emit_transpose(
     count = product((*(extents[axis] for axis in outer), strips))
     known = math.prod(extent for extent in extents if isinstance(extent, int))
     wide = threads > 1 and known >= PARALLEL and count != 1
+    quotient, remainder = v.divisions(isinstance(count, int))
     with (T.parallel if wide else T.serial)(expression(count, index)) as step:
-        strip = T.Bind(tirx.floormod(step, const(strips)))
-        rest = T.Bind(tirx.floordiv(step, const(strips)))
+        strip = remainder(step, const(strips))
+        rest = quotient(step, const(strips))
         source: Expr = const(base)
         result: Expr = const(0)
         for position, axis in reversed(list(enumerate(outer))):
-            at = rest if position == 0 else T.Bind(tirx.floormod(rest, expression(extents[axis], index)))
-            rest = rest if position == 0 else T.Bind(tirx.floordiv(rest, expression(extents[axis], index)))
+            at = rest if position == 0 else remainder(rest, expression(extents[axis], index))
+            rest = rest if position == 0 else quotient(rest, expression(extents[axis], index))
             source = source + at * expression(strides[axis], index)
             result = result + at * expression(size[axis], index)
         row = strip * const(lanes)

@@ -7,7 +7,6 @@ from typing import Any
 
 import tvm
 from tvm import relax, tirx
-from tvm.tirx.script import builder as T
 
 from ..elements import Size, expression, product, size_of
 from ..target import Target
@@ -43,7 +42,9 @@ def row_store(body: Body) -> Finish:
     """Stores vectors of a product by their row, counted through all axes but the last, and their column."""
     leading = body.out_shape[:-1]
     analyzer = tvm.sym.Analyzer()
-    nested = len(leading) > 2 and not all(isinstance(size, int) for size in leading[2:])
+    first = next((position for position, extent in enumerate(leading) if extent != 1), 0)
+    known = isinstance(product(leading), int)
+    quotient, remainder = body.vectors.divisions(known)
 
     def finish(value: Expr, row: Expr, column: Expr, there: int | None) -> None:
         axes = []
@@ -51,14 +52,13 @@ def row_store(body: Body) -> Finish:
             later = product(leading[position + 1 :])
             if extent == 1:
                 axes.append(tirx.const(0, body.index))
-            elif nested:
-                # Floors by sizes of the run, one inside another, are written out many times over; nothing is negative.
-                at = row if later == 1 else T.Bind(tirx.truncdiv(row, expression(later, body.index)))
-                axes.append(at if position == 0 else T.Bind(tirx.truncmod(at, expression(extent, body.index))))
-            else:
+            elif known:
                 at = row if later == 1 else tirx.floordiv(row, expression(later, body.index))
-                within = at if position == 0 else tirx.floormod(at, expression(extent, body.index))
+                within = at if position == first else tirx.floormod(at, expression(extent, body.index))
                 axes.append(analyzer.simplify(within))
+            else:
+                at = row if later == 1 else quotient(row, expression(later, body.index))
+                axes.append(at if position == first else remainder(at, expression(extent, body.index)))
         body.store(value, [*axes, column], there)
 
     return finish

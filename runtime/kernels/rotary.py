@@ -96,9 +96,11 @@ def rotary(spec: RotarySpec, isa: InstructionSet, threads: int = 1, name: str | 
         count = count if isinstance(count, int) else T.Bind(count)
         steps = [places.strides(spec.heads, length, spec.size) for places in (spec.x, spec.y)]
 
+        quotient, remainder = v.divisions(isinstance(length, int))
+
         def emit(row: Expr) -> None:
-            s = T.Bind(T.floormod(row, length)) if spec.batch != 1 else row
-            b = T.Bind(T.floordiv(row, length)) if spec.batch != 1 else tirx.const(0, index)
+            s = remainder(row, length) if spec.batch != 1 else row
+            b = quotient(row, length) if spec.batch != 1 else tirx.const(0, index)
             angle = s if spec.shared else row
             if spec.table is not None:
                 last = tirx.const(size(spec.table), index) if isinstance(spec.table, int) else size(spec.table)

@@ -109,6 +109,12 @@ define i32 @gw_to_aligned_{lanes}(ptr %p) alwaysinline {{
   %r = trunc i64 %e to i32
   ret i32 %r
 }}
+define i32 @gw_opaque_int32(i32 %x) alwaysinline {{
+  ret i32 %x
+}}
+define i64 @gw_opaque_int64(i64 %x) alwaysinline {{
+  ret i64 %x
+}}
 define i32 @gw_prefetch(ptr %p) alwaysinline {{
   call void @llvm.prefetch.p0(ptr %p, i32 0, i32 3, i32 1)
   ret i32 0

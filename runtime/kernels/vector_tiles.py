@@ -51,12 +51,6 @@ class VectorTiles(Vectors):
             T.call_extern(self.dtype, self._name("kept"), T.address_of(buffer[offset]), _int32(count))
         )
 
-    def opaque(self, value: Expr) -> Expr:
-        """An integer whose origin TVM does not see. It would follow sizes and offsets through every loop nest, which
-        takes minutes; for LLVM it is the value itself."""
-        dtype = str(value.ty.dtype) if hasattr(value, "ty") else "int32"
-        return T.Bind(T.call_extern(dtype, f"gw_opaque_{dtype}", value))
-
     def numbers(self, first: Expr | int) -> Expr:
         """first, first + 1, ... as int32."""
         return T.ramp(_int32(first), 1, self.lanes)
@@ -65,17 +59,7 @@ class VectorTiles(Vectors):
         lanes = self.lanes
         own = _transpose(lanes, False) + _transpose(lanes, True) + _kept(lanes)
         own += "".join(_put_totals(1 << n, lanes) for n in range(lanes.bit_length()))
-        return super()._ir() + own + _OPAQUE
-
-
-_OPAQUE = """
-define i32 @gw_opaque_int32(i32 %x) alwaysinline {
-  ret i32 %x
-}
-define i64 @gw_opaque_int64(i64 %x) alwaysinline {
-  ret i64 %x
-}
-"""
+        return super()._ir() + own
 
 
 def _int64(value: Expr | int) -> Any:

@@ -277,6 +277,20 @@ class Vectors:
         name = self._name(f"narrow_group_{buffer.dtype}")
         T.evaluate(T.call_extern("int32", name, T.address_of(buffer[offset]), *values))
 
+    def opaque(self, value: Expr) -> Expr:
+        """An integer whose origin TVM does not see. It would follow sizes and offsets through every loop nest, which
+        takes minutes; for LLVM it is the value itself."""
+        dtype = str(value.ty.dtype) if hasattr(value, "ty") else "int32"
+        return T.Bind(T.call_extern(dtype, f"gw_opaque_{dtype}", value))
+
+    def divisions(self, known: bool) -> tuple[Callable[[Expr, Expr], Expr], Callable[[Expr, Expr], Expr]]:
+        """Quotient, rounded down, and remainder of what is not negative. known: whether all sizes in it are. A floor by
+        a size of the run would be written out for negative numbers too, many times over where floors stand in one
+        another."""
+        if known:
+            return lambda a, b: T.Bind(tirx.floordiv(a, b)), lambda a, b: T.Bind(tirx.floormod(a, b))
+        return lambda a, b: self.opaque(tirx.truncdiv(a, b)), lambda a, b: self.opaque(tirx.truncmod(a, b))
+
     def prefetch(self, buffer: Buffer, offset: Expr) -> None:
         """Ask for the cache line of an element; past the buffer's end nothing happens."""
         T.evaluate(T.call_extern("int32", "gw_prefetch", T.address_of(buffer[offset])))

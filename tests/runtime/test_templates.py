@@ -172,3 +172,21 @@ def test_functions_behind_a_kernel_that_stores_in_many_places_are_a_kernel_of_th
     names = [variable.name_hint for variable, _ in module.functions_items()]
     assert any("conv-transposed" in name for name in names)
     assert any(name.startswith("blocked") for name in names)
+
+
+@pytest.mark.parametrize("name", ["cpu-avx2", "cpu-avx512"])
+def test_a_product_of_free_sizes_compiles_in_seconds(
+    name: str, compile_model: Callable[..., Any], runnable: Callable[[str], Target]
+) -> None:
+    """TVM once put floors by sizes of the run into one another, in every vector of the epilogue: 7 and 21 seconds."""
+    import time
+
+    text = """g (float[b, n, 32] x, float[1, n, 24] r) => (float[1, n, 24] y, float[b, 3, n, 24] z) {
+      m = MatMul (r, v)  s = Sigmoid (m)  t = Mul (m, s)  y = Add (t, r)
+      p = MatMul (x, w)  a = Add (p, r)  q = Unsqueeze (a, one)  z = Expand (q, shape) }"""
+    start = time.process_time()
+    constants = {"one": np.array([1]), "shape": np.array([1, 3, 1, 1])}
+    model = compile_model(text, runnable(name).name, w=draw(32, 24), v=draw(24, 24), **constants)
+    assert time.process_time() - start < 6
+    for b, n in ((1, 5), (3, 61)):
+        model.check({"x": draw(b, n, 32), "r": draw(1, n, 24)})
