@@ -206,16 +206,17 @@ class GemmEmitter:
         A chunk of A stays in half of the second-level cache; there are enough chunks for the threads.
         """
         most = self._most()
-        if not isinstance(self.rows, int):
-            tiles = self._over(self.rows, self.const(self.tile.rows))
-            chunks = self._over(tiles, self.const(most))
-            return chunks, self._over(tiles, T.max(chunks, self.const(1)))
-        tiles = -(-self.rows // self.tile.rows)
         side = -(-self.spec.columns // (self.tile.vectors * self.vectors.lanes)) * (self.spec.batch or 1)
-        least = 1
-        if self.threads > 1 and side % self.threads and side < 8 * self.threads:
-            least = min(tiles, 2 * self.threads)
-        chunks = max(least, -(-tiles // most))
+        few = self.threads > 1 and side % self.threads and side < 8 * self.threads
+        least = 2 * self.threads if few else 1
+        if not isinstance(self.rows, int):
+            one = self.const(1)
+            tiles = self._over(self.rows, self.const(self.tile.rows))
+            chunks = T.max(self._over(tiles, self.const(most)), T.min(tiles, self.const(least)))
+            per_chunk = T.max(self._over(tiles, T.max(chunks, one)), one)
+            return self._over(tiles, per_chunk), per_chunk
+        tiles = -(-self.rows // self.tile.rows)
+        chunks = max(min(tiles, least), -(-tiles // most))
         per_chunk = -(-tiles // chunks)
         return -(-tiles // per_chunk), per_chunk
 
