@@ -359,7 +359,8 @@ class _Importer:
             have = known[index] if known is not None else None
             if isinstance(have, int) and isinstance(want, int) and have != want:
                 raise Refuse(f"the converter gave size {have} on axis {index}, ONNX promises {want}")
-            fixed = have if isinstance(have, int) or not isinstance(want, int) else want
+            # What follows from the inputs' sizes holds, whatever an exporter has declared.
+            fixed = have if isinstance(have, int) or not isinstance(want, int) or self.follows(have) else want
             dims.append(tirx.Var(f"d{index}", "int64") if fixed is None else fixed)
         if known is None or any(
             isinstance(d, int) and not isinstance(k, int) for d, k in zip(dims, known, strict=True)
@@ -368,6 +369,13 @@ class _Importer:
         if protos.is_constant(expr) and value.content is None:
             return dataclasses.replace(protos.constant_value(expr), packed=value.packed)
         return dataclasses.replace(value, expr=expr)
+
+    def follows(self, size: Any) -> bool:
+        """Whether an expression is made of sizes of the model's inputs."""
+        inputs = list(self.symbols.values())
+        return size is not None and all(
+            any(variable.same_as(symbol) for symbol in inputs) for variable in tirx.analysis.undefined_vars(size)
+        )
 
     # Functions and branches.
 

@@ -467,3 +467,15 @@ def test_webgpu_refuses_64_bit_tensors_by_name() -> None:
         0: "'i' is int64, and WebGPU has no 64-bit types; give the model 32-bit ones"
     }
     assert refusals(model, TARGET) == {}
+
+
+def test_sizes_that_follow_from_the_inputs_overrule_what_is_declared() -> None:
+    """torch's exporter declares the length of its example behind an LSTM of free length."""
+    text = """(float[b, n, 4] x) => (float[b, 20, 8] y) <float[b, 20, 4] r> {
+        r = Relu (x)
+        y = Concat <axis = 2> (r, x)
+    }"""
+    run = compiled(parse(f'<ir_version: 8, opset_import: ["" : 20]> g {text}'))
+    for n in (20, 7):
+        x = np.random.default_rng(n).standard_normal((2, n, 4)).astype(np.float32)
+        np.testing.assert_array_equal(run({"x": x})[0], np.concatenate([np.maximum(x, 0), x], 2))
