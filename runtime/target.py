@@ -35,7 +35,8 @@ class InstructionSet:
     numbers of a register by the low bits of eight others (AVX2's vpermd). streaming: non-temporal stores. half:
     float16 from and to float32 in one instruction. dot_int8: how 8-bit numbers are multiplied and added into int32:
     "pairs" of int16 (pmaddwd), "quads" of uint8 with int8 (VNNI), "signed-quads" of int8 (NEON's sdot), "": one by one.
-    dot_bf16: pairs of bfloat16 are multiplied and added into float32 (vdpbf16ps).
+    dot_bf16: pairs of bfloat16 are multiplied and added into float32 (vdpbf16ps). ahead: bytes that what comes from
+    memory is asked for before it is read; 0 where several streams in turn bring more.
     """
 
     name: str
@@ -48,6 +49,7 @@ class InstructionSet:
     half: bool = False
     dot_int8: str = ""
     dot_bf16: bool = False
+    ahead: int = 0
 
     def lanes(self, bits: int = 32) -> int:
         """Elements of `bits` bits in one vector."""
@@ -65,6 +67,8 @@ NEON32 = InstructionSet("neon32", 128, 16, fma=True)
 RVV = InstructionSet("rvv", 128, 32, fma=True)
 SCALAR = InstructionSet("scalar", 32, 32, fma=True)
 GPU = InstructionSet("gpu", 32, 255, fma=True)
+
+AHEAD = {"znver5": 8 << 10}  # of InstructionSet, by processor: as measured there
 
 _AVX2_FLAGS = frozenset(["avx2", "fma", "bmi1", "bmi2", "f16c", "movbe"])
 _AVX512_FLAGS = frozenset(["avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx2", "fma", "bmi2", "f16c"])
@@ -274,6 +278,7 @@ def host() -> Target:
         promised = tvm.target.Target({"kind": "llvm", "mtriple": triples[machine], "mcpu": mcpu})
         named = codegen.llvm_get_cpu_features(promised)
         mattr = x86_attributes({str(feature) for feature in named}, flags)
+    isa = dataclasses.replace(isa, ahead=AHEAD.get(mcpu, 0))
     caches, cores, zig = host_caches(), host_cores(), triples[machine]
     description = f"this host ({mcpu})"
     return Target("cpu", "llvm", description, triples[machine], mcpu, mattr, zig, isa, caches, cores)

@@ -237,7 +237,7 @@ class GemmEmitter:
         self, panel: Panel, chunk: Expr, per_chunk: int | Expr, item: Expr, part: _Part | None = None
     ) -> None:
         """All row tiles of one chunk against one panel, or a part of the depth of it."""
-        height, const = self.tile.rows, self.const
+        height, const, v = self.tile.rows, self.const, self.vectors
         if isinstance(self.rows, int) and isinstance(per_chunk, int):
             turns = min(per_chunk, -(-self.rows // height))
 
@@ -260,7 +260,7 @@ class GemmEmitter:
             # What is left is a sum of powers of two, the largest first.
             with T.If(T.bitwise_and(left, const(size)) != const(0)), T.Then():
                 before = T.Bind(done + T.bitwise_and(left, const(-2 * size)))
-                self._tile(size, panel, before, item)
+                self._tile(size, panel, before, item, turn=(const(0), 1) if self.spec.packed and v.isa.ahead else None)
             size //= 2
 
     def panel_start(self, column: Expr) -> Expr:
@@ -287,6 +287,18 @@ class GemmEmitter:
             for stream, u in itertools.product(range(streams), range(unroll)):
                 step(k * self.const(unroll) + self.const(stream * length + u))
         repeat(inner - streams * length, UNROLL, lambda k: step(self.const(streams * length) + k), self.index)
+
+    def _panels_ahead(self, starts: Sequence[Expr], width: int) -> Callable[[Expr], None]:
+        """What asks for the lines of panels that are read once, some way behind what is read of them: a processor's own
+        fetching ends with every page."""
+        const, line = self.const, self.dot.line
+        far = self.vectors.isa.ahead // self.dot.itemsize
+
+        def ahead(k: Expr) -> None:
+            for start, offset in itertools.product(starts, range(0, UNROLL * width, line)):
+                self.vectors.prefetch(self.b, start + k * const(width) + const(far + offset))
+
+        return ahead
 
     def _rows_ahead(
         self, rows: Buffer, start: Expr, height: int, part: _Part, before: Callable[[Expr], None] | None
@@ -397,9 +409,13 @@ class GemmEmitter:
                 ahead = ask and (lambda k: ask(begin + k * const(b_step)))
             if part and part.packed is not None:
                 ahead = self._rows_ahead(part.packed, a_start, height, part, ahead)
+        far = part is None and isinstance(self.inner, int) and self._far(turn)
+        asks = v.isa.ahead and self.tile.rows > 1
+        if far and asks:
+            ahead = self._panels_ahead([weights(j, const(0))[0] for j in range(0, count, width)], b_step)
         begin_sums()
         if part is None:
-            if isinstance(self.inner, int) and self._far(turn):
+            if far and isinstance(self.inner, int) and not asks:
                 self._streams(self.inner, b_step, step)
             else:
                 steps(self.inner, None, ahead)

@@ -217,6 +217,20 @@ def test_streams_of_weights_beyond_the_cache(name: str, runnable: Callable[[str]
         check(case, kernel)
 
 
+@pytest.mark.parametrize("weights", ["float32", "bfloat16"])
+def test_weights_beyond_the_cache_are_asked_for_ahead(weights: str) -> None:
+    """Where a processor's own fetching ends with every page: few rows, fixed or of the run, the last panel narrower."""
+    target = Target.named("cpu")
+    isa, caches = dataclasses.replace(target.isa, ahead=8 << 10), dataclasses.replace(target.caches, l2=1 << 18)
+    target = dataclasses.replace(target, isa=isa, caches=caches)
+    cases = [Product(m, 1031, 250, weights=weights) for m in (2, 3, 8, 13)] + [Product(0, 1031, 250, dynamic=True)]
+    texts = [str(function(case, target, "g", 1)) for case in (cases[1], dataclasses.replace(cases[1], k=40))]
+    assert ["gw_prefetch" in text for text in texts] == [True, False]
+    for case, kernel in zip(cases, kernels(cases, target), strict=True):
+        for rows in (1, 5, 31) if case.dynamic else (None,):
+            check(case, kernel, rows)
+
+
 @pytest.mark.parametrize("rows", [1, 8])
 @pytest.mark.parametrize("unroll", [1, 2, 4])
 def test_streams_meet_in_no_line(rows: int, unroll: int) -> None:
