@@ -1,11 +1,14 @@
 """LayerNormalization and RMSNormalization of float32 rows.
 
-A row is read three times from the innermost cache: its mean, the mean square of its deviations from the mean, the
-result. The variance is never a difference of large numbers.
+A row is read three times from the innermost cache: its mean, the mean and the mean square of its deviations from that
+mean, the result. The mean of the deviations is what the mean was rounded by, which counts where it is large beside them;
+the variance is never a difference of large numbers.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 from collections.abc import Callable
 
@@ -66,6 +69,8 @@ def _row(
             total = row_total(v, length, start, index, lambda s, at, part: s + load(x, at, part))
             mean = T.Bind(v.splat(T.Bind(total * share)))
 
+        left, turn = (v.registers(GROUP, 0.0) if centred else None), itertools.count()
+
         def square(total: Expr, at: Expr, part: int | Expr | None) -> Expr:
             value = load(x, at, part)
             if centred:
@@ -75,19 +80,27 @@ def _row(
                     numbers = T.ramp(tirx.const(0, "int32"), 1, v.lanes)
                     there = numbers < T.broadcast(T.Cast("int32", count_of(part, index)), v.lanes)
                     value = T.Bind(T.Select(there, value, v.splat(0.0)))
+                place = v.at(next(turn) % GROUP * v.lanes)
+                T.buffer_store(left, left[place] + value, [place])
             return v.fma(value, value, total)
 
-        squares = row_total(v, length, start, index, square)
+        variance = row_total(v, length, start, index, square) * share
+        if centred:
+            sums = functools.reduce(lambda a, b: a + b, (left[v.at(j * v.lanes)] for j in range(GROUP)))
+            rounded = T.Bind(v.total(sums) * share)
+            # A NaN stays one.
+            variance = T.max(T.float32(0), T.Bind(variance - rounded * rounded))
         root = T.Bind(T.call_llvm_pure_intrin(
-            T.llvm_lookup_intrinsic_id("llvm.sqrt.f32"), squares * share + T.float32(epsilon), dtype="float32"
+            T.llvm_lookup_intrinsic_id("llvm.sqrt.f32"), variance + T.float32(epsilon), dtype="float32"
         ))  # fmt: skip
         inverse = T.Bind(v.splat(T.Bind(T.float32(1) / root)))
+        shift = T.Bind(v.splat(-rounded) * inverse) if centred else None
 
         def output(offsets: list[Expr], part: int | Expr | None) -> None:
             for offset in offsets:
                 column = offset - start
                 value = load(x, offset, part)
-                value = T.Bind((value - mean) * inverse) if centred else T.Bind(value * inverse)
+                value = v.fma(value - mean, inverse, shift) if centred else T.Bind(value * inverse)
                 factor = load(scale, column, part)
                 value = value * factor if bias is None else v.fma(value, factor, load(bias, column, part))
                 v.store(y, offset, value, count_of(part, index))
