@@ -1,8 +1,8 @@
 """LayerNormalization and RMSNormalization of float32 rows.
 
 A row is read three times from the innermost cache: its mean, the mean and the mean square of its deviations from that
-mean, the result. The mean of the deviations is what the mean was rounded by, which counts where it is large beside them;
-the variance is never a difference of large numbers.
+mean, the result. The mean of the deviations is what the mean was rounded by, which counts where it is large beside
+them; the variance is never a difference of large numbers.
 """
 
 from __future__ import annotations
