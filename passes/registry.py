@@ -62,8 +62,8 @@ PRESETS: dict[str, str] = {
     # What a compiler needs: one opset, no functions, no constants as nodes, large operators, only those it has.
     "compile": "inline-functions,pin-shapes,standardise-contrib,convert-opset,infer-shapes,fold-constants,simplify,"
     f"infer-shapes,fold-constants,simplify,fold-batch-norm,{RECOGNISE},infer-shapes,fold-constants,cancel-transposes,"
-    "fold-pad,decompose,infer-shapes,fold-constants,simplify,lift-constants,dedupe-initializers,common-subexpressions,"
-    "dead-code,infer-shapes",
+    "fold-pad,decompose,infer-shapes,fold-constants,simplify,cancel-transposes,lift-constants,dedupe-initializers,"
+    "common-subexpressions,dead-code,infer-shapes",
     "none": "",
 }
 

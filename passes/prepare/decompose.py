@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from .. import graph
 from ..base import Contract, Pass, PassContext, PassReport
-from . import quantized, recurrent, transformer
+from . import quantized, recurrent, transformer, volumes
 from .bodies import inline_call
 from .body_builder import Body
 from .evaluate import Refusal
@@ -19,6 +19,10 @@ from .standard_bodies import standard_body
 
 # Standard operators without a converter in the importer of TVM 0.27, as (domain, operator).
 SPELLED: dict[str, Callable[[ir.Node, int, int], Body]] = {
+    "AveragePool": volumes.average_pool,
+    "Conv": volumes.conv,
+    "ConvTranspose": volumes.conv_transpose,
+    "MaxPool": volumes.max_pool,
     "LSTM": recurrent.unroll,
     "GRU": recurrent.unroll,
     "RNN": recurrent.unroll,
@@ -26,6 +30,10 @@ SPELLED: dict[str, Callable[[ir.Node, int, int], Body]] = {
     "QLinearConv": quantized.qlinear_conv,
     "QLinearMatMul": quantized.qlinear_matmul,
 }
+# Forms that are spelled, of operators of which not every form is.
+SPELLED_FORMS: dict[str, Callable[[ir.Node], bool]] = dict.fromkeys(
+    ("AveragePool", "Conv", "ConvTranspose", "MaxPool"), volumes.along_three_axes
+)
 # Shorter than the standard's body, for the forms that are usual.
 SHORT: dict[str, Callable[[ir.Node, int, int], Body]] = {
     "Attention": transformer.attention,
@@ -59,9 +67,10 @@ class Decompose(Pass):
 
     LSTM, GRU and RNN that no kernel takes (weights that are computed, clip, peepholes, batch first, unusual
     activations) are unrolled when their number of steps is fixed. QLinearConv, QLinearMatMul and ConvInteger
-    become the float operator between DequantizeLinear and QuantizeLinear. Attention, RotaryEmbedding, Swish, Celu and
-    other standard operators that the standard defines by a body get that body, or a shorter one where they have their
-    usual form.
+    become the float operator between DequantizeLinear and QuantizeLinear. Convolutions and pools along three axes
+    become those of pictures, whose channels are those of the depths that meet. Attention, RotaryEmbedding, Swish, Celu
+    and other standard operators that the standard defines by a body get that body, or a shorter one where they have
+    their usual form.
     Operators in a form that the target has a kernel for, and those named by `keep`, stay.
     Left alone, with the reason: recurrences of free length or of more than max_steps steps, and bodies that
     need what is not known. Meant for compiling: onnxruntime has kernels for these operators.
@@ -84,6 +93,8 @@ class Decompose(Pass):
                 return False
             if node.op_type in kernels and FORMS.get(node.op_type, lambda _: True)(node):
                 return False
+            if node.op_type in SPELLED_FORMS and node.op_type not in self.ops:
+                return SPELLED_FORMS[node.op_type](node)
             return node.op_type in SPELLED or node.op_type in WITH_BODY or node.op_type in self.ops
 
         while self._round(model, wanted, refused, report):

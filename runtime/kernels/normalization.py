@@ -69,7 +69,8 @@ def _row(
             total = row_total(v, length, start, index, lambda s, at, part: s + load(x, at, part))
             mean = T.Bind(v.splat(T.Bind(total * share)))
 
-        left, turn = (v.registers(GROUP, 0.0) if centred else None), itertools.count()
+        left: Buffer = v.registers(GROUP, 0.0) if centred else None
+        turn = itertools.count()
 
         def square(total: Expr, at: Expr, part: int | Expr | None) -> Expr:
             value = load(x, at, part)
