@@ -338,6 +338,8 @@ def top_k(site: Site) -> Result:
         site.require_content(1, [count])
     if isinstance(size, int) and count > size:
         raise Refuse(f"k is {count}, the axis has {size}")
+    if not isinstance(size, int):
+        site.require_dims([size], [tirx.max(size, int64(count))])
     dtype = site.dtype()
     if dtype in ("float16", "bfloat16", "int8", "uint8", "int16", "uint16"):
         wide = "float32" if is_float(dtype) else "int32"

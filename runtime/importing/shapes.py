@@ -51,7 +51,8 @@ def content_value(
 
 
 def reshaped(site: Site, expr: tvm.ir.Expr, dims: Sequence[Dim]) -> tvm.ir.Expr:
-    """`expr` in another shape of as many elements. Several changes of shape are one, or none."""
+    """`expr` in another shape of as many elements, which is checked at run time where it is not known. Several changes
+    of shape are one, or none."""
     made = made_by(site.bb, expr, "relax.reshape")
     if made is not None and isinstance(made.args[0].ty.shape, relax.ShapeExpr):
         expr = made.args[0]
@@ -63,7 +64,10 @@ def reshaped(site: Site, expr: tvm.ir.Expr, dims: Sequence[Dim]) -> tvm.ir.Expr:
         out, nothing = tuple(int64(d) for d in dims), tirx.const(0, dtype_of(expr))
         return site.te(lambda _: te.compute(out, lambda *i: nothing, name="empty"), expr, name="empty")
     shape = relax.ShapeExpr([int64(d) for d in dims])
-    if site.target.is_cpu and not same(product(shape_of(expr)), product(dims)):
+    before, after = product(shape_of(expr)), product(dims)
+    # A view of fewer elements would be made silently.
+    site.require_dims([before], [after])
+    if site.target.is_cpu and not same(before, after):
         # Relax would copy, at places that it computes by divisions by several sizes, and hardly get through with them.
         return site.emit(
             relax.call_pure_packed(
@@ -386,9 +390,7 @@ def _agreed(site: Site, source: Sequence[Dim], wanted: Sequence[Dim]) -> list[Di
         own, other = source[-place], wanted[-place]
         if not same(own, other) and (_shortened(own, other) or _shortened(other, own)):
             result[-place] = own
-    if any(a is not b for a, b in zip(result, wanted, strict=True)):
-        shape = relax.ShapeExpr([int64(dim) for dim in wanted])
-        site.bb.match_cast(shape, relax.ShapeType([int64(dim) for dim in result]))
+    site.require_dims(wanted, result)
     return result
 
 

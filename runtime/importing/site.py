@@ -335,6 +335,12 @@ class Site:
         shape = self.emit(relax.op.tensor_to_shape(actual))
         self.bb.match_cast(shape, relax.ShapeType([int64(d) for d in expected]))
 
+    def require_dims(self, actual: Sequence[Dim], expected: Sequence[Dim]) -> None:
+        """Make the program fail at run time where sizes are not the expected ones."""
+        if any(not same(a, b) for a, b in zip(actual, expected, strict=True)):
+            shape = self.emit(relax.ShapeExpr([int64(d) for d in actual]))
+            self.bb.match_cast(shape, relax.ShapeType([int64(d) for d in expected]))
+
     def runtime_dims(self, tensor: tvm.ir.Expr, name: str) -> list[Dim]:
         """New symbolic dimensions that take the values of an int64 vector of known length at run time."""
         tensor = self.cast(tensor, "int64")

@@ -479,3 +479,30 @@ def test_sizes_that_follow_from_the_inputs_overrule_what_is_declared() -> None:
     for n in (20, 7):
         x = np.random.default_rng(n).standard_normal((2, n, 4)).astype(np.float32)
         np.testing.assert_array_equal(run({"x": x})[0], np.concatenate([np.maximum(x, 0), x], 2))
+
+
+@pytest.mark.parametrize(
+    ("text", "weights", "right", "wrong"),
+    [
+        ("(float[b, n, 64] x) => (float[b, k, 1024] y) { y = Reshape (x, s) }", [0, -1, 1024], [(2, 32, 64)],
+         [(1, 100, 64)]),
+        ("(float[b, n, 64] x) => (float[2, 6, 32] y) { y = Reshape (x, s) }", [2, 6, 32], [(2, 3, 64), (3, 2, 64)],
+         [(2, 4, 64), (1, 3, 64)]),
+        ("(float[b, n] x) => (float[b, 20] y, int64[b, 20] i) { y, i = TopK (x, s) }", [20], [(2, 20), (3, 25)],
+         [(2, 10)]),
+    ],
+)  # fmt: skip
+def test_sizes_that_cannot_be_are_an_error(
+    text: str, weights: list[int], right: list[tuple[int, ...]], wrong: list[tuple[int, ...]]
+) -> None:
+    """Not the first elements alone, and not what lies behind them."""
+    model = parse(f'<ir_version: 8, opset_import: ["" : 20]> g {text}', s=np.array(weights))
+    run = compiled(model)
+    session = onnxruntime.InferenceSession(model.SerializeToString())
+    for shape in right:
+        x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+        for got, expected in zip(run({"x": x}), session.run(None, {"x": x}), strict=True):
+            np.testing.assert_array_equal(got, expected)
+    for shape in wrong:
+        with pytest.raises(Exception, match="mismatch"):
+            run({"x": np.zeros(shape, np.float32)})
