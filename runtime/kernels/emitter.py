@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -130,6 +131,11 @@ def _scaled_integer(tree: Apply) -> bool:
     )  # fmt: skip
 
 
+@functools.lru_cache(maxsize=1 << 12)
+def _has_function(tree: Tree) -> bool:
+    return isinstance(tree, Apply) and (tree.op in FUNCTIONS or any(map(_has_function, tree.args)))
+
+
 @dataclass
 class TreeEmitter:
     """Emits a tree as vectors into the IR builder that is open. buffers: the flat tensors that loads refer to."""
@@ -196,7 +202,8 @@ class TreeEmitter:
                 result = OPERATIONS[tree.op](*args)
                 result = result if tree.dtype == "bool" else T.Bind(result)
             else:
-                result = FUNCTIONS[tree.op](v, args[0])
+                # A function of another one's result would hold all of it, wherever it occurs in the function.
+                result = FUNCTIONS[tree.op](v, v.placed(args[0]) if _has_function(tree.args[0]) else args[0])
         self._done[tree] = result
         return result
 

@@ -178,11 +178,10 @@ class _Columns:
         def body(offsets: list[Expr], part: Expr | None) -> None:
             for offset in offsets:
                 values = [v.load(e.x, offset + r * self.columns, part) for r in rows]
-                top = T.Bind(T.max(v.splat(LOWEST), tree(T.max, [*values])))
+                top = v.placed(T.max(v.splat(LOWEST), tree(T.max, [*values])))
                 if self.log:
                     results = [T.Bind(value - top) for value in values]
-                    total = tree(_add, [v.exp(value) for value in results])
-                    shift = functions.log(v, total)
+                    shift = functions.log(v, v.placed(tree(_add, [v.exp(value) for value in results])))
                     results = [value - shift for value in results]
                 else:
                     exps = [v.exp(value - top, low=False) for value in values]
