@@ -252,7 +252,7 @@ def _anchor_kernel(name: str, calls: Sequence[_Call], params: Sequence[Any], tar
     def write(v: Vectors, inputs: Sequence[Buffer], y: Buffer, index: str) -> None:
         emitter = TreeEmitter(v, inputs, index)
 
-        def store(value: Expr, axes: Sequence[Expr], count: int | None) -> None:
+        def store(value: Expr, axes: Sequence[Expr], count: int | Expr | None) -> None:
             nonlocal stores
             stores += 1
             place = elements.place_of(axes, shape, groups)
@@ -261,7 +261,7 @@ def _anchor_kernel(name: str, calls: Sequence[_Call], params: Sequence[Any], tar
             for axis, extent in zip(axes, shape, strict=True):
                 offset = offset * elements.expression(extent, index) + axis
             offset = tvm.sym.Analyzer().simplify(offset)
-            v.store(y, offset, result, None if count is None else tirx.const(count, index))
+            v.store(y, offset, result, tirx.const(count, index) if isinstance(count, int) else count)
 
         read = [shapes.of(a.ty) for a in main.arguments]
         body = Body(v, target, [inputs[p] for p in positions], read, shape, store, index)
@@ -292,7 +292,7 @@ def _of_item(body: Body, item: Expr) -> Body:
         inputs.append(T.decl_buffer((size,), buffer.dtype, data=buffer.data, elem_offset=item * size))
         shapes.append((1, *shape[1:]))
 
-    def store(value: Expr, axes: Sequence[Expr], count: int | None) -> None:
+    def store(value: Expr, axes: Sequence[Expr], count: int | Expr | None) -> None:
         body.store(value, [item, *axes[1:]], count)
 
     return dataclasses.replace(body, inputs=inputs, shapes=shapes, out_shape=(1, *body.out_shape[1:]), store=store)

@@ -30,7 +30,7 @@ OPAQUE = 8
 
 # Called with a vector of results, the values of the output's axes of which the last is that of the first lane, and how
 # many lanes exist (None: all).
-Store = Callable[[Expr, Sequence[Expr], "int | None"], None]
+Store = Callable[[Expr, Sequence[Expr], "int | Expr | None"], None]
 
 
 @dataclass(frozen=True)

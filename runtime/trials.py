@@ -179,16 +179,16 @@ class ProductTrial(Trial):
         return self.spec.flops
 
     def second_size(self) -> int:
-        return (1 if self.spec.shared_b else self.spec.batch or 1) * (self.spec.inner or 0) * self.spec.columns
+        return (1 if self.spec.shared_b else self.spec.batch or 1) * (self.spec.inner or 0) * (self.spec.columns or 0)
 
     def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         s = self.spec
-        assert s.rows and s.inner and s.batch, "the sizes are numbers"
+        assert s.rows and s.inner and s.batch and s.columns, "the sizes are numbers"
         return (1 if s.shared_a else s.batch, s.rows, s.inner), (s.batch, s.rows, s.columns)
 
     def second(self, tile: GemmTile, draw: np.random.Generator) -> np.ndarray:
         s = self.spec
-        assert s.inner and s.batch, "the sizes are numbers"
+        assert s.inner and s.batch and s.columns, "the sizes are numbers"
         if s.packed:
             weights = draw.standard_normal((s.inner, s.columns), np.float32).astype(np_dtype(s.weights))
             return gemm_spec.pack(weights, tile, self.lanes)
@@ -197,6 +197,7 @@ class ProductTrial(Trial):
     def tiles(self) -> list[GemmTile]:
         s, isa = self.spec, self.target.isa
         rule = products.chosen_tile(s, self.target)
+        assert s.columns, "the sizes are numbers"
         ranked = gemm_spec.tiles(s.rows, s.columns, isa, self.lanes, (0, 1, 2))[:CANDIDATES]
         return _distinct([rule, *ranked, *(GemmTile(rule.rows, rule.vectors, depth) for depth in self.depths(rule))])
 

@@ -33,7 +33,7 @@ CHUNK = 16  # tiles of rows in a chunk, at most, where their number is known at 
 SUMS = 1 << 18  # elements of the sums that wait between two parts of the depth
 
 # Called with a vector of results, its row and first column, and how many of its lanes exist (None: all).
-Finish = Callable[[Expr, Expr, Expr, "int | None"], None]
+Finish = Callable[[Expr, Expr, Expr, "int | Expr | None"], None]
 
 
 @dataclass
@@ -59,6 +59,7 @@ class GemmEmitter:
     caches: Caches
     index: str = "int64"
     first: Buffer | None = None
+    columns: Expr | None = None  # where the spec does not know them
 
     @functools.cached_property
     def dot(self) -> Dot:
@@ -70,6 +71,9 @@ class GemmEmitter:
     def emit(self) -> None:
         """The whole product."""
         spec, lanes = self.spec, self.vectors.lanes
+        if spec.columns is None:
+            self._of_free_columns()
+            return
         cuts = panels(spec.columns, self.tile, lanes)
         if not cuts or self.rows == 0 or self.batch == 0:
             return
@@ -84,17 +88,37 @@ class GemmEmitter:
             chunk, item = (self._bind(f(rest, self.const(chunks))) for f in (tirx.truncmod, tirx.truncdiv))
             self._any_panel(cuts, panel, lambda chosen: self._panel(chosen, chunk, per_chunk, item))
 
+    def _of_free_columns(self) -> None:
+        """Columns that are known at run time only: of a B in place."""
+        if self.rows == 0 or self.batch == 0:
+            return
+        opaque, const = self.vectors.opaque, self.const
+        width = const(self.tile.vectors * self.vectors.lanes)
+        count = opaque(tirx.truncdiv(self.columns + width - const(1), width))
+        chunks, per_chunk = self._chunks()
+        tasks = const(self.batch) * const(chunks) * count
+        with (T.parallel if self._parallel() else T.serial)(tasks) as task:
+            number, rest = (opaque(f(task, count)) for f in (tirx.truncmod, tirx.truncdiv))
+            chunk, item = (opaque(f(rest, const(chunks))) for f in (tirx.truncmod, tirx.truncdiv))
+            left = opaque(self.columns - number * width)
+            with T.If(left >= width):
+                with T.Then():
+                    self._panel(Panel(number, self.tile.vectors, None), chunk, per_chunk, item)
+                with T.Else():
+                    self._panel(Panel(number, self.tile.vectors, None, left), chunk, per_chunk, item)
+
     def _any_panel(self, cuts: Sequence[tuple[int, int]], number: Expr, body: Callable[[Panel], None]) -> None:
         """`body` of panel `number`; the last one may have fewer columns."""
         spec, lanes = self.spec, self.vectors.lanes
-        uneven = cuts[-1][1] < self.tile.vectors or spec.columns % lanes != 0
+        more = (spec.columns or 0) % lanes
+        uneven = cuts[-1][1] < self.tile.vectors or more != 0
         full = len(cuts) - uneven
 
         def whole() -> None:
             body(Panel(number, self.tile.vectors, None))
 
         def last() -> None:
-            body(Panel(self.const(full), cuts[-1][1], spec.columns % lanes or None))
+            body(Panel(self.const(full), cuts[-1][1], more or None))
 
         if not uneven:
             whole()
@@ -194,8 +218,8 @@ class GemmEmitter:
     def _parallel(self) -> bool:
         if self.threads == 1:
             return False
-        work = self.spec.columns
-        for size in (self.rows, self.inner, self.batch):
+        work = 1
+        for size in (self.spec.columns, self.rows, self.inner, self.batch):
             work *= size if isinstance(size, int) else 64
         return work >= PARALLEL
 
@@ -206,7 +230,7 @@ class GemmEmitter:
         A chunk of A stays in half of the second-level cache; there are enough chunks for the threads.
         """
         most = self._most()
-        side = -(-self.spec.columns // (self.tile.vectors * self.vectors.lanes)) * (self.spec.batch or 1)
+        side = -(-(self.spec.columns or 1) // (self.tile.vectors * self.vectors.lanes)) * (self.spec.batch or 1)
         few = self.threads > 1 and side % self.threads and side < 8 * self.threads
         least = 2 * self.threads if few else 1
         if not isinstance(self.rows, int):
@@ -273,7 +297,7 @@ class GemmEmitter:
         if self.tile.beside >= BESIDE:
             return False
         steps, dot = self.spec.inner or 0, self.dot
-        size = dot.itemsize * dot.group * steps * self.spec.columns
+        size = dot.itemsize * dot.group * steps * (self.spec.columns or 0)
         return turn is not None and turn[1] <= NEAR and size > self.caches.l2 and steps >= PAGE // 16
 
     def _streams(self, inner: int, width: int, step: Callable[[Expr], None]) -> None:
@@ -334,13 +358,25 @@ class GemmEmitter:
             rows_of_a, a_row, a_step = part.packed, const(1), const(height)
             a_start = T.Bind(turn[0] * const(self.tile.rows * part.depth) - part.start * a_step)
         width = min(count, self.tile.packed) if spec.packed else count  # vectors that lie behind each other
+        b_step: int | Expr = width * dot.width
         if spec.packed:
-            b_start, b_step = T.Bind(self.panel_start(column)), width * dot.width
+            b_start = T.Bind(self.panel_start(column))
         else:
-            before = const(0) if spec.shared_b else item * const(self.inner) * const(spec.columns)
-            b_start, b_step = T.Bind(before + column), spec.columns
+            b_step = self.columns if spec.columns is None else spec.columns
+            before = const(0) if spec.shared_b else item * const(self.inner) * const(b_step)
+            b_start = T.Bind(before + column)
 
-        def weights(j: int, k: Expr) -> tuple[Expr, int]:
+        limits: dict[int, Expr] = {}
+        if panel.left is not None:
+            for j in range(count):
+                most = T.max(T.min(panel.left - const(j * lanes), const(lanes)), const(0))
+                limits[j] = v.opaque(most)
+
+        def there_of(j: int) -> int | Expr | None:
+            """Lanes of vector j that exist; None: all."""
+            return limits.get(j, panel.lanes if j == count - 1 else None)
+
+        def weights(j: int, k: Expr) -> tuple[Expr, int | Expr]:
             """Where those of step k of vector j are, and how far from those of the next step."""
             first = j - j % width
             # The last panel may be narrower.
@@ -363,8 +399,8 @@ class GemmEmitter:
             bs = []
             for j in range(count):
                 at, _ = weights(j, k)
-                partial = not spec.packed and panel.lanes is not None and j == count - 1
-                bs.append(v.load(self.b, at, const(panel.lanes or 0)) if partial else dot.weights(self.b, at))
+                there = None if spec.packed else there_of(j)
+                bs.append(dot.weights(self.b, at) if there is None else v.load(self.b, at, const(there)))
             for i in range(height):
                 a = dot.same(rows_of_a, a_start + const(i) * a_row + k * a_step)
                 for j in range(count):
@@ -389,7 +425,7 @@ class GemmEmitter:
         def finish() -> None:
             for i in range(height):
                 for j in range(count):
-                    there = panel.lanes if j == count - 1 else None
+                    there = there_of(j)
                     at_row = item * const(self.rows) + row + const(i)
                     self.finish(accumulators.get(i, j), at_row, column + const(j * lanes), there)
 
@@ -454,11 +490,13 @@ class _Part:
 
 @dataclass(frozen=True)
 class Panel:
-    """Columns that one tile covers. lanes: how many of the last vector exist, None for all."""
+    """Columns that one tile covers. lanes: how many of the last vector exist, None for all. left: columns that there
+    are, where that is known at run time only and they are fewer than the vectors hold."""
 
     number: Expr
     vectors: int
     lanes: int | None
+    left: Expr | None = None
 
 
 def repeat(

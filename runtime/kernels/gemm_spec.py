@@ -23,7 +23,8 @@ PAGE = 1024  # float32 apart, or a multiple of it, elements fall in the same lin
 
 @dataclass(frozen=True)
 class GemmSpec:
-    """Sizes of a product. rows: None when known at run time. packed: B is a constant in panels.
+    """Sizes of a product. rows, inner, columns: None when known at run time; columns only of a B in place. packed: B is
+    a constant in panels.
 
     batch: how many products of these sizes lie behind each other, 1 for a packed B. shared_a, shared_b: all of them
     read the same A or B. weights: the type that a packed B is stored in; its elements become float32 in registers.
@@ -33,7 +34,7 @@ class GemmSpec:
 
     rows: int | None
     inner: int | None
-    columns: int
+    columns: int | None
     packed: bool = True
     batch: int | None = 1
     shared_a: bool = False
@@ -46,7 +47,7 @@ class GemmSpec:
     @property
     def flops(self) -> int:
         """Multiplications and additions; 0 where a size is known only at run time."""
-        return 2 * (self.batch or 0) * (self.rows or 0) * (self.inner or 0) * self.columns
+        return 2 * (self.batch or 0) * (self.rows or 0) * (self.inner or 0) * (self.columns or 0)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from .gemm import Finish, GemmEmitter
 from .gemm_spec import GemmSpec, GemmTile, choose_tile, pack, packed_tile
 from .vectors import Expr, Vectors
 
+USUAL = 128  # columns that tiles are chosen for where the number is known at run time only
 STORED = ("float32", "float16", "bfloat16")  # types of constant weights
 
 
@@ -35,7 +36,8 @@ def gemm(parameters: dict[str, Any], body: Body) -> None:
     if spec.data != "float32":
         gemm_steps.emit(v, spec, tile, height, a, b, first[0] if first else None, *common)
     else:
-        GemmEmitter(v, spec, tile, height, inner, count, a, b, *common).emit()
+        columns = expression(body.out_shape[-1], body.index) if spec.columns is None else None
+        GemmEmitter(v, spec, tile, height, inner, count, a, b, *common, columns=columns).emit()
 
 
 def row_store(body: Body) -> Finish:
@@ -46,7 +48,7 @@ def row_store(body: Body) -> Finish:
     known = isinstance(product(leading), int)
     quotient, remainder = body.vectors.divisions(known)
 
-    def finish(value: Expr, row: Expr, column: Expr, there: int | None) -> None:
+    def finish(value: Expr, row: Expr, column: Expr, there: int | Expr | None) -> None:
         axes = []
         for position, extent in enumerate(leading):
             later = product(leading[position + 1 :])
@@ -77,7 +79,8 @@ def chosen_tile(spec: GemmSpec, target: Target) -> GemmTile:
     rule = packed_tile if spec.packed else choose_tile
     vectors = Vectors(target.isa)
     spare = dot_of(vectors, spec.data, joined=spec.joined).spare
-    return rule(spec.rows, spec.columns, target.isa, vectors.lanes, spare)
+    columns = USUAL if spec.columns is None else spec.columns
+    return rule(spec.rows, columns, target.isa, vectors.lanes, spare)
 
 
 def _number(size: Size) -> Expr | int:
@@ -85,8 +88,8 @@ def _number(size: Size) -> Expr | int:
 
 
 def matmul(bb: relax.BlockBuilder, a: Any, b: Any, target: Target, packed: dict[Any, Any]) -> Any | None:
-    """A product as a template; None where it has none: other types than float32, but for weights of STORED, vectors,
-    columns or a broadcast that are known only at run time. packed: weights that were packed before, so that those of
+    """A product as a template; None where it has none: other types than float32, but for weights of STORED, vectors, or
+    a broadcast that is known only at run time. packed: weights that were packed before, so that those of
     several products are held once.
     """
     kinds = (a.ty, b.ty)
@@ -100,8 +103,6 @@ def matmul(bb: relax.BlockBuilder, a: Any, b: Any, target: Target, packed: dict[
         return None
     *before_a, rows, inner = left
     *before_b, _, columns = right
-    if not isinstance(columns, int):
-        return None
     pairs = list(zip(_padded(before_a, before_b), _padded(before_b, before_a), strict=True))
     if any(x != y and x != 1 and y != 1 for x, y in pairs):
         return None
@@ -119,7 +120,8 @@ def matmul(bb: relax.BlockBuilder, a: Any, b: Any, target: Target, packed: dict[
     known = [size if isinstance(size, int) else None for size in (height, inner, count)]
     if weight is None and stored != "float32":
         return None
-    spec = GemmSpec(known[0], known[1], columns, weight is not None, known[2], shared_a, shared_b, stored)
+    wide = columns if isinstance(columns, int) else None
+    spec = GemmSpec(known[0], known[1], wide, weight is not None, known[2], shared_a, shared_b, stored)
     lanes = Vectors(target.isa).lanes
     tile = chosen_tile(spec, target)
     if weight is not None:

@@ -202,3 +202,19 @@ def test_functions_of_functions_compile_in_seconds(compile_model: Callable[..., 
     model = compile_model(text, w=draw(20, 12, 5, 5))
     assert time.process_time() - start < 6
     model.check({"x": draw(1, 12, 30, 31)})
+
+
+@pytest.mark.parametrize("name", ["cpu", "cpu-avx2", "cpu-baseline"])
+def test_products_of_free_columns(
+    name: str, compile_model: Callable[..., Any], runnable: Callable[[str], Target]
+) -> None:
+    """Scores of attention that nothing recognises, of each item and of a matrix for all, with what is fused to them."""
+    text = """g (float[b, h, l, d] x, float[b, h, d, s] v, float[1, 1, l, s] r, float[d, s] w)
+        => (float[b, h, l, s] y, float[b, h, l, s] z) {
+      m = MatMul (x, v)  y = Add (m, r)  n = MatMul (x, w)  z = Sigmoid (n) }"""
+    model = compile_model(text, runnable(name).name)
+    assert model.kernels("gemm") and not model.kernels("matmul")
+    sizes = [(1, 2, 5, 7, 3), (3, 2, 61, 130, 9), (1, 1, 1, 1, 1), (2, 1, 17, 64, 8), (1, 2, 3, 63, 16)]
+    for b, h, l, s, d in [*sizes, (1, 2, 3, 65, 16), (1, 1, 200, 129, 33), (1, 1, 0, 5, 3), (1, 1, 4, 0, 3)]:
+        shapes = {"x": (b, h, l, d), "v": (b, h, d, s), "r": (1, 1, l, s), "w": (d, s)}
+        model.check({key: draw(*shape) for key, shape in shapes.items()})
