@@ -19,7 +19,7 @@ import tvm
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto
 from tvm import relax, tirx
 
-from .importing import CONVERTERS, frontend, protos
+from .importing import CONVERTERS, bounds, frontend, protos
 from .importing.integers import as_numbers, on_integers
 from .importing.protos import STANDARD
 from .importing.refused import UNSUPPORTED, ImportRefused, no_converter
@@ -294,13 +294,14 @@ class _Importer:
         self, node: NodeProto, inputs: list[Value | None], attrs: Mapping[str, AttributeProto], scope: _Scope
     ) -> list[Any]:
         """The outputs of a standard operator by our converter, TVM's, or the standard's body."""
+        declared = [scope.declared.get(name) or protos.unknown() for name in node.output]
+        site = Site(
+            node.op_type, self.bb, self.target, scope.opset, inputs, protos.python_values(attrs.values()), declared,
+            len(node.output), protos.in_place(node),
+        )  # fmt: skip
+        if node.op_type in bounds.CHECKS:
+            bounds.CHECKS[node.op_type](site)
         if node.op_type in CONVERTERS:
-            declared = [scope.declared.get(name) or protos.unknown() for name in node.output]
-            values = protos.python_values(attrs.values())
-            site = Site(
-                node.op_type, self.bb, self.target, scope.opset, inputs, values, declared, len(node.output),
-                protos.in_place(node),
-            )  # fmt: skip
             try:
                 whole = on_integers(site)
                 if whole is not None:

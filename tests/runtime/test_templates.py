@@ -215,6 +215,6 @@ def test_products_of_free_columns(
     model = compile_model(text, runnable(name).name)
     assert model.kernels("gemm") and not model.kernels("matmul")
     sizes = [(1, 2, 5, 7, 3), (3, 2, 61, 130, 9), (1, 1, 1, 1, 1), (2, 1, 17, 64, 8), (1, 2, 3, 63, 16)]
-    for b, h, l, s, d in [*sizes, (1, 2, 3, 65, 16), (1, 1, 200, 129, 33), (1, 1, 0, 5, 3), (1, 1, 4, 0, 3)]:
-        shapes = {"x": (b, h, l, d), "v": (b, h, d, s), "r": (1, 1, l, s), "w": (d, s)}
+    for b, h, rows, s, d in [*sizes, (1, 2, 3, 65, 16), (1, 1, 200, 129, 33), (1, 1, 0, 5, 3), (1, 1, 4, 0, 3)]:
+        shapes = {"x": (b, h, rows, d), "v": (b, h, d, s), "r": (1, 1, rows, s), "w": (d, s)}
         model.check({key: draw(*shape) for key, shape in shapes.items()})
