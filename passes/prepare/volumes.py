@@ -121,17 +121,14 @@ def _depths_apart(body: Body, pictures: str, window: Window, depth: int) -> str:
     if stride > 1:
         apart = body.op("Unsqueeze", pictures, body.constant([2]))
         apart = body.op("Pad", apart, body.constant([0] * 8 + [stride - 1, 0, 0, 0]))
-        pictures = body.op("Reshape", apart, body.constant([-1, window.sizes[0] * stride, *_picture(window)]))
+        shape = [-1, window.sizes[0] * stride, window.channels, *window.sizes[1:]]
+        pictures = body.op("Reshape", apart, body.constant(shape))
     front = max(0, (window.kernel[0] - 1) * dilation - pad)
     behind = max(0, depth + pad - window.sizes[0] * stride)
     if front or behind:
         pictures = body.op("Pad", pictures, body.constant([0, front, 0, 0, 0, 0, behind, 0, 0, 0]))
     firsts = [front + pad - k * dilation for k in range(window.kernel[0])]
     return body.op("Concat", *(_sliced(body, pictures, 1, first, first + depth) for first in firsts), axis=2)
-
-
-def _picture(window: Window) -> tuple[int, ...]:
-    return window.channels, *window.sizes[1:]
 
 
 def max_pool(node: ir.Node, opset: int, max_steps: int) -> Body:
