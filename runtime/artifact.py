@@ -4,6 +4,7 @@
     model.onnx        the rewritten model; its large weights are references into weights.bin
     weights.bin       every large tensor once, 64-byte aligned, memory-mapped by all that read it
     region0.so        code of a region that TVM compiled
+    pool.so           the threads that such code runs on
     region1.onnx      a region that TVM cannot take and onnxruntime runs
 """
 
@@ -111,7 +112,9 @@ class FileSpec(_Strict):
 
 
 class Manifest(_Strict):
-    """state: input -> output that is its new value, of a model that keeps something from one run to the next."""
+    """state: input -> output that is its new value, of a model that keeps something from one run to the next.
+    pool: the file with the threads that TVM's regions run on; "" where none needs it.
+    """
 
     schema_version: int = SCHEMA
     versions: dict[str, str]
@@ -126,6 +129,7 @@ class Manifest(_Strict):
     verdict: dict[str, Any] | None = None
     tuning: dict[str, Any] | None = None
     state: dict[str, str] = Field(default_factory=dict)
+    pool: str = ""
     digest: str = ""  # of everything above; filled in when the manifest is written
 
     def own_digest(self) -> str:
@@ -203,7 +207,7 @@ class Artifact:
                 raise ArtifactError(f"{path}: is missing; copy the artifact again or compile the model again")
             if path.stat().st_size != entry.nbytes or file_hash(path) != entry.blake3:
                 raise ArtifactError(f"{path}: was altered since it was built (hash differs); compile the model again")
-        named = {region.file for region in self.manifest.regions} | {MODEL}
+        named = {region.file for region in self.manifest.regions} | {MODEL} | ({self.manifest.pool} - {""})
         unknown = named - set(self.manifest.files)
         if unknown:
             raise ArtifactError(f"{self.root}: the manifest has no hash for {sorted(unknown)[0]!r}")

@@ -36,6 +36,7 @@ from .artifact import (
     write_manifest,
 )
 from .partition import ONNXRUNTIME, TVM, Region, cut, partition
+from .pool import place_pool
 from .reference import NoKernel, ort_session, with_own_bytes
 from .spared import spared
 from .state import mark_state
@@ -92,6 +93,8 @@ def build(
             if value.name == name and model.graph.initializers.get(name or "") is value
         )  # fmt: skip
         _write_model(model, folder, store)
+        threaded = target.is_cpu and any(region.runtime == TVM for region in regions)
+        pool = place_pool(target, folder) if threaded else ""
         manifest = Manifest(
             versions={name: metadata.version(name) for name in PACKAGES},
             target=target.to_json(),
@@ -104,6 +107,7 @@ def build(
             files=file_specs(folder),
             tuning=tuning,
             state=state,
+            pool=pool,
         )
         manifest = write_manifest(manifest, folder)
         verdict = check(Artifact(manifest, folder))

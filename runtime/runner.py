@@ -1,14 +1,13 @@
 """The runner: a small native program that runs one compiled library on any processor, and what it is made of.
 
-`native/runner.cc` needs TVM's runtime libraries and nothing else. It is compiled by zig on first use and
-kept in the user's cache, as are the runtime libraries of foreign processors, which come from the wheels of
-the very TVM that is installed here. It is told what to do by a plan, a text file, and leaves its results in
-a folder.
+`native/runner.cc`, with the thread pool of `native/pool.cc`, needs TVM's runtime libraries and nothing else. It is
+compiled by zig on first use and kept in the user's cache, as are the runtime libraries of foreign processors, which
+come from the wheels of the very TVM that is installed here. It is told what to do by a plan, a text file, and leaves
+its results in a folder.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import platform
@@ -26,15 +25,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..passes.errors import ArtifactError, AssetError, CompileError
-from .link import GLIBC, cache_dir, zig
+from ..passes.errors import ArtifactError, AssetError
+from .link import GLIBC, cache_dir
+from .native_code import compiled
 
 if TYPE_CHECKING:
     from .artifact import Artifact, RegionSpec
 
 log = logging.getLogger("graphwright")
 
-RUNNER = Path(__file__).with_name("native") / "runner.cc"
 PACKAGES = ("apache-tvm", "apache-tvm-ffi")
 LIBRARIES = ("tvm_runtime", "tvm_runtime_extra", "tvm_ffi")
 
@@ -130,28 +129,12 @@ def _unpack(wheel: Path, root: Path) -> None:
 
 def build_runner(runtime: RuntimeLibraries) -> Path:
     """The runner for a processor, from the cache or compiled into it. Raises CompileError."""
-    ingredients = (RUNNER.read_text(), runtime.machine, *runtime.versions, metadata.version("ziglang"))
-    key = hashlib.sha256("\0".join(ingredients).encode()).hexdigest()[:16]
-    program = cache_dir() / "runner" / f"{runtime.machine}-{key}"
-    if program.is_file():
-        return program
-    # No C++ standard library: TVM's libraries bring GNU's, and a second one in the process would mix with it.
-    command = [
-        "c++", "-target", f"{runtime.machine}-linux-gnu.{GLIBC}", "-std=c++17", "-O2", "-s", "-Wall",
-        "-Wextra", "-fno-exceptions", "-fno-rtti", "-fno-sanitize=all", "-nostdlib++", f"-I{runtime.include}",
-        str(RUNNER), *(f"-L{folder}" for folder in runtime.folders), "-Wl,--no-as-needed",
-        *(f"-l{library}" for library in LIBRARIES),
+    arguments = [
+        f"-I{runtime.include}", *(f"-L{folder}" for folder in runtime.folders), "-Wl,--no-as-needed",
+        *(f"-l{library}" for library in LIBRARIES), "-lpthread", "-ldl",
     ]  # fmt: skip
-    try:
-        program.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{program.name}.", dir=program.parent) as name:
-            zig([*command, "-o", f"{name}/runner"], what=f"the runner for {runtime.machine}")
-            os.replace(f"{name}/runner", program)
-    except OSError as error:
-        raise CompileError(
-            f"{program}: cannot be written ({error.strerror}); set GRAPHWRIGHT_CACHE to a folder that can"
-        ) from error
-    return program
+    triple = f"{runtime.machine}-linux-gnu.{GLIBC}"
+    return compiled("runner", ["runner.cc", "pool.cc"], triple, arguments, runtime.versions)
 
 
 def write_plan(

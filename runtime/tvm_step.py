@@ -7,7 +7,7 @@ import functools
 import math
 import os
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ import numpy as np
 from ..passes.errors import ArtifactError, InputError, first_line
 from .artifact import WEIGHTS, Artifact, Parameter, RegionSpec
 from .ort import default_threads
+from .pool import Pool
 from .state import State
 from .tvm_import import import_tvm
 
@@ -142,8 +143,11 @@ class TvmStep:
         path = artifact.root / region.file
         try:
             self._library = tvm.runtime.load_module(str(path.absolute()))
+            self._use_threads = _pool_of(artifact, path)
             # A call takes a machine out of the list and puts it back: as many as there are calls at the same time.
             self._idle = [self._machine()]
+        except ArtifactError:
+            raise
         except Exception as error:  # the loader raises what the dynamic linker says
             raise ArtifactError(f"{path}: cannot be loaded ({first_line(error)}); compile the model again") from error
         self._arrays = mapped_weights(artifact.root / WEIGHTS, region.parameters)
@@ -194,7 +198,7 @@ class TvmStep:
         return state.tensors[name]
 
     def __call__(self, values: Mapping[str, Any], state: State | None = None) -> dict[str, Any]:
-        use_threads(self.threads)
+        self._use_threads(self.threads)
         try:
             machine = self._idle.pop()
         except IndexError:
@@ -262,6 +266,16 @@ class TvmStep:
     def _is_weight(self, address: int) -> bool:
         at = bisect.bisect_right(self._constant, (address, 1 << 64)) - 1
         return at >= 0 and address < self._constant[at][1]
+
+
+def _pool_of(artifact: Artifact, library: Path) -> Callable[[int], None]:
+    """Join a loaded library to the artifact's pool; returns what sets the threads of calls from a Python thread."""
+    name = artifact.manifest.pool
+    if not name:
+        return use_threads
+    pool = Pool.of(artifact.root / name, artifact.manifest.files[name].blake3)
+    pool.adopt(library)
+    return pool.use
 
 
 def _span(tensor: Any, array: np.ndarray) -> tuple[int, int]:

@@ -5,6 +5,7 @@
     python -m graphwright.tools.bench_suite --quick                 a few turns each, seconds a model
     python -m graphwright.tools.bench_suite --plain                 onnxruntime's threads spin between its runs
     python -m graphwright.tools.bench_suite --torch                 torch beside them
+    python -m graphwright.tools.bench_suite --busy 2                while two other programs compute
 
 Every model has a process of its own, in which both take turns on the same NumPy inputs, called as a user calls them:
 a pause until the other's threads sleep, one run that is not timed, then the median of the runs that follow. One
@@ -37,7 +38,7 @@ from typing import TYPE_CHECKING, Any
 from graphwright.passes.errors import GraphwrightError, UsageError, did_you_mean
 
 from .shell import as_bytes, as_error, fail
-from .turns import SETTLE, Runner, aligned
+from .turns import SETTLE, Runner, aligned, busy
 
 if TYPE_CHECKING:
     import numpy as np
@@ -226,6 +227,7 @@ class Plan:
     folder: Path
     plain: bool = False
     with_torch: bool = False
+    busy: int = 0
     say: Callable[[str], None] = field(default=lambda message: None)
 
 
@@ -270,7 +272,8 @@ def _measure_on(threads: int, model: Prepared, artifact: Compiled, plan: Plan) -
     if plan.with_torch and (module := torch_module(model)) is not None:
         runners["torch"] = torch_runner(module, feeds, threads)
     settle = PLAIN_SETTLE if plan.plain or plan.with_torch else SETTLE  # OpenMP threads spin on too
-    times = take_turns(runners, plan.effort, settle)
+    with busy(plan.busy):
+        times = take_turns(runners, plan.effort, settle)
     pairs = [a / b for a, b in zip(times["onnxruntime"], times["graphwright"], strict=True)]
     relative = verdict.relative
     return Row(
@@ -425,9 +428,8 @@ def child(name: str, options: argparse.Namespace) -> int:
     def say(message: str) -> None:
         print(f"{time.perf_counter() - start:7.1f} s  {name}: {message}", file=sys.stderr, flush=True)
 
-    plan = Plan(
-        options.threads, QUICK if options.quick else Effort(), options.folder, options.plain, options.torch, say
-    )
+    effort = QUICK if options.quick else Effort()
+    plan = Plan(options.threads, effort, options.folder, options.plain, options.torch, options.busy, say)
     with _quiet_stdout() as answer:
         try:
             rows = measure(name, plan)
@@ -463,6 +465,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="three turns each")
     parser.add_argument("--plain", action="store_true", help="onnxruntime's threads spin between its runs too")
     parser.add_argument("--torch", action="store_true", help="time torch too, where torch defines the model")
+    parser.add_argument("--busy", type=int, default=0, metavar="N", help="other programs that compute meanwhile")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="of exports and artifacts (bench)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
     parser.add_argument("--child", metavar="MODEL", help=argparse.SUPPRESS)
@@ -475,6 +478,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UsageError as error:
         return fail(str(error), error.exit_code)
     passed = ["--threads", ",".join(map(str, options.threads)), "--folder", str(options.folder)]
+    passed += ["--busy", str(options.busy)]
     passed += [f"--{flag}" for flag in ("quick", "plain", "torch") if getattr(options, flag)]
     columns = header(options.torch)
     rows: list[dict[str, Any]] = []
@@ -499,7 +503,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         count = sum(row["threads"] == threads for row in rows)
         print(f"geometric mean of {count} ratios on {threads} thread{'s' if threads > 1 else ''}: {mean:.3f}")
     if options.json:
-        data = {"machine": machine(), "plain": options.plain, "rows": rows, "failed": failed, "geometric_mean": means}
+        data = {
+            "machine": machine(), "plain": options.plain, "busy": options.busy, "rows": rows, "failed": failed,
+            "geometric_mean": means,
+        }  # fmt: skip
         options.json.write_text(json.dumps(data, indent=1) + "\n")
     wrong = [row for row in rows if row["relative_error"] is None or row["relative_error"] > LIMIT]
     return 4 if failed or wrong else 0

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +31,18 @@ def use_threads(threads: int) -> None:
     os.environ["TVM_NUM_THREADS"] = str(threads)
     os.environ.setdefault("TVM_THREAD_POOL_SPIN_COUNT", SPIN_COUNT)
     os.environ.setdefault("TVM_BIND_THREADS", "0")
+
+
+@contextmanager
+def busy(programs: int) -> Iterator[None]:
+    """Meanwhile so many other processes, of the same session, compute without a pause."""
+    loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(programs)]
+    try:
+        yield
+    finally:
+        for loop in loops:
+            loop.kill()
+            loop.wait()
 
 
 def aligned(array: np.ndarray) -> np.ndarray:

@@ -6,7 +6,7 @@
 //
 //     library PATH                                     the shared library; it holds a Relax VM executable
 //     function NAME                                    the VM function to call (main)
-//     threads N                                        of TVM's thread pool
+//     threads N                                        of the pool that kernels run on
 //     warmup N, repeat N                               calls before timing, calls timed
 //     weights PATH                                     mapped into memory, read-only
 //     parameter DTYPE RANK DIM... OFFSET NBYTES        a tensor inside the weights file
@@ -28,6 +28,8 @@
 #include <time.h>
 #include <tvm/ffi/c_api.h>
 #include <unistd.h>
+
+#include "pool.h"
 
 namespace {
 
@@ -224,7 +226,7 @@ void ReadItem(const char* key, Fields fields, Plan* plan) {
   } else if (strcmp(key, "output") == 0) {
     plan->output = fields.rest;
   } else if (strcmp(key, "threads") == 0) {
-    setenv("TVM_NUM_THREADS", fields.rest, 1);  // the pool starts with the first parallel kernel
+    graphwright_pool_use(static_cast<int>(fields.Number()));
   } else if (strcmp(key, "warmup") == 0) {
     plan->warmup = fields.Number();
   } else if (strcmp(key, "repeat") == 0) {
@@ -307,6 +309,7 @@ int main(int argc, char** argv) {
   ReadPlan(argv[1], &plan);
 
   TVMFFIAny library = CallGlobal("ffi.ModuleLoadFromFile", Text(plan.library));
+  graphwright_pool_adopt(plan.library);
   TVMFFIAny machine = Call(Member(library, "vm_load_executable"), nullptr, 0, "load the executable");
   TVMFFIAny devices[] = {Integer(kDLCPU), Integer(0), Integer(kPooledAllocator)};
   Release(Call(Member(machine, "vm_initialization"), devices, 3, "start the virtual machine"));

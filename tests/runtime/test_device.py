@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from graphwright.passes.errors import AssetError, InputError, TargetError, UsageError
-from graphwright.runtime import device, runner
+from graphwright.runtime import device, native_code, runner
 from graphwright.runtime.device import Device, RunnerStep
 
 from .conftest import DTYPES, Dense, Transposes
@@ -172,7 +172,7 @@ def test_the_runner_is_built_without_a_system_compiler(
 ) -> None:
     runtime = runner.runtime_libraries(platform.machine())
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(runner, "cache_dir", lambda: tmp_path)  # zig's own cache stays warm
+    monkeypatch.setattr(native_code, "cache_dir", lambda: tmp_path)  # zig's own cache stays warm
     program = runner.build_runner(runtime)
     assert program.parent == tmp_path / "runner" and program.stat().st_mode & 0o111
     assert runner.build_runner(runtime) == program

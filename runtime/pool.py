@@ -1,0 +1,63 @@
+"""The thread pool that compiled kernels run on: native/pool.cc, a file of the artifact that its processor loads.
+
+TVM's own pool divides a kernel among threads and waits for each of them; one that other programs keep from running
+holds up all, and its threads wait by yielding, which gives their time slices away.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import threading
+from importlib import util
+from pathlib import Path
+
+from ..passes.errors import ArtifactError
+from .link import zig_triple
+from .native_code import compiled
+from .target import Target
+
+_pools: dict[str, Pool] = {}
+_loading = threading.Lock()
+
+
+def place_pool(target: Target, folder: Path) -> str:
+    """Put the pool for a target's processor into an artifact's folder; returns the file's name. Raises CompileError."""
+    spec = util.find_spec("tvm_ffi")
+    assert spec is not None and spec.origin is not None
+    include = Path(spec.origin).with_name("include")
+    arguments = ["-shared", "-fPIC", f"-I{include}", "-lpthread", "-ldl"]
+    library = compiled("pool", ["pool.cc"], zig_triple(target), arguments)
+    name = f"pool-{library.name.rpartition('-')[2]}.so"
+    shutil.copy(library, folder / name)
+    return name
+
+
+class Pool:
+    """A pool in this process; there is one for all artifacts that bring the same. Raises ArtifactError."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self._library = ctypes.CDLL(os.fspath(path.absolute()))
+        except OSError as error:
+            raise ArtifactError(f"{path}: cannot be loaded ({error}); compile the model again") from error
+        self._library.graphwright_pool_use.argtypes = [ctypes.c_int]
+        self._library.graphwright_pool_use.restype = None
+        self._library.graphwright_pool_adopt.argtypes = [ctypes.c_char_p]
+
+    @classmethod
+    def of(cls, path: Path, digest: str) -> Pool:
+        """The pool of an artifact. digest: the file's hash."""
+        with _loading:
+            if digest not in _pools:
+                _pools[digest] = cls(path)
+            return _pools[digest]
+
+    def use(self, threads: int) -> None:
+        """Let launches from this Python thread use so many threads, itself included."""
+        self._library.graphwright_pool_use(threads)
+
+    def adopt(self, library: Path) -> bool:
+        """Let the kernels of a library that TVM has loaded run here. False where none of them asks for threads."""
+        return self._library.graphwright_pool_adopt(os.fsencode(library.absolute())) == 0

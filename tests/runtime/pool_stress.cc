@@ -1,0 +1,169 @@
+// Exercises native/pool.cc: exit status 0, or a line that names what was wrong and 1.
+//
+//     pool_stress SECONDS
+
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <tvm/ffi/c_api.h>
+#include <unistd.h>
+
+#include "pool.h"
+
+namespace {
+
+constexpr int kCallers = 20;  // more than launches that get help
+constexpr int kTasks = 9;
+
+double seconds = 1;
+uint32_t open_gate;  // what held tasks wait for
+uint32_t holding;
+
+[[noreturn]] void Fail(const char* what) {
+  printf("%s\n", what);
+  fflush(stdout);
+  _exit(1);
+}
+
+double Clock(clockid_t which) {
+  timespec time;
+  clock_gettime(which, &time);
+  return static_cast<double>(time.tv_sec) + 1e-9 * static_cast<double>(time.tv_nsec);
+}
+
+struct Counts {
+  int done[kTasks];  // written by whoever runs the task, read by the caller: no atomics, so a lost order would show
+  int tasks;
+};
+
+int Count(int task, ParallelGroup* group, void* data) {
+  auto* counts = static_cast<Counts*>(data);
+  if (task < 0 || task >= counts->tasks || group->num_task != counts->tasks) Fail("a task that nobody launched");
+  ++counts->done[task];
+  return 0;
+}
+
+int Nested(int task, ParallelGroup* group, void* data) {
+  Counts inner = {{0}, 3};
+  graphwright_pool_launch(Count, &inner, 3);
+  for (int i = 0; i < 3; ++i) {
+    if (inner.done[i] != 1) Fail("a nested task was not done once");
+  }
+  return Count(task, group, data);
+}
+
+void* Caller(void* argument) {
+  unsigned state = static_cast<unsigned>(reinterpret_cast<uintptr_t>(argument));
+  double end = Clock(CLOCK_MONOTONIC) + seconds;
+  while (Clock(CLOCK_MONOTONIC) < end) {
+    for (int turn = 0; turn < 100; ++turn) {
+      state = state * 1103515245u + 12345u;
+      int threads = 1 + static_cast<int>(state >> 16) % kTasks;
+      bool asked = (state >> 8) % 2 != 0;
+      graphwright_pool_use(asked ? 2 : threads);
+      Counts counts = {{0}, threads};
+      if (graphwright_pool_launch(turn % 10 ? Count : Nested, &counts, asked ? threads : 0) != 0) Fail("a status");
+      for (int i = 0; i < threads; ++i) {
+        if (counts.done[i] != 1) Fail("a task was not done once");
+      }
+    }
+  }
+  return nullptr;
+}
+
+int Hold(int, ParallelGroup*, void*) {
+  __atomic_add_fetch(&holding, 1, __ATOMIC_SEQ_CST);
+  while (!__atomic_load_n(&open_gate, __ATOMIC_SEQ_CST)) usleep(100);
+  return 0;
+}
+
+void* Holder(void*) {
+  graphwright_pool_use(kTasks);
+  graphwright_pool_launch(Hold, nullptr, 0);
+  return nullptr;
+}
+
+// All threads of the pool are held in tasks of others: a launch is done by its caller.
+void TakeOver() {
+  pthread_t holder[64];
+  uint32_t before = 0;
+  int holders = 0;
+  // Holders until another one makes no thread of the pool take part.
+  for (; holders < 64; ++holders) {
+    pthread_create(&holder[holders], nullptr, Holder, nullptr);
+    usleep(50000);
+    uint32_t now = __atomic_load_n(&holding, __ATOMIC_SEQ_CST);
+    if (now == before + 1) break;
+    before = now;
+  }
+  graphwright_pool_use(kTasks);
+  Counts counts = {{0}, kTasks};
+  graphwright_pool_launch(Count, &counts, 0);
+  for (int done : counts.done) {
+    if (done != 1) Fail("a task that no thread was free for was not done once");
+  }
+  __atomic_store_n(&open_gate, 1u, __ATOMIC_SEQ_CST);
+  for (int i = 0; i <= holders && i < 64; ++i) pthread_join(holder[i], nullptr);
+}
+
+int Raise(int task, ParallelGroup*, void* data) {
+  if (task != *static_cast<int*>(data)) return 0;
+  TVMFFIErrorSetRaisedFromCStr("ValueError", "the third task");
+  return -1;
+}
+
+// The error of a task, whoever ran it, is the caller's.
+void Errors() {
+  graphwright_pool_use(4);
+  for (int turn = 0; turn < 1000; ++turn) {
+    int which = turn % 4;
+    if (graphwright_pool_launch(Raise, &which, 0) != -1) Fail("an error was lost");
+    TVMFFIObjectHandle error = nullptr;
+    TVMFFIErrorMoveFromRaised(&error);
+    if (error == nullptr || strcmp(TVMFFIErrorGetCellPtr(error)->message.data, "the third task") != 0) {
+      Fail("the error of a task is not the caller's");
+    }
+    TVMFFIObjectDecRef(error);
+    which = -1;
+    if (graphwright_pool_launch(Raise, &which, 0) != 0) Fail("an error came twice");
+  }
+}
+
+// A forked process, which has none of the threads, makes its own.
+void Forks() {
+  pid_t child = fork();
+  if (child == 0) {
+    seconds = 0.2;
+    Caller(reinterpret_cast<void*>(uintptr_t{7}));
+    _exit(0);
+  }
+  int status = 1;
+  if (waitpid(child, &status, 0) != child || status != 0) Fail("a forked process could not launch");
+}
+
+// Threads without work sleep.
+void Idle() {
+  usleep(20000);
+  double before = Clock(CLOCK_PROCESS_CPUTIME_ID);
+  usleep(500000);
+  if (Clock(CLOCK_PROCESS_CPUTIME_ID) - before > 0.05) Fail("idle threads take processor time");
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc == 2) seconds = atof(argv[1]);
+  pthread_t callers[kCallers];
+  for (uintptr_t i = 0; i < kCallers; ++i) {
+    pthread_create(&callers[i], nullptr, Caller, reinterpret_cast<void*>(i + 1));
+  }
+  for (pthread_t caller : callers) pthread_join(caller, nullptr);
+  Errors();
+  Forks();
+  TakeOver();
+  Idle();
+  _exit(0);
+}
