@@ -103,6 +103,7 @@ class Session:
         self._passing = [name for name in self._outputs if name not in artifact.manifest.state.values()]
         self._steps = _steps(artifact, self.threads)
         self._rescue = rescue and artifact.target.beside_onnxruntime
+        self.left_to_onnxruntime = ""  # why it did the last run that the compiled code did not
 
     def get_inputs(self) -> list[NodeArg]:
         return [node_arg(spec) for spec in self.artifact.manifest.inputs]
@@ -220,6 +221,7 @@ class Session:
 
     def _computed(self, feeds: Mapping[str, Any], state: State | None) -> dict[str, Any]:
         if not feeds.keys() <= self._inputs.keys():
+            self.left_to_onnxruntime = "a value is given for an input that has a default"
             return {**feeds, **self._whole(feeds)}
         values = dict(feeds)
         try:
@@ -229,6 +231,7 @@ class Session:
             if not self._rescue:
                 raise
             results = self._whole(feeds)
+            self.left_to_onnxruntime = str(error)
             log.info("onnxruntime ran these inputs: %s", error)
             return {**feeds, **results}
         return values

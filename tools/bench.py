@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import numpy as np
     from graphwright.runtime.measure import Timing
     from graphwright.runtime.profile import Profile
+    from graphwright.runtime.session import Session
 
     from .opened import Opened
 
@@ -39,7 +40,8 @@ KERNELS_SHOWN = 20
 class Bench:
     """What was measured. labels: of candidate and reference. peak_rss_mb: of a process of its own for each.
 
-    max_abs_error is None when an output is no tensor of the same shape.
+    max_abs_error is None when an output is no tensor of the same shape. left: what of the candidate onnxruntime ran,
+    and why; None where it is all compiled, or is onnxruntime's.
     """
 
     labels: tuple[str, str]
@@ -47,6 +49,7 @@ class Bench:
     timing: Timing
     max_abs_error: float | None
     peak_rss_mb: tuple[float, float]
+    left: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         candidate, reference = self.peak_rss_mb
@@ -55,6 +58,7 @@ class Bench:
             **self.timing.to_json(),
             "max_abs_error": self.max_abs_error,
             "peak_rss_mb": {"candidate": candidate, "reference": reference},
+            **({} if self.left is None else {"left_to_onnxruntime": self.left}),
         }
 
 
@@ -105,7 +109,8 @@ def bench_models(
                 peak_of(a.file, a.backend, threads, feeds),
                 peak_of(b.file, b.backend, threads, feeds),
             )
-            return Bench((_label(a), _label(b)), threads, timing, error, peaks)
+            left = _left(a.session) if a.backend == "tvm" else None
+            return Bench((_label(a), _label(b)), threads, timing, error, peaks, left)
 
 
 def profile_model(
@@ -161,6 +166,15 @@ def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
         row["name"], str(row["calls"]), f"{row['ms']:.3f}", number("share", ".1%"), number("gflops_per_s", ".1f"),
         number("gbytes_per_s", ".1f"), number("of_limit", ".0%"),
     )  # fmt: skip
+
+
+def _left(session: Session) -> str | None:
+    """What of a compiled model onnxruntime ran, and why."""
+    if session.left_to_onnxruntime:
+        return f"all of it, with these inputs: {session.left_to_onnxruntime}"
+    native, nodes = session.artifact.native_nodes
+    reasons = [reason for region in session.artifact.manifest.regions for reason in region.reasons.values()]
+    return f"{nodes - native} of {nodes} nodes: {reasons[0]}" if reasons else None
 
 
 def _label(model: Opened) -> str:
@@ -236,3 +250,5 @@ def command(
     print_table(columns, rows, right=columns[1:])
     error = as_error(measured.max_abs_error) or "not measurable"
     click.echo(f"{measured.timing.runs} runs, {measured.threads} threads, largest absolute difference {error}")
+    if measured.left is not None:
+        click.echo(f"onnxruntime ran {measured.left}")

@@ -18,7 +18,7 @@ from graphwright.passes.errors import InputError, OutputError
 from graphwright.tools.memory import peak_of
 from graphwright.tools.opened import opened
 from graphwright.tools.run import save_outputs, statistics
-from onnx import numpy_helper
+from onnx import numpy_helper, parser
 
 Cli = Callable[..., Result]
 LIMIT = 1e-4  # of the output's scale, as `compare` has it
@@ -193,6 +193,29 @@ def test_bench_times_two_onnx_files(cli: Cli, model: Path) -> None:
 def test_bench_times_an_artifact_against_onnxruntime(cli: Cli, artifact: Path, inputs: Path) -> None:
     result = cli("bench", artifact, "--runs", 3, "--threads", 1, "--input", inputs, "--format", "json")
     check_bench(json.loads(result.stdout), 3, 1)
+
+
+@pytest.mark.tvm
+def test_bench_says_what_onnxruntime_ran(cli: Cli, tmp_path: Path) -> None:
+    """A convolution of free height, and a size that the compiled code refuses when it runs."""
+    conv = """<ir_version: 8, opset_import: ["": 17]>
+        g (float[1, 8, h, 16] x) => (float[1, 8, h, 16] y) { y = Conv (x, w) }"""
+    fits = """<ir_version: 8, opset_import: ["": 17]>
+        g (float[n, 8] x, float[m, 8] z) => (float[k, 8] y) { s = Add (x, z) y = Relu (s) }"""
+    found = {}
+    for name, text in {"conv": conv, "fits": fits}.items():
+        proto = parser.parse_model(text)
+        if name == "conv":
+            proto.graph.initializer.append(numpy_helper.from_array(np.ones((8, 8, 1, 1), np.float32), "w"))
+        onnx.save(proto, tmp_path / f"{name}.onnx")
+        cli("optimize", tmp_path / f"{name}.onnx", "--target", "cpu", "-o", tmp_path / name)
+        given = {"x": np.ones((1, 8, 4, 16) if name == "conv" else (3, 8), np.float32)}
+        given |= {"z": np.ones((1, 8), np.float32)} if name == "fits" else {}
+        np.savez(tmp_path / f"{name}.npz", **given)
+        arguments = ("bench", tmp_path / name, "--runs", 3, "--threads", 1, "--input", tmp_path / f"{name}.npz")
+        found[name] = cli(*arguments).stdout
+    assert "onnxruntime ran 1 of 1 nodes: its height, width or length is known only at run time" in found["conv"]
+    assert "onnxruntime ran all of it, with these inputs: the compiled model refused these inputs" in found["fits"]
 
 
 def test_bench_alternates_and_the_ratio_is_reference_over_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
