@@ -76,12 +76,12 @@ struct alignas(kLine) Job {
 };
 
 Job jobs[kJobs];
-alignas(kLine) uint32_t posted;    // launches so far; threads without work sleep on it
-alignas(kLine) uint32_t sleepers;  // threads that sleep, or are about to
-alignas(kLine) uint32_t wanted;    // threads that the launches of this moment could use
-uint32_t workers;                  // threads that have been started
-uint32_t may_start = 1;            // 0 after one could not be
-uint32_t processors = 1;           // that this process may use
+alignas(kLine) uint32_t posted;   // launches so far; threads without work sleep on it
+alignas(kLine) uint32_t looking;  // threads without work that do not sleep
+alignas(kLine) uint32_t wanted;   // threads that the launches of this moment could use
+uint32_t workers;                 // threads that have been started
+uint32_t may_start = 1;           // 0 after one could not be
+uint32_t processors = 1;          // that this process may use
 thread_local int threads_of_caller = 1;
 
 void Run(Job* job, uint32_t index) {
@@ -99,50 +99,55 @@ bool Claim(Job* job, uint32_t index, uint64_t number) {
   return Load(&job->claims[index]) == number && Swap(&job->claims[index], number, number + 1);
 }
 
-// Run the task, if it is free.
-void Help(Job* job, uint32_t index, uint64_t number) {
-  if (!Claim(job, index, number)) return;
+// Run the task, if it is free. Returns whether it was.
+bool Help(Job* job, uint32_t index, uint64_t number) {
+  if (!Claim(job, index, number)) return false;
   Run(job, index);
-  if (__atomic_sub_fetch(&job->left, 1, __ATOMIC_SEQ_CST) != 0) return;
+  if (__atomic_sub_fetch(&job->left, 1, __ATOMIC_SEQ_CST) != 0) return true;
   // The caller may be gone by now and the job another's, who then is woken once, looks and sleeps on.
   if (__atomic_load_n(&job->asleep, __ATOMIC_SEQ_CST)) Wake(&job->left, 1);
+  return true;
 }
 
 // All tasks of a launch that are free, the thread's own first: from launch to launch it then works on the same part
-// of the data.
-void HelpWithAll(Job* job, uint32_t own) {
+// of the data. Returns whether there were any.
+bool HelpWithAll(Job* job, uint32_t own) {
   uint64_t number = Load(&job->number);
-  if (number == 0) return;  // no launch yet, and all words are 0
-  Help(job, own, number);
+  if (number == 0) return false;  // no launch yet, and all words are 0
+  bool helped = Help(job, own, number);
   for (uint32_t index = 1; index < kMaxThreads; ++index) {
     if (Load(&job->claims[index]) / 2 != number / 2) break;  // behind the last task, or the launch has ended
-    Help(job, index, number);
+    helped |= Help(job, index, number);
   }
+  return helped;
+}
+
+// Wait until there were other launches than the `seen` first, looking for them until `end` and sleeping then. Returns
+// how many there were.
+uint32_t Next(uint32_t seen, int64_t end) {
+  __atomic_add_fetch(&looking, 1, __ATOMIC_SEQ_CST);
+  for (int look = 1; Load(&posted) == seen; ++look) {
+    Relax();
+    if (look % kLooks == 0 && Now() > end) break;
+  }
+  // A launch that counts this thread among those that look was posted before, and is seen here.
+  __atomic_sub_fetch(&looking, 1, __ATOMIC_SEQ_CST);
+  uint32_t now;
+  while ((now = __atomic_load_n(&posted, __ATOMIC_SEQ_CST)) == seen) Sleep(&posted, seen);
+  return now;
 }
 
 void* Work(void* argument) {
   uint32_t own = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(argument));
   pthread_setname_np(pthread_self(), "graphwright");
   uint32_t seen = Load(&posted) - 1;
-  for (;;) {
-    int64_t end = 0;
-    uint32_t now;
-    for (int look = 0; (now = Load(&posted)) == seen; ++look) {
-      Relax();
-      if (look % kLooks != 0) continue;
-      int64_t time = Now();
-      if (end == 0) {
-        end = time + kSpin;
-      } else if (time > end) {
-        __atomic_add_fetch(&sleepers, 1, __ATOMIC_SEQ_CST);
-        while (__atomic_load_n(&posted, __ATOMIC_SEQ_CST) == seen) Sleep(&posted, seen);
-        __atomic_sub_fetch(&sleepers, 1, __ATOMIC_SEQ_CST);
-      }
-    }
-    seen = now;
+  int64_t end = 0;  // launches that need no more threads than are awake do not keep this one from sleeping
+  for (;; seen = Next(seen, end)) {
+    bool helped = false;
     for (Job& job : jobs) {
-      if (Load(&job.busy)) HelpWithAll(&job, own);
+      if (Load(&job.busy)) helped |= HelpWithAll(&job, own);
     }
+    if (helped) end = Now() + kSpin;
   }
   return nullptr;
 }
@@ -171,7 +176,7 @@ void Start(uint32_t count) {
 // A forked process has none of the threads, and launches of other threads than the one that forked never end there.
 void AfterFork() {
   memset(jobs, 0, sizeof(jobs));
-  sleepers = wanted = workers = 0;
+  looking = wanted = workers = 0;
   may_start = 1;
 }
 
@@ -240,7 +245,8 @@ int graphwright_pool_launch(ParallelTask task, void* data, int asked) {
   for (int index = 1; index < count; ++index) Store(&job->claims[index], number);
   Store(&job->number, number);
   __atomic_add_fetch(&posted, 1, __ATOMIC_SEQ_CST);
-  if (__atomic_load_n(&sleepers, __ATOMIC_SEQ_CST) != 0) Wake(&posted, static_cast<int>(helpers));
+  uint32_t awake = __atomic_load_n(&looking, __ATOMIC_SEQ_CST);
+  if (awake < helpers) Wake(&posted, static_cast<int>(helpers - awake));
 
   Run(job, 0);
   for (int index = 1; index < count; ++index) {
