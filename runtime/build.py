@@ -236,7 +236,7 @@ def find_refused(model: ir.Model, target: Target, work: Path) -> dict[ir.Node, s
 
 def _spared(model: ir.Model, target: Target) -> dict[ir.Node, str]:
     """Nodes that TVM can take and that onnxruntime, where it is at hand, runs faster."""
-    return spared(model) if target.beside_onnxruntime else {}
+    return spared(model, max(4, target.isa.lanes())) if target.beside_onnxruntime else {}
 
 
 def _refused_of(nodes: Sequence[ir.Node], path: Path, target: Target) -> dict[ir.Node, str]:

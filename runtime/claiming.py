@@ -264,7 +264,7 @@ def _anchor_kernel(name: str, calls: Sequence[_Call], params: Sequence[Any], tar
             v.store(y, offset, result, tirx.const(count, index) if isinstance(count, int) else count)
 
         read = [shapes.of(a.ty) for a in main.arguments]
-        body = Body(v, target, [inputs[p] for p in positions], read, shape, store, index)
+        body = Body(v, target, [inputs[p] for p in positions], read, shape, store, index, groups)
         name = spec["template"]
         if name in PER_ITEM and isinstance(shape[0], Symbol):
             with T.serial(elements.expression(shape[0], index)) as item:

@@ -111,8 +111,8 @@ class _Planner(relax.PyExprMutator):
 
     def unpacked(self, blocks: Any, kind: Any) -> Any:
         """The plain form of a result in blocks, bound so that its users find the blocks."""
-        shape = convolutions.dims_of(kind)
-        assert shape is not None, "the sizes of an image are known"
+        shape = convolutions.image_of(kind)
+        assert shape is not None, "the number of channels is known"
         plain = self.builder_.emit(convolutions.unpack(self.builder_, blocks, shape, self.target))
         self.packed[plain] = blocks
         return plain
@@ -127,8 +127,8 @@ class _Planner(relax.PyExprMutator):
         spec = spec_of(function)
         if spec is not None and spec["template"] in (*pooling.NAMES, "interpolate"):
             source = self.into_blocks(arguments[0])
-            shape = convolutions.dims_of(kind)
-            assert shape is not None, "the sizes of an image are known"
+            shape = convolutions.image_of(kind)
+            assert shape is not None, "the number of channels is known"
             out = relax.TensorType(blocked_shape(shape, self.lanes), kind.dtype)
             flops = int(function.attrs[FLOPS])
             result = anchor(self.builder_, spec["template"], spec["parameters"], [source, *arguments[1:]], out, flops)
@@ -141,7 +141,7 @@ class _Planner(relax.PyExprMutator):
                 ),
                 kind,
             )  # fmt: skip
-        dims = convolutions.dims_of(kind)
+        dims = convolutions.image_of(kind)
         if dims is None or not any(b is not None for b in blocked):
             return None
         if spec is not None or convolutions.UNPACK in (function.attrs or {}):
@@ -159,10 +159,11 @@ class _Planner(relax.PyExprMutator):
 
     def reshaped(self, plain: Any, blocks: Any, dims: list[Any], kind: Any) -> Any | None:
         """Another view of an image, where channels stay and one axis of several is long: the blocks lie alike."""
-        source = convolutions.dims_of(plain.ty)
+        source = convolutions.image_of(plain.ty)
         if source is None or len(dims) < 3 or source[1] != dims[1] or size_of(source[0]) != size_of(dims[0]):
             return None
-        if [d for d in source[2:] if d != 1] != [d for d in dims[2:] if d != 1]:
+        long = [[size_of(d) for d in sizes[2:] if size_of(d) != 1] for sizes in (source, dims)]
+        if long[0] != long[1]:
             return None
         return self.unpacked(self.builder_.emit(relax.op.reshape(blocks, blocked_shape(dims, self.lanes))), kind)
 
@@ -174,8 +175,8 @@ class _Planner(relax.PyExprMutator):
         rank = len(kind.shape.values)
         if rank < 3 or int(call.attrs.axis) % rank != 1 or str(kind.dtype.dtype) not in IMAGES:
             return None
-        dims = [convolutions.dims_of(f.ty) for f in fields]
-        if convolutions.dims_of(kind) is None or any(d is None or 0 in d[1:] for d in dims):
+        dims = [convolutions.image_of(f.ty) for f in fields]
+        if convolutions.image_of(kind) is None or any(d is None or 0 in map(size_of, d[1:]) for d in dims):
             return None
         blocked = [self.in_blocks(f) for f in fields]
         counts = [int(f.ty.shape.values[1]) for f in fields]
@@ -186,7 +187,7 @@ class _Planner(relax.PyExprMutator):
 
     def channels(self, sources: list[Any], ranges: list[tuple[int, int, int]], kind: Any) -> Any:
         """Ranges of channels of tensors in blocks behind each other."""
-        shape = convolutions.dims_of(kind)
-        assert shape is not None, "the sizes of an image are known"
+        shape = convolutions.image_of(kind)
+        assert shape is not None, "the number of channels is known"
         out = relax.TensorType(blocked_shape(shape, self.lanes), kind.dtype)
         return self.unpacked(channels.joined(self.builder_, sources, ranges, out), kind)

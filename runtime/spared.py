@@ -1,8 +1,9 @@
 """Convolutions that TVM can take and onnxruntime runs faster.
 
-The kernels for convolutions are written for one or two spatial axes of known sizes. TVM's general code for others takes
-several times what onnxruntime's kernels take, so an artifact for this processor leaves such convolutions, and the nodes
-between them, to onnxruntime.
+The kernels for convolutions are written for one or two spatial axes of known sizes, and for two of unknown ones where
+nothing on such images is without a kernel for them (`FREE`). TVM's general code for others takes several times what
+onnxruntime's kernels take, so an artifact for this processor leaves such convolutions, and the nodes between them, to
+onnxruntime.
 
 Convolutions along one axis of free length become products (`importing/sliding.py`). These are as fast among other
 products, as in layers of text and speech, where a change of runtime in every layer costs more than they do. Networks of
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import numpy as np
 import onnx_ir as ir
 
 from ..passes import graph
@@ -25,17 +27,35 @@ CONVOLUTIONS = frozenset({"Conv", "ConvTranspose"})
 PRODUCTS = frozenset({"MatMul", "Gemm", "Attention", "LSTM", "GRU", "RNN", "Einsum"})
 
 
-def spared(model: ir.Model) -> dict[ir.Node, str]:
+DENSE = 0.4  # of the weights of convolutions, in dense kernels beyond 1x1, from which on a network counts as such
+
+# Operators that have kernels for images whose height and width are known only at run time; `_fits` says in which forms.
+ELEMENTWISE = frozenset({
+    "Abs", "Add", "BatchNormalization", "Cast", "Celu", "Clip", "Div", "Dropout", "Elu", "Erf", "Exp", "Gelu",
+    "HardSigmoid", "HardSwish", "Identity", "LeakyRelu", "Max", "Min", "Mish", "Mul", "Neg", "PRelu", "Pow", "Relu",
+    "Selu", "Sigmoid", "Softplus", "Softsign", "Sqrt", "Sub", "Swish", "Tanh",
+})  # fmt: skip
+FREE = ELEMENTWISE | {
+    "AveragePool", "Concat", "Conv", "GlobalAveragePool", "GlobalMaxPool", "MaxPool", "ReduceMean", "Resize", "Shape",
+    "Upsample",
+}  # fmt: skip
+
+
+def spared(model: ir.Model, lanes: int) -> dict[ir.Node, str]:
     """Nodes of the main graph that onnxruntime should run -> why; none where there are kernels for all convolutions.
+    lanes: elements of float32 in a vector of the target.
 
     Around the convolutions these are the nodes that such tensors lead to or come from, what is on a way
     from one of them to another, such as sizes that are computed, and all others where no convolution or product is
     left. Products stay.
     """
     nodes = list(model.graph)
+    free = all(_fits(node, lanes) for node in nodes) and not _dense(nodes)
     # Sizes in bodies are often not inferred: with fixed inputs the importer finds them.
     fixed = all(graph.static_shape(value) is not None for value in model.graph.inputs if not value.is_initializer())
     found = {node: reason for node in nodes if (reason := _reason(node) or (None if fixed else _inside(node)))}
+    if free:
+        found = {node: reason for node, reason in found.items() if reason != UNKNOWN or node.op_type not in FREE}
     if not found or _in_layers(nodes, list(found)):
         return {}
     found.update(dict.fromkeys(_beside(found, set(nodes)) - set(found), BETWEEN))
@@ -46,6 +66,67 @@ def spared(model: ir.Model) -> dict[ir.Node, str]:
     if all(n.op_type not in PRODUCTS | CONVOLUTIONS for n in rest):
         found.update(dict.fromkeys(rest, BETWEEN))
     return found
+
+
+def _fits(node: ir.Node, lanes: int) -> bool:
+    """Whether a node touches no image of unknown height or width, or has a kernel for those."""
+    if not any(map(_moving, (*node.inputs, *node.outputs))):
+        return True
+    if node.op_type not in FREE or node.domain:
+        return False
+    data = node.inputs[0]
+    if data is None or data.shape is None or len(data.shape) != 4 or data.dtype != ir.DataType.FLOAT:
+        return node.op_type in ELEMENTWISE
+    attributes = node.attributes
+    pads = attributes.get_string("auto_pad", "NOTSET")
+    if pads not in ("NOTSET", "VALID") or attributes.get_int("ceil_mode", 0) != 0:
+        return False
+    channels = data.shape[1]
+    if node.op_type == "Conv":
+        sizes, groups = graph.static_shape(node.inputs[1]), attributes.get_int("group", 1)
+        if sizes is None or graph.constant_tensor(node.inputs[1]) is None or not isinstance(channels, int):
+            return False
+        return groups in (1, channels * (sizes[0] == channels)) or (sizes[0] // groups) % lanes == sizes[1] % lanes == 0
+    if node.op_type in ("MaxPool", "AveragePool"):
+        return len(node.outputs) == 1 and isinstance(channels, int)
+    if node.op_type == "Concat":
+        return attributes.get_int("axis", 0) in (1, -3)
+    if node.op_type == "ReduceMean":
+        axes = graph.constant_tensor(node.inputs[1]) if len(node.inputs) > 1 else attributes.get_ints("axes", [])
+        return axes is not None and sorted(int(a) % 4 for a in np.asarray(axes).reshape(-1)) == [2, 3]
+    if node.op_type in ("Resize", "Upsample"):
+        return _repeats(node)
+    return True
+
+
+def _dense(nodes: Iterable[ir.Node]) -> bool:
+    """Whether much of a network are dense kernels beyond 1x1: as fast here as on onnxruntime while sizes are unknown,
+    as Winograd's form, which makes them faster, has none for that."""
+    all_of, dense = 0, 0
+    for node in nodes:
+        sizes = graph.static_shape(node.inputs[1]) if node.op_type == "Conv" and not node.domain else None
+        if sizes is not None and _moving(node.inputs[0]):
+            count = int(np.prod(sizes))
+            all_of += count
+            dense += count if sizes[2:] != (1, 1) and node.attributes.get_int("group", 1) == 1 else 0
+    return dense > DENSE * all_of
+
+
+def _repeats(node: ir.Node) -> bool:
+    """Whether a resize repeats every row and column a known number of times."""
+    attributes = node.attributes
+    where = 1 if node.op_type == "Upsample" else 2
+    scales = graph.constant_tensor(node.inputs[where]) if len(node.inputs) > where else None
+    if attributes.get_string("mode", "nearest") != "nearest" or scales is None or "axes" in attributes:
+        return False
+    factors = np.asarray(scales).reshape(-1)
+    if len(factors) != 4 or any(factors[:2] != 1) or any(factors != np.round(factors)):
+        return False
+    transform = attributes.get_string("coordinate_transformation_mode", "half_pixel")
+    nearest = attributes.get_string("nearest_mode", "round_prefer_floor")
+    if node.op_type == "Upsample" or (transform in ("asymmetric", "tf_half_pixel_for_nn") and nearest == "floor"):
+        return True
+    return transform in ("half_pixel", "half_pixel_symmetric") and nearest.startswith("round_prefer")
 
 
 def _inside(node: ir.Node) -> str | None:

@@ -37,7 +37,8 @@ Store = Callable[[Expr, Sequence[Expr], "int | Expr | None"], None]
 class Body:
     """What a template gets to write its loops: flat buffers of the anchor's inputs, and `store` for its results.
 
-    Shapes hold numbers, and symbols where a size is known at run time.
+    Shapes hold numbers, and symbols where a size is known at run time. merged: axes of the result that `store` takes as
+    one: place (0, i) of two of them may stand for the i-th.
     """
 
     vectors: Vectors
@@ -47,6 +48,7 @@ class Body:
     out_shape: Sequence[Size]
     store: Store
     index: str
+    merged: Sequence[Sequence[int]] = ()
 
 
 Template = Callable[[dict[str, Any], Body], None]

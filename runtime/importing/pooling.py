@@ -43,17 +43,18 @@ def pooled_sizes(
 
 
 def templated(site: Site, types: Sequence[str] = ("float32",)) -> bool:
-    """Whether the CPU's pooling templates take this node: one or two axes, sizes that are known but for the batch's.
-    types: that the template takes.
+    """Whether the CPU's pooling templates take this node: two axes, or one of a known size, and known channels. types:
+    that the template takes.
     """
     dims = site.shape()
-    static = all(isinstance(d, int) and d > 0 for d in dims[1:]) and dims[0] != 0
-    return site.target.is_cpu and site.dtype() in types and len(dims) in (3, 4) and static
+    known = [d for d in dims if isinstance(d, int)]
+    sizes = all(isinstance(d, int) for d in dims[1:] if len(dims) == 3) and isinstance(dims[1], int)
+    return site.target.is_cpu and site.dtype() in types and len(dims) in (3, 4) and sizes and 0 not in known
 
 
 def _pool_anchor(
     site: Site, kind: str, out: Sequence[Dim], kernel: Sequence[int], strides: Sequence[int], dilations: Sequence[int],
-    before: Sequence[int], include: bool = False,
+    before: Sequence[int], after: Sequence[int], include: bool = False,
 ) -> Result:  # fmt: skip
     from ..templates import anchor
 
@@ -64,7 +65,7 @@ def _pool_anchor(
 
     parameters = {
         "kind": kind, "kernel": two(kernel, 1), "strides": two(strides, 1), "dilations": two(dilations, 1),
-        "pads": two(before, 0), "include": include,
+        "pads": two(before, 0), "after": two(after, 0), "include": include,
     }  # fmt: skip
     x, shape = site.x(), list(out)
     operand = in_steps(site, x) if kind == "mean" else None
@@ -128,7 +129,7 @@ def average_pool(site: Site) -> Result:
         reach = [-(-(int(size) + first) // step) for size, first, step in zip(dims[2:], before, dilations, strict=True)]
         kernel = [max(1, min(k, most)) for k, most in zip(kernel, reach, strict=True)]
     if templated(site) and not (include and site.attr("ceil_mode", 0)):
-        return _pool_anchor(site, "mean", out, kernel, strides, dilations, before, include)
+        return _pool_anchor(site, "mean", out, kernel, strides, dilations, before, after, include)
     return window_means(site, out, kernel, strides, dilations, before, after, include)
 
 
@@ -186,7 +187,7 @@ def max_pool(site: Site) -> Result:
     out: list[Dim] = [*dims[:2], *pooled_sizes(site, dims[2:], kernel, strides, dilations, before, after)]
     dtype = site.dtype()
     if site.outputs == 1 and templated(site, MAXIMUM):
-        return _pool_anchor(site, "max", out, kernel, strides, dilations, before)
+        return _pool_anchor(site, "max", out, kernel, strides, dilations, before, after)
     low = float("-inf") if is_float(dtype) else int(np.iinfo(np_dtype(dtype)).min)
     least = tirx.const(low, dtype)
 

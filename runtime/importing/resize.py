@@ -324,9 +324,14 @@ def _whole_factors(
     if not templated(site, MAXIMUM) or len(dims) != 4 or tuple(out[:2]) != tuple(dims[:2]):
         return None
     sizes = [(d, o) for d, o in zip(dims[2:], out[2:], strict=True) if isinstance(d, int) and isinstance(o, int)]
-    if len(sizes) != 2 or any(o % d for d, o in sizes):
+    if len(sizes) == 2:
+        if any(o % d for d, o in sizes):
+            return None
+        factors = [o // d for d, o in sizes]
+    elif scales is not None and all(float(s).is_integer() for s in list(scales)[-2:]):
+        factors = [int(s) for s in list(scales)[-2:]]
+    else:
         return None
-    factors = [o // d for d, o in sizes]
     if scales is not None and [float(s) for s in list(scales)[-2:]] != [float(f) for f in factors]:
         return None
     plain = rule.transform in ("asymmetric", "tf_half_pixel_for_nn") and rule.nearest == "floor"

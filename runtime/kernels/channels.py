@@ -5,7 +5,6 @@ shuffles of two vectors where they do not.
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 from tvm import relax, tirx
 from tvm.tirx.script import builder as T
 
-from ..elements import fixed
+from ..elements import expression, fixed, product
 from ..templates import Body, anchor, template
 from .vectors import Expr
 
@@ -57,9 +56,13 @@ def joined(bb: relax.BlockBuilder, sources: Sequence[Any], ranges: Sequence[tupl
 def channels(parameters: dict[str, Any], body: Body) -> None:
     """parameters: ranges, as `pieces` takes them."""
     v, index = body.vectors, body.index
-    batch, _, *spatial, lanes = fixed(body.out_shape)
+    batch, _, *spatial, lanes = body.out_shape
     own_blocks = fixed([shape[1] for shape in body.shapes])
-    rows, columns, size = math.prod(spatial[:-1]), spatial[-1], math.prod(spatial)
+    assert isinstance(lanes, int)
+    every = product((batch, *spatial[:-1]))
+    rows, columns = (expression(size, index) for size in (product(spatial[:-1]), spatial[-1]))
+    known = isinstance(every, int)
+    quotient, remainder = v.divisions(known)
 
     def const(value: int) -> Expr:
         return tirx.const(value, index)
@@ -68,13 +71,15 @@ def channels(parameters: dict[str, Any], body: Body) -> None:
         """The axes before the last one."""
         axes = []
         for position, extent in enumerate(spatial[:-1]):
-            later = math.prod(spatial[position + 1 : -1])
-            axes.append(T.Bind(row // const(later) % const(extent)))
+            later = product(spatial[position + 1 : -1])
+            before = row if later == 1 else quotient(row, expression(later, index))
+            axes.append(before if position == 0 else remainder(before, expression(extent, index)))
         return axes
 
-    wide = body.target.cores > 1 and math.prod(fixed(body.out_shape)) >= PARALLEL and batch * rows > 1
-    with (T.parallel if wide else T.serial)(const(batch * rows)) as task:
-        n, row = T.Bind(task // const(rows)), T.Bind(task % const(rows))
+    size = product(body.out_shape)
+    wide = body.target.cores > 1 and (not isinstance(size, int) or size >= PARALLEL) and every != 1
+    with (T.parallel if wide else T.serial)(expression(every, index)) as task:
+        n, row = quotient(task, rows), remainder(task, rows)
         before = place(row)
         first = 0
         for made, group in itertools.groupby(pieces(parameters["ranges"], lanes)):
@@ -82,10 +87,10 @@ def channels(parameters: dict[str, Any], body: Body) -> None:
             with T.serial(const(count)) as turn:
                 block = T.Bind(turn + const(first))
                 starts = [
-                    T.Bind((plane * const(size) + row * const(columns)) * const(lanes))
+                    T.Bind((plane * rows + row) * columns * const(lanes))
                     for plane in (n * const(own_blocks[p.source]) + block + const(p.block) for p in made)
                 ]
-                with T.serial(const(columns)) as column:
+                with T.serial(columns) as column:
                     loaded = [
                         v.load(body.inputs[p.source], start + column * const(lanes))
                         for p, start in zip(made, starts, strict=True)

@@ -3,6 +3,7 @@
 direct: any size, dense or with groups that fill whole vectors (`conv_direct`).
 depthwise: one input channel for each output channel, or groups that lie in a vector (`conv_depthwise`).
 winograd: 3x3 of stride 1 with fewer multiplications (`winograd`).
+The first two have forms for images whose sizes are known only at run time (`conv_free`).
 
 float32, 8-bit numbers with sums in int32 (`dots`), which the first two take, and bfloat16, which the first does.
 Weights of 16 bits are widened in registers by the direct form, and when they are packed by the others. Layouts are in
@@ -21,8 +22,8 @@ from tvm.tirx.script import builder as T
 
 from ...passes.base import Caches
 from ..target import InstructionSet
-from . import conv_depthwise, conv_direct, winograd
-from .conv_spec import ConvSpec, ConvTile, Emission, Finish
+from . import conv_depthwise, conv_direct, conv_free, winograd
+from .conv_spec import ConvSpec, ConvTile, Emission, Finish, Sizes
 from .dots import BITS, INTEGERS, LONGEST, Dot, dot_of
 from .vectors import Buffer, Expr, Vectors
 
@@ -43,6 +44,8 @@ def supported(spec: ConvSpec, isa: InstructionSet) -> str | None:
         return f"sums of {depth} products of 8-bit numbers may exceed int32"
     if spec.data == BITS and spec.in_vectors(lanes):
         return f"groups of {spec.each} input channels have no pairs of bfloat16"
+    if spec.free and not conv_free.supported(spec, lanes):
+        return "sizes that are known only at run time"
     if spec.groups == 1:
         return None
     if spec.in_channels % spec.groups or spec.out_channels % spec.groups:
@@ -63,6 +66,8 @@ def choose_algorithm(spec: ConvSpec, isa: InstructionSet, caches: Caches) -> tup
         return "depthwise", f"groups of {spec.each} input channels lie in a vector"
     if spec.data != "float32":
         return "direct", "8-bit numbers" if spec.data in INTEGERS else "bfloat16"
+    if spec.free:
+        return "direct", "sizes that are known only at run time"
     if refusal := winograd.refusal(spec):
         return "direct", refusal
     one = replace(spec, batch=1)
@@ -113,15 +118,17 @@ def emit(
     index: str,
     caches: Caches | None = None,
     first: Buffer | None = None,
+    sizes: Sizes | None = None,
 ) -> None:
     """Emit the convolution of flat buffers `x` and `w` into the IR builder that is open.
 
     w: from `pack_weights` with the same tile. first: what sums start at, of 8-bit numbers `first_sums`. index: integer
-    type of offsets, wide enough for all of them. threads: what the kernel may count on.
+    type of offsets, wide enough for all of them. threads: what the kernel may count on. sizes: of a free spec's images.
     """
     dot = dot_for(vectors, spec, tile)
-    emission = Emission(vectors, spec, x, w, finish, threads, index, dot, first)
-    TEMPLATES[tile.algorithm].emit(emission, tile, caches or Caches())
+    emission = Emission(vectors, spec, x, w, finish, threads, index, dot, first, sizes)
+    template = conv_free if spec.free else TEMPLATES[tile.algorithm]
+    template.emit(emission, tile, caches or Caches())
 
 
 def conv(
@@ -176,5 +183,6 @@ def conv(
 
 
 __all__ = [
-    "ConvSpec", "ConvTile", "Finish", "choose_algorithm", "choose_tile", "conv", "emit", "pack_weights", "supported"
+    "ConvSpec", "ConvTile", "Finish", "Sizes", "choose_algorithm", "choose_tile", "conv", "emit", "pack_weights",
+    "supported",
 ]  # fmt: skip

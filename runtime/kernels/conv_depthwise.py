@@ -76,6 +76,8 @@ class DepthwiseEmitter:
         self.spec = rows_in_groups(emission.spec, self.dot.group) if self.copies else emission.spec
         self.steps = self.spec.each * self.spec.kernel[1]  # weights of a kernel row
         self.multiple, self.part = self.spec.out_channels // self.spec.in_channels, 0
+        self.in_height: int | Expr = self.spec.in_size[0]
+        self.in_width: int | Expr = self.spec.in_size[1]
         columns = self.spec.out_size[1]
         most = tile.width or widest(emission.vectors.isa, self.spec, caches, self.dot.spare)
         widths = split_evenly(columns, -(-columns // most))
@@ -208,7 +210,7 @@ class DepthwiseEmitter:
             acc = self.tile(width, block)
             at = self.pixel(source, top, column)
             for kh in range(spec.kernel[0]):
-                line = at + kh * spec.dilations[0] * spec.in_size[1] * self.lanes
+                line = at + kh * spec.dilations[0] * self.in_width * self.lanes
                 self.kernel_row(acc, start, width, source, line, held[kh * self.steps : (kh + 1) * self.steps])
             self.finish(acc, width, n, block, row, column)
 
@@ -216,14 +218,14 @@ class DepthwiseEmitter:
         e, spec = self.e, self.spec
         top = T.Bind((row - source.row) * e.const(spec.strides[0]) - e.const(spec.pads[0]))
 
-        def below(limit: int) -> Expr:
+        def below(limit: int | Expr) -> Expr:
             """Kernel rows that read an input row below `limit`."""
-            rows = T.max(e.const(0), e.const(limit) - top)
+            rows = T.max(e.const(0), e.whole(limit) - top)
             rows = (rows + e.const(spec.dilations[0] - 1)) // e.const(spec.dilations[0])
             return T.Bind(T.min(e.const(spec.kernel[0]), rows))
 
         low = below(0)
-        count = T.Bind(below(spec.in_size[0]) - low)
+        count = T.Bind(below(self.in_height) - low)
         for column, start, width in self.row_tiles():
             acc = self.tile(width, block)
             with T.serial(count) as k:
@@ -254,7 +256,7 @@ class DepthwiseEmitter:
         """Offset of the leftmost tap of the output pixel in `column`, in input row `h`."""
         e, spec = self.e, self.spec
         w = column * e.const(spec.strides[1]) - e.const(spec.pads[1])
-        return T.Bind(source.first + (h * e.const(spec.in_size[1]) + w) * e.const(self.lanes))
+        return T.Bind(source.first + (h * e.whole(self.in_width) + w) * e.const(self.lanes))
 
     def tile(self, width: int, block: Expr) -> Accumulators:
         acc = Accumulators(self.dot, 1, width)

@@ -19,7 +19,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -43,8 +43,8 @@ SHARED = 16  # tiles that read the same weights from which on these are brought 
 class Taps:
     """Kernel columns [first, first + count) that read inside the image for pixels [low, high) of a tile."""
 
-    first: int
-    count: int
+    first: int | Expr
+    count: int | Expr
     low: int
     high: int
 
@@ -93,7 +93,8 @@ def tiling(spec: ConvSpec, isa: InstructionSet, tile: ConvTile = BY_RULE) -> Til
 def tilings(spec: ConvSpec, isa: InstructionSet, tile: ConvTile = BY_RULE) -> list[Tiling]:
     """Tilings that a tile leaves open, that with the fewest cycles first, by a plain model of two multiply-adds and two
     loads a cycle."""
-    dot, recut, spec = dot_of(Vectors(isa), spec.data, spec.stored, spec.joined), flat(spec), spec.seen
+    recut = flat(spec) and not spec.free
+    dot, spec = dot_of(Vectors(isa), spec.data, spec.stored, spec.joined), spec.seen
     lanes = dot.vectors.lanes
     blocks = spec.out_blocks(lanes) // spec.groups
     steps = spec.taps * dot.steps(spec.in_channels // spec.groups)
@@ -420,29 +421,32 @@ class DirectEmitter:
         step = vectors * self.dot.width  # weights of a step
         tap = self.steps * step
         begin = T.Bind(weights + first * e.const(self.block_weights * vectors))
-        ahead = None
-        if spec.blocked_input:
-            total = min(self.split.chunk, self.in_blocks) * self.block_weights * vectors
-            turns = self.split.rows * sum(tiles.count for tiles in self.plan.tiles)
-            ahead = e.vectors.ahead(e.w, begin, total, self.unroll * step, turn, turns, e.const, self.dot.line)
+        ahead = self.ahead(begin, vectors, step, turn) if spec.blocked_input else None
         with e.serial(count) as i:
             block = T.Bind(first + i)
-            x_block = T.Bind(source.first + block * e.const(source.plane * source.pixel))
+            x_block = T.Bind(source.first + block * e.whole(source.plane * source.pixel))
             w_block = T.Bind(weights + block * e.const(self.block_weights * vectors))
             with self.kernel_rows(T.Bind(row - source.row)) as (kh, h):
-                x_row = T.Bind(x_block + (h * e.const(source.width) + left) * e.const(source.pixel))
+                x_row = T.Bind(x_block + (h * e.whole(source.width) + left) * e.const(source.pixel))
                 w_row = T.Bind(w_block + kh * e.const(tap * spec.kernel[1]))
                 for taps in tile.taps:
                     with e.serial(taps.count) as k:
-                        kw = T.Bind(e.const(taps.first) + k)
+                        kw = T.Bind(e.whole(taps.first) + k)
                         x_tap = T.Bind(x_row + kw * e.const(spec.dilations[1] * source.pixel))
                         w_tap = T.Bind(w_row + kw * e.const(tap))
                         with self.channel_steps(block) as q:
-                            x_at = T.Bind(x_tap + q * e.const(self.unroll * source.step))
+                            x_at = T.Bind(x_tap + q * e.whole(self.unroll * source.step))
                             w_at = T.Bind(w_tap + q * e.const(self.unroll * step))
                             if ahead:
                                 ahead(w_at)
                             self.turn(acc, taps, vectors, source, x_at, w_at)
+
+    def ahead(self, begin: Expr, vectors: int, step: int, turn: Expr) -> Callable[[Expr], None] | None:
+        """What asks for the weights behind those from `begin` on, of which a step reads `step`."""
+        total = min(self.split.chunk, self.in_blocks) * self.block_weights * vectors
+        turns = self.split.rows * sum(tiles.count for tiles in self.plan.tiles)
+        v = self.e.vectors
+        return v.ahead(self.e.w, begin, total, self.unroll * step, turn, turns, self.e.const, self.dot.line)
 
     def channel_steps(self, block: Expr) -> Expr:
         """The loop over a block's channels, `unroll` steps at a time; the last block may have fewer."""

@@ -21,6 +21,8 @@ from .vectors import Buffer, Expr, Vectors
 # finish(vector of L outputs, (n, c_block, h, w)): the caller's epilogue and store.
 Finish = Callable[[Expr, Sequence[Expr]], None]
 
+NOMINAL = 56  # rows and columns of the output that stands for those of images whose sizes are not known
+
 # Multiply-adds below which a parallel launch (up to 9 us) costs more than a second thread saves, by vector lanes.
 PARALLEL_VECTORS = 1 << 15
 
@@ -34,7 +36,8 @@ class ConvSpec:
     plain (N, C, H, W), as for the first convolution of a model. data: type of x; for uint8 and int8, of which `zero`
     stands for 0, weights are int8 and results int32; uint16: the bits of bfloat16, which weights are too. joined:
     `dots.joined_steps` of the weights of a dense one. stored: type that constant weights of float32 are given in; who
-    reads them in no other type than float32 widens them first.
+    reads them in no other type than float32 widens them first. free: the sizes stand for others,
+    known only at run time; what they say of the padding on the right and below holds for those too, up to a stride.
     """
 
     batch: int | None
@@ -52,6 +55,7 @@ class ConvSpec:
     zero: int = 0
     joined: int = 0
     stored: str = "float32"
+    free: bool = False
 
     @property
     def taps(self) -> int:
@@ -120,8 +124,29 @@ class ConvTile:
 
 
 @dataclass(frozen=True)
+class Sizes:
+    """Rows and columns of the input and of the output, where they are known only at run time. room: columns of the
+    output as the shapes of arguments say them: TVM allocates buffers before anything else is computed. one_row: whether
+    the result's pixel (0, i) may stand for pixel i of the image."""
+
+    height: Expr
+    width: Expr
+    rows: Expr
+    columns: Expr
+    room: Expr
+    one_row: bool = False
+
+    @classmethod
+    def of(cls, v: Vectors, sizes: Sequence[Expr], one_row: bool = False) -> Sizes:
+        """sizes: rows and columns of the input and of the output as the shapes of arguments say them."""
+        height, width, rows, columns = map(v.opaque, sizes)
+        return cls(height, width, rows, columns, sizes[3], one_row)
+
+
+@dataclass(frozen=True)
 class Emission:
-    """What every part of an emitted convolution needs. first: what sums start at, for each output channel; None: 0."""
+    """What every part of an emitted convolution needs. first: what sums start at, for each output channel; None: 0.
+    sizes: of images that the spec does not know."""
 
     vectors: Vectors
     spec: ConvSpec
@@ -132,6 +157,7 @@ class Emission:
     index: str
     dot: Dot
     first: Buffer | None = None
+    sizes: Sizes | None = None
 
     @property
     def lanes(self) -> int:
@@ -139,6 +165,10 @@ class Emission:
 
     def const(self, value: int) -> Expr:
         return tirx.const(value, self.index)
+
+    def whole(self, value: int | Expr) -> Expr:
+        """A number as an expression; expressions are as they are."""
+        return self.const(value) if isinstance(value, int) else value
 
     def batch(self) -> int | Expr:
         if self.spec.batch is not None:
@@ -164,12 +194,13 @@ class Emission:
             return value, self.const(0)
         return T.Bind(value // self.const(by)), T.Bind(value % self.const(by))
 
-    def tasks(self, batch: int | Expr, each: int) -> AbstractContextManager[Expr]:
+    def tasks(self, batch: int | Expr, each: int | Expr) -> AbstractContextManager[Expr]:
         """The loop over `each` independent tasks an image, over threads where that is worth a launch."""
         known = batch if isinstance(batch, int) else 1
         worth = known * self.spec.multiply_adds >= PARALLEL_VECTORS * self.lanes
-        if self.threads > 1 and worth and not (isinstance(batch, int) and batch * each == 1):
-            return T.parallel(batch * self.const(each))
+        one = isinstance(batch, int) and isinstance(each, int) and batch * each == 1
+        if self.threads > 1 and worth and not one:
+            return T.parallel(self.whole(batch) * self.whole(each))
         return self.serial(batch * each)
 
 

@@ -32,10 +32,10 @@ class Source:
     buffer: Buffer
     first: Expr
     row: Expr
-    plane: int
-    width: int
+    plane: int | Expr
+    width: int | Expr
     pixel: int
-    step: int
+    step: int | Expr
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,14 @@ import tvm
 from tvm import relax, te, tirx
 
 from ..blocked import blocked_shape
+from ..elements import expression, renamed
 from ..target import Target
 from ..templates import Body, anchor, template
 from . import conv as kernels
 from . import conv_transposed, moves
 from .channels import joined
-from .conv import ConvSpec, ConvTile
+from .conv import ConvSpec, ConvTile, Sizes
+from .conv_spec import NOMINAL
 from .conv_transposed import TransposedSpec
 from .narrow_floats import NARROW
 from .vectors import Expr, Vectors
@@ -39,8 +41,14 @@ def conv(parameters: dict[str, Any], body: Body) -> None:
         body.store(value, [batch, block, *at, tirx.const(0, body.index)], None)
 
     assert lanes == body.out_shape[-1]
+    sizes = None
+    if spec.free:
+        places = [expression(size, body.index) for size in (*body.shapes[0][2:4], *body.out_shape[2:4])]
+        one_row = any({2, 3} <= set(group) for group in body.merged)
+        sizes = Sizes.of(body.vectors, places, one_row)
     kernels.emit(
-        body.vectors, spec, tile, x, w, finish, body.target.cores, body.index, body.target.caches, *first
+        body.vectors, spec, tile, x, w, finish, body.target.cores, body.index, body.target.caches,
+        first[0] if first else None, sizes,
     )  # fmt: skip
 
 
@@ -91,23 +99,30 @@ class _Sizes:
 
 def dims_of(kind: Any) -> list[Any] | None:
     """A shape of which all but the first axis, the batch, are numbers; None for others."""
+    dims = image_of(kind)
+    return dims if dims is not None and all(isinstance(d, int) for d in dims[1:]) else None
+
+
+def image_of(kind: Any) -> list[Any] | None:
+    """A shape of channels whose number is known; None for others."""
     if not isinstance(kind, relax.TensorType) or not isinstance(kind.shape, relax.ShapeExpr):
         return None
     dims = [int(d) if isinstance(d, tirx.IntImm) else d for d in kind.shape.values]
-    return dims if all(isinstance(d, int) for d in dims[1:]) else None
+    return dims if len(dims) > 1 and isinstance(dims[1], int) else None
 
 
 def _sizes(call: Any, blocked: Any | None) -> _Sizes | None:
-    """None for data of other types than float32, dynamic or empty images, weights that are not constant."""
+    """None for data of other types than float32, empty images, weights that are not constant."""
     x, w = call.args
     if not isinstance(w, tvm.ir.GenericConst) or str(x.ty.dtype.dtype) != "float32":
         return None
-    shape, out = dims_of(x.ty), dims_of(call.ty)
+    shape, out = image_of(x.ty), image_of(call.ty)
     if shape is None or out is None:
         return None
     attrs = call.attrs
     rank = len(shape) - 2
-    if rank not in (1, 2) or 0 in [d for d in (*shape, *out) if isinstance(d, int)]:
+    free = not all(isinstance(d, int) for d in (*shape[2:], *out[2:]))
+    if rank not in (1, 2) or (free and rank == 1) or 0 in [d for d in (*shape, *out) if isinstance(d, int)]:
         return None
 
     def pair(values: Any, fill: int) -> tuple[int, int]:
@@ -117,18 +132,26 @@ def _sizes(call: Any, blocked: Any | None) -> _Sizes | None:
     weight = np.asarray(w.value.numpy())
     if rank == 1:
         weight = weight[:, :, None, :]
+    kernel, strides, dilations = weight.shape[2:], pair(attrs.strides, 1), pair(attrs.dilation, 1)
+    given, made = shape[2:], out[2:]
+    if free:
+        made = [NOMINAL] * rank
+        given = [
+            (NOMINAL - 1) * s + (k - 1) * d + 1 - int(attrs.padding[i]) - int(attrs.padding[rank + i])
+            for i, (s, k, d) in enumerate(zip(strides, kernel, dilations, strict=True))
+        ]
     fields = {
         "batch": shape[0] if isinstance(shape[0], int) else 1, "in_channels": shape[1], "out_channels": out[1],
-        "in_size": pair(shape[2:], 1), "out_size": pair(out[2:], 1), "kernel": (weight.shape[2], weight.shape[3]),
-        "strides": pair(attrs.strides, 1), "dilations": pair(attrs.dilation, 1), "pads": pair(attrs.padding, 0),
-        "groups": int(attrs.groups), "blocked_input": shape[1] > 4 or blocked is not None or int(attrs.groups) > 1,
+        "in_size": pair(given, 1), "out_size": pair(made, 1), "kernel": kernel, "strides": strides,
+        "dilations": dilations, "pads": pair(attrs.padding, 0), "groups": int(attrs.groups),
+        "blocked_input": shape[1] > 4 or blocked is not None or int(attrs.groups) > 1, "free": free,
     }  # fmt: skip
     return _Sizes(weight, shape, out, fields)
 
 
 def chosen_tile(spec: ConvSpec, target: Target) -> ConvTile:
     """The tuned one; by rule where there is none."""
-    tuned = target.tuning.find("conv", vars(spec))
+    tuned = None if spec.free else target.tuning.find("conv", vars(spec))
     return ConvTile(**tuned) if tuned else kernels.choose_tile(spec, target.isa, target.caches)
 
 
@@ -155,7 +178,7 @@ def convolution(
     sizes = _sizes(call, blocked)
     if sizes is None:
         return None
-    swapped = len(sizes.out) == 4 and one_column(sizes.fields)
+    swapped = len(sizes.out) == 4 and not sizes.fields["free"] and one_column(sizes.fields)
     if swapped:
         # Kernels work along rows. Columns of one place lie in memory as a row does.
         sizes = dataclasses.replace(sizes, weight=sizes.weight.swapaxes(2, 3), fields=turned(sizes.fields))
@@ -167,7 +190,8 @@ def convolution(
             weights = kernels.pack_weights(weight, spec, target.isa, tile)
             packed[key, spec, tile] = relax.const(weights, str(weights.dtype))
         kind = relax.TensorType(blocked_shape(out, lanes), "float32")
-        flops = 2 * (spec.batch or 1) * math.prod(out[1:]) * spec.taps * spec.each
+        places = math.prod(d for d in out[1:] if isinstance(d, int))
+        flops = 2 * (spec.batch or 1) * places * spec.taps * spec.each
         parameters = {"spec": vars(spec), "tile": vars(tile), "swapped": swapped}
         return anchor(bb, "conv", parameters, [source, packed[key, spec, tile]], kind, flops)
 
@@ -199,7 +223,7 @@ def transposed_convolution(
 ) -> tuple[Any, bool] | None:
     """A transposed one: the result, and whether it is in blocks; None where there is no template."""
     sizes = _sizes(call, blocked)
-    if sizes is None:
+    if sizes is None or sizes.fields.pop("free"):
         return None
     spec = TransposedSpec(**sizes.fields)
     if conv_transposed.supported(spec, target.isa) is None:
@@ -275,12 +299,13 @@ UNPACK = "graphwright.unpack"
 def pack(bb: relax.BlockBuilder, x: Any, target: Target) -> Any:
     """(N, C, ...) -> blocks."""
     lanes = Vectors(target.isa).lanes
-    shape = dims_of(x.ty)
-    assert shape is not None, "the sizes of an image are known"
+    shape = image_of(x.ty)
+    assert shape is not None, "the number of channels is known"
     out = blocked_shape(shape, lanes)
-    if shape[1] % lanes == 0 and math.prod(shape[2:]) == 1:
+    known = all(isinstance(d, int) for d in shape[2:])
+    if known and shape[1] % lanes == 0 and math.prod(shape[2:]) == 1:
         return bb.emit(relax.op.reshape(x, out))
-    if shape[1] % lanes == 0:
+    if known and shape[1] % lanes == 0:
         # Blocks of rows are transposed; the rest is another view of the same memory.
         rows = bb.emit(relax.op.reshape(x, [shape[0], out[1], lanes, math.prod(shape[2:])]))
         return bb.emit(relax.op.reshape(bb.emit(relax.op.permute_dims(rows, [0, 1, 3, 2])), out))
@@ -291,34 +316,39 @@ def pack(bb: relax.BlockBuilder, x: Any, target: Target) -> Any:
 
 def _packing(shape: Sequence[Any], out: Sequence[Any], dtype: str) -> tirx.PrimFunc:
     """A loop nest from (N, C, ...) to blocks; lanes beyond C repeat the last channel."""
-    data = te.placeholder(list(shape), dtype, "x")
+    symbols: dict[Any, Any] = {}
+    data = te.placeholder([d if isinstance(d, int) else renamed(d, symbols) for d in shape], dtype, "x")
 
     def element(n: Any, block: Any, *rest: Any) -> Any:
         *place, lane = rest
         return data(n, tirx.min(block * out[-1] + lane, shape[1] - 1), *place)
 
-    function = te.create_prim_func([data, te.compute(tuple(out), element, name="pack")], "int64")
+    sizes = tuple(d if isinstance(d, int) else renamed(d, symbols) for d in out)
+    function = te.create_prim_func([data, te.compute(sizes, element, name="pack")], "int64")
     return function.without_attr("global_symbol")
 
 
 def unpack(bb: relax.BlockBuilder, blocked: Any, shape: Sequence[Any], target: Target) -> Any:
     """Blocks -> (N, C, ...)."""
     lanes = Vectors(target.isa).lanes
-    if shape[1] % lanes == 0 and math.prod(shape[2:]) == 1:
+    known = all(isinstance(d, int) for d in shape[2:])
+    if known and shape[1] % lanes == 0 and math.prod(shape[2:]) == 1:
         return relax.op.reshape(blocked, list(shape))
-    if shape[1] % lanes == 0:
+    if known and shape[1] % lanes == 0:
         rows = bb.emit(relax.op.reshape(blocked, [shape[0], shape[1] // lanes, math.prod(shape[2:]), lanes]))
         return relax.op.reshape(bb.emit(relax.op.permute_dims(rows, [0, 1, 3, 2])), list(shape))
     dtype = str(blocked.ty.dtype.dtype)
     if dtype in moves.ELEMENTS:
         function = moves.blocks(shape, target, False, dtype)
     else:
-        data = te.placeholder(list(blocked.ty.shape.values), dtype, "x")
+        symbols: dict[Any, Any] = {}
+        data = te.placeholder([renamed(d, symbols) for d in blocked.ty.shape.values], dtype, "x")
 
         def element(n: Any, channel: Any, *place: Any) -> Any:
             return data(n, tirx.floordiv(channel, lanes), *place, tirx.floormod(channel, lanes))
 
-        function = te.create_prim_func([data, te.compute(tuple(shape), element, name="unpack")], "int64")
+        sizes = tuple(d if isinstance(d, int) else renamed(d, symbols) for d in shape)
+        function = te.create_prim_func([data, te.compute(sizes, element, name="unpack")], "int64")
         function = function.without_attr("global_symbol")
     kernel = bb.add_func(function.with_attr(UNPACK, True), "unpack")
     return relax.call_tir(kernel, [blocked], relax.TensorType(list(shape), dtype))

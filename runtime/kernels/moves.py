@@ -21,6 +21,7 @@ from .vectors import Buffer, Expr, Vectors
 OPAQUE = 8  # Relax's operator pattern of a function that nothing is fused into
 # Elements below which a second thread costs more than it gives.
 PARALLEL = 1 << 16
+PLACES = 1 << 12  # what an image is taken to have where that is known only at run time
 # LLVM's type of elements that are moved, by the type of theirs; bits are not looked at.
 ELEMENTS = {"float32": "float", "int32": "float", "int16": "i16", "uint16": "i16", "int8": "i8", "uint8": "i8"}
 BYTES = {"float": 4, "i16": 2, "i8": 1}
@@ -85,14 +86,15 @@ def prelude(v: Vectors, dtype: str) -> Any:
 
 
 def blocks(shape: Sequence[Any], target: Target, into: bool, dtype: str) -> tirx.PrimFunc:
-    """A kernel (x, y) that brings the channels of (N, C, ...) into blocks of a vector, or out of them. N may be known
-    only at run time.
+    """A kernel (x, y) that brings the channels of (N, C, ...) into blocks of a vector, or out of them. Sizes other than
+    C may be known only at run time.
     """
     v = Vectors(target.isa)
-    batch: Size = shape[0] if isinstance(shape[0], int) else Symbol(tirx.Var("batch", "int64"))
-    channels, places = shape[1], math.prod(shape[2:])
-    plain = (batch, *shape[1:])
-    packed = (batch, -(-channels // v.lanes), *shape[2:], v.lanes)
+    batch, channels, *rest = (d if isinstance(d, int) else Symbol(tirx.Var("size", "int64")) for d in shape)
+    assert isinstance(channels, int)
+    places = product(rest)
+    plain = (batch, channels, *rest)
+    packed = (batch, -(-channels // v.lanes), *rest, v.lanes)
     size = product(packed)
     index = "int32" if isinstance(size, int) and size < 1 << 30 else "int64"
     with IRBuilder() as builder, T.prim_func(is_private=True, s_tir=True):
@@ -115,10 +117,10 @@ def blocks(shape: Sequence[Any], target: Target, into: bool, dtype: str) -> tirx
 
 
 def emit_blocks(
-    v: Vectors, x: Buffer, y: Buffer, batch: Size, channels: int, places: int, threads: int, index: str, into: bool
+    v: Vectors, x: Buffer, y: Buffer, batch: Size, channels: int, places: Size, threads: int, index: str, into: bool
 ) -> None:
     """Y = X with its channels in blocks of a vector, or (into=False) out of them. Lanes beyond the channels repeat the
-    last one, or are 0 where there is one place.
+    last one, or are 0 where there is known to be one place.
 
     x, y: flat, of one type. Emits into the IR builder that is open, within `prelude`.
     """
@@ -127,39 +129,50 @@ def emit_blocks(
     def const(value: int) -> Expr:
         return tirx.const(value, index)
 
-    known = batch if isinstance(batch, int) else 1
+    known = (batch if isinstance(batch, int) else 1) * (places if isinstance(places, int) else PLACES)
     count = product((batch, blocks))
-    wide = threads > 1 and known * channels * places >= PARALLEL and count != 1
+    size = const(places) if isinstance(places, int) else v.opaque(expression(places, index))
+    wide = threads > 1 and known * channels >= PARALLEL and count != 1
     with (T.parallel if wide else T.serial)(expression(count, index)) as task:
         n, block = T.Bind(task // const(blocks)), T.Bind(task % const(blocks))
-        plain = T.Bind((n * const(channels) + block * const(lanes)) * const(places))
-        packed = T.Bind(task * const(places * lanes))
+        plain = T.Bind((n * const(channels) + block * const(lanes)) * size)
+        packed = T.Bind(task * (size * const(lanes)))
+
+        def one_by_one(there: int) -> None:
+            with T.serial(size) as place:
+                for lane in range(lanes if into else there):
+                    outside = plain + const(min(lane, there - 1)) * size + place
+                    inside = packed + place * const(lanes) + const(lane)
+                    source, result = (outside, inside) if into else (inside, outside)
+                    T.buffer_store(y, x[source], [result])
+
+        def by_tiles(there: int) -> None:
+            with T.serial((size + const(lanes - 1)) // const(lanes)) as tile:
+                place = T.Bind(T.min(tile * const(lanes), size - const(lanes)))
+                outside, inside = plain + place, packed + place * const(lanes)
+                sides = ((outside, T.Cast("int64", size), there), (inside, T.int64(lanes), lanes))
+                (source, step, first), (result, apart, second) = sides if into else reversed(sides)
+                arguments = [T.address_of(x[source]), step, T.address_of(y[result]), apart]
+                if there < lanes:
+                    arguments += [T.int64(first), T.int64(second)]
+                name = function_name(lanes, str(x.dtype), there < lanes)
+                T.evaluate(T.call_extern("int32", name, *arguments))
 
         def move(there: int) -> None:
             """The block's first `there` channels."""
-            count = None if there == lanes else const(there)
             if places == 1:
+                count = None if there == lanes else const(there)
                 source, result = (plain, packed) if into else (packed, plain)
                 value = v.load(x, source, count if into else None)
                 v.store(y, result, value, None if into else count)
-            elif places < lanes:
-                with T.serial(const(places)) as place:
-                    for lane in range(lanes if into else there):
-                        outside = plain + const(min(lane, there - 1) * places) + place
-                        inside = packed + place * const(lanes) + const(lane)
-                        source, result = (outside, inside) if into else (inside, outside)
-                        T.buffer_store(y, x[source], [result])
+            elif isinstance(places, int):
+                (by_tiles if places >= lanes else one_by_one)(there)
             else:
-                with T.serial(const(-(-places // lanes))) as tile:
-                    place = T.Bind(T.min(tile * const(lanes), const(places - lanes)))
-                    outside, inside = plain + place, packed + place * const(lanes)
-                    sides = ((outside, places, there), (inside, lanes, lanes))
-                    (source, step, first), (result, apart, second) = sides if into else reversed(sides)
-                    arguments = [T.address_of(x[source]), T.int64(step), T.address_of(y[result]), T.int64(apart)]
-                    if there < lanes:
-                        arguments += [T.int64(first), T.int64(second)]
-                    name = function_name(lanes, str(x.dtype), there < lanes)
-                    T.evaluate(T.call_extern("int32", name, *arguments))
+                with T.If(size >= const(lanes)):
+                    with T.Then():
+                        by_tiles(there)
+                    with T.Else():
+                        one_by_one(there)
 
         if channels % lanes == 0:
             move(lanes)

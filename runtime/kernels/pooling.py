@@ -6,15 +6,16 @@ steps, which float32 holds exactly up to 2^24.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
-from ..elements import fixed
+from ..elements import expression, fixed, product
 from ..templates import Body, template
+from .conv_spec import NOMINAL, ConvSpec, Sizes
+from .free_rows import RowCutter, taps_inside
 from .vectors import Buffer, Expr, Vectors
 
 NAMES = ("pool", "global-pool", "upsample")  # of the templates in this file
@@ -37,11 +38,15 @@ def _taken(v: Vectors, x: Buffer, offset: Expr, parameters: dict[str, Any]) -> E
 @template("pool", per_item=True)
 def pool(parameters: dict[str, Any], body: Body) -> None:
     """Greatest or mean of windows, in blocks. parameters: kind ("max" or "mean"), kernel, strides, dilations, pads
-    (above, left), include (padding counts in a mean), zero (the zero point of integers in a mean).
+    (above, left), after (below, right), include (padding counts in a mean), zero (the zero point of integers in a
+    mean).
 
     The greatest of nothing but NaN is NaN, as in onnxruntime. Beside finite numbers NaN does not count; its kernels
     differ there, by where in the window it is, and ONNX does not say. A window that is all padding has -inf.
     """
+    if not all(isinstance(size, int) for size in (*body.shapes[0], *body.out_shape)):
+        _free_pool(parameters, body)
+        return
     v, index = body.vectors, body.index
     (x,) = body.inputs
     batch, blocks, height, width, lanes = fixed(body.shapes[0])
@@ -131,6 +136,75 @@ def pool(parameters: dict[str, Any], body: Body) -> None:
                 window(T.Bind(t * const(tile)), None)
 
 
+def _free_pool(parameters: dict[str, Any], body: Body) -> None:
+    """The same for images whose sizes are known only at run time."""
+    v, index = body.vectors, body.index
+    (x,) = body.inputs
+    batch, blocks, lanes = fixed((*body.shapes[0][:2], body.shapes[0][-1]))
+    kernel, strides, dilations, pads, after = (
+        tuple(parameters[name]) for name in ("kernel", "strides", "dilations", "pads", "after")
+    )
+    largest, include = parameters["kind"] == "max", parameters["include"]
+    kept = str(x.dtype) if largest else "float32"
+    start_value = _least(kept) if largest else 0.0
+    nominal = [
+        ((NOMINAL - 1) * s + (k - 1) * d + 1 - first - last)
+        for k, s, d, first, last in zip(kernel, strides, dilations, pads, after, strict=True)
+    ]
+    spec = ConvSpec(
+        1, 1, 1, (nominal[0], nominal[1]), (NOMINAL, NOMINAL), kernel, strides, dilations, pads
+    )  # fmt: skip
+    places = [expression(size, index) for size in (*body.shapes[0][2:4], *body.out_shape[2:4])]
+    sizes = Sizes.of(v, places)
+    cutter = RowCutter(v, index, spec, sizes, (8, 4))
+    quotient, remainder = v.divisions(False)
+
+    def const(value: int) -> Expr:
+        return tirx.const(value, index)
+
+    with (T.parallel if body.target.cores > 1 else T.serial)(const(batch * blocks) * sizes.rows) as row:
+        plane, at = quotient(row, sizes.rows), remainder(row, sizes.rows)
+        item, block = quotient(plane, const(blocks)), remainder(plane, const(blocks))
+        top = T.Bind(at * const(strides[0]) - const(pads[0]))
+        base = T.Bind(plane * sizes.height * sizes.width * const(lanes))
+        first, count = taps_inside(v, spec, top, sizes.height, 0)
+        for column, span, _ in cutter.tiles():
+            cells = v.registers(span.width, start_value, kept)
+            ends = v.registers(span.width if largest else 1, start_value, kept)  # the last taps
+
+            def take(offset: Expr, t: int, tap: Expr, cells: Buffer = cells, ends: Buffer = ends) -> None:
+                here = v.at(const(t * lanes))
+                value = _taken(v, x, offset + tap * const(lanes), parameters)
+                T.buffer_store(cells, T.max(value, cells[here]) if largest else cells[here] + value, [here])
+                if largest:
+                    T.buffer_store(ends, value, [here])
+
+            left = T.Bind(column * const(strides[1]) - const(pads[1]))
+            with T.serial(count) as k:
+                line = T.Bind(top + (first + k) * const(dilations[0]))
+                offset = T.Bind(base + (line * sizes.width + left) * const(lanes))
+                if span.inside is not None:
+                    with T.serial(span.inside[1]) as tap:
+                        take(offset, 0, (span.inside[0] + tap) * const(dilations[1]))
+                else:
+                    for tap in range(kernel[1]):
+                        for t in range(*span.pixels(spec, tap)):
+                            take(offset, t, const(t * strides[1] + tap * dilations[1]))
+            high = const(kernel[0]) if include else count
+            for t in range(span.width):
+                here = v.at(const(t * lanes))
+                value = cells[here]
+                if largest:
+                    value = _unless_nan(v, value, ends[here]) if kept == "float32" else value
+                else:
+                    inside = [tap for tap in range(kernel[1]) if t in range(*span.pixels(spec, tap))]
+                    wide: Expr = const(kernel[1] if include else len(inside))
+                    if span.inside is not None and not include:
+                        wide = span.inside[1]
+                    value = value / v.splat(T.Bind(T.Cast("float32", high * wide)))
+                body.store(value, [item, block, at, column + const(t), const(0)], None)
+
+
 def _unless_nan(v: Vectors, greatest: Expr, tap: Expr) -> Expr:
     """The greatest of a window's numbers; NaN where it has none. greatest: -inf there, as NaN is passed over. tap: any
     of the window's."""
@@ -152,8 +226,9 @@ def global_pool(parameters: dict[str, Any], body: Body) -> None:
     zero point of integers in a mean). NaN is treated as by `pool`."""
     v, index = body.vectors, body.index
     (x,) = body.inputs
-    batch, blocks, *place, lanes = fixed(body.shapes[0])
-    size = math.prod(place)
+    batch, blocks, *place, lanes = body.shapes[0]
+    batch, blocks, lanes = fixed((batch, blocks, lanes))
+    places = product(place)
     largest = parameters["kind"] == "max"
     kept = str(x.dtype) if largest else "float32"
 
@@ -163,28 +238,32 @@ def global_pool(parameters: dict[str, Any], body: Body) -> None:
     def both(a: Expr, b: Expr) -> Expr:
         return T.max(b, a) if largest else a + b
 
-    wide = body.target.cores > 1 and batch * blocks * size * lanes >= 1 << 17
+    size = expression(places, index) if isinstance(places, int) else v.opaque(expression(places, index))
+    likely = places if isinstance(places, int) else NOMINAL * NOMINAL
+    wide = body.target.cores > 1 and batch * blocks * lanes * likely >= 1 << 17
     with (T.parallel if wide else T.serial)(const(batch * blocks)) as plane:
         sums = v.registers(4, _least(kept) if largest else 0.0, kept)
-        base = T.Bind(plane * const(size * lanes))
+        base = T.Bind(plane * size * const(lanes))
 
         def add(at: Expr, which: int) -> None:
             here = v.at(const(which * lanes))
             T.buffer_store(sums, both(sums[here], _taken(v, x, base + at * const(lanes), parameters)), [here])
 
-        with T.serial(const(size // 4)) as i:
+        fours = T.Bind(tirx.truncdiv(size, const(4)))
+        with T.serial(fours) as i:
             for j in range(4):
                 add(T.Bind(i * const(4) + const(j)), j)
-        for j in range(size % 4):
-            add(const(size - size % 4 + j), j)
+        with T.serial(size - fours * const(4)) as i:
+            add(T.Bind(fours * const(4) + i), 0)
         total = both(
             both(sums[v.at(const(0))], sums[v.at(const(lanes))]),
             both(sums[v.at(const(2 * lanes))], sums[v.at(const(3 * lanes))]),
         )
         if largest and kept == "float32":
-            total = _unless_nan(v, total, v.load(x, base + const((size - 1) * lanes)))
+            total = _unless_nan(v, total, v.load(x, base + (size - const(1)) * const(lanes)))
         elif not largest:
-            total = total * v.splat(1.0 / size)
+            count = tirx.const(float(places), "float32") if isinstance(places, int) else T.Cast("float32", size)
+            total = total * v.splat(tirx.const(1.0, "float32") / count)
         zeros = [const(0)] * (len(place) + 1)
         item, block = tirx.floordiv(plane, const(blocks)), tirx.floormod(plane, const(blocks))
         body.store(T.Bind(total), [item, block, *zeros], None)
@@ -196,17 +275,21 @@ def upsample(parameters: dict[str, Any], body: Body) -> None:
     v, index = body.vectors, body.index
     (x,) = body.inputs
     rows, columns = parameters["factors"]
-    batch, blocks, height, width, lanes = fixed(body.shapes[0])
+    batch, blocks, height, width, lanes = body.shapes[0]
+    every, size = product((batch, blocks, height)), product(body.shapes[0])
+    known = isinstance(every, int)
+    quotient, remainder = v.divisions(known)
 
     def const(value: int) -> Expr:
         return tirx.const(value, index)
 
-    wide = body.target.cores > 1 and batch * blocks * height * width * lanes >= 1 << 15
-    with (T.parallel if wide else T.serial)(const(batch * blocks * height)) as row:
-        plane, at = T.Bind(tirx.floordiv(row, const(height))), T.Bind(tirx.floormod(row, const(height)))
-        item, block = T.Bind(tirx.floordiv(plane, const(blocks))), T.Bind(tirx.floormod(plane, const(blocks)))
-        with T.serial(const(rows)) as i, T.serial(const(width)) as column:
-            value = v.load(x, (row * const(width) + column) * const(lanes))
+    wide = body.target.cores > 1 and (not isinstance(size, int) or size >= 1 << 15)
+    across = expression(width, index)
+    with (T.parallel if wide else T.serial)(expression(every, index)) as row:
+        plane, at = (f(row, expression(height, index)) for f in (quotient, remainder))
+        item, block = (f(plane, expression(blocks, index)) for f in (quotient, remainder))
+        with T.serial(const(rows)) as i, T.serial(across) as column:
+            value = v.load(x, (row * across + column) * expression(lanes, index))
             for j in range(columns):
                 place = [at * const(rows) + i, column * const(columns) + const(j)]
                 body.store(value, [item, block, *place, const(0)], None)

@@ -47,7 +47,7 @@ def net(shape: str) -> ir.Model:
 
 
 def found(model: ir.Model) -> dict[str, str]:
-    return {site(node): reason for node, reason in spared(model).items()}
+    return {site(node): reason for node, reason in spared(model, 16).items()}
 
 
 def test_known_sizes_are_compiled() -> None:

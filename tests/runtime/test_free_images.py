@@ -1,0 +1,144 @@
+"""Networks of convolutions on images whose height and width are known only at run time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytestmark = pytest.mark.tvm
+
+SIZES = [1, 2, 3, 5, 7, 8, 11, 12, 13, 14, 15, 23, 24, 25, 26, 40, 57]
+
+
+def image(channels: int, height: int, width: int, batch: int = 1) -> np.ndarray:
+    random = np.random.default_rng(height * 1000 + width)
+    return random.standard_normal((batch, channels, height, width)).astype(np.float32)
+
+
+def weights(*shape: int) -> np.ndarray:
+    return np.random.default_rng(sum(shape)).standard_normal(shape).astype(np.float32)
+
+
+CONVOLUTIONS: dict[str, tuple[int, int, int, str, int]] = {
+    # name: (channels, outputs, kernel, attributes, least size)
+    "1x1": (32, 48, 1, "strides = [1, 1]", 1),
+    "1x1-stride": (32, 48, 1, "strides = [2, 2]", 1),
+    "3x3": (32, 48, 3, "pads = [1, 1, 1, 1]", 1),
+    "3x3-stride": (32, 40, 3, "strides = [2, 2], pads = [1, 1, 1, 1]", 1),
+    "3x3-stride-3": (16, 16, 3, "strides = [3, 3], pads = [1, 1, 1, 1]", 1),
+    "3x3-valid": (32, 80, 3, "strides = [1, 1]", 3),
+    "3x3-odd-pads": (16, 24, 3, "strides = [2, 2], pads = [0, 0, 1, 1]", 2),
+    "dilated": (16, 16, 3, "dilations = [2, 2], pads = [2, 2, 2, 2]", 1),
+    "5x5": (20, 33, 5, "pads = [2, 2, 2, 2]", 1),
+    "7x7-stem": (3, 64, 7, "strides = [2, 2], pads = [3, 3, 3, 3]", 1),
+    "stem": (3, 24, 3, "strides = [2, 2], pads = [1, 1, 1, 1]", 1),
+    "wide-pads": (16, 16, 3, "pads = [5, 4, 3, 6]", 1),
+    "deep": (320, 64, 3, "pads = [1, 1, 1, 1]", 1),
+    "groups": (64, 64, 3, "group = 2, pads = [1, 1, 1, 1]", 1),
+    "depthwise": (40, 40, 3, "group = 40, pads = [1, 1, 1, 1]", 1),
+    "depthwise-stride": (40, 40, 3, "group = 40, strides = [2, 2], pads = [1, 1, 1, 1]", 1),
+    "depthwise-5x5": (32, 32, 5, "group = 32, pads = [2, 2, 2, 2]", 1),
+    "depthwise-dilated": (32, 32, 3, "group = 32, dilations = [3, 3], pads = [3, 3, 3, 3]", 1),
+    "depthwise-1x7": (32, 32, 0, "group = 32, kernel_shape = [1, 7], pads = [0, 3, 0, 3]", 1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_convolutions_at_every_size(name: str, compile_model: Callable[..., Any]) -> None:
+    """Behind each a bias and an activation, and the sum with an image that is read in the same kernel."""
+    channels, outputs, kernel, attributes, least = CONVOLUTIONS[name]
+    each = channels // int(attributes.split("group = ")[1].split(",")[0]) if "group" in attributes else channels
+    shape = (outputs, each, 1, 7) if kernel == 0 else (outputs, each, kernel, kernel)
+    model = compile_model(
+        f"g (float[1, {channels}, h, w] x) => (float[1, {outputs}, p, q] y)"
+        f" {{ c = Conv <{attributes}> (x, k, b) y = HardSwish (c) }}",
+        k=weights(*shape), b=weights(outputs),
+    )  # fmt: skip
+    sizes = [s for s in SIZES if s >= least]
+    for width in sizes:
+        model.check({"x": image(channels, sizes[width % len(sizes)], width)})
+    for height in sizes:
+        model.check({"x": image(channels, height, 17)})
+
+
+@pytest.mark.parametrize("target", ["cpu-baseline", "cpu-avx2", "cpu-avx512"])
+@pytest.mark.parametrize("name", ["3x3-stride", "7x7-stem", "depthwise", "deep"])
+def test_vectors_of_every_length(
+    name: str, target: str, compile_model: Callable[..., Any], runnable: Callable[[str], Any]
+) -> None:
+    runnable(target)
+    channels, outputs, kernel, attributes, _ = CONVOLUTIONS[name]
+    model = compile_model(
+        f"g (float[1, {channels}, h, w] x) => (float[1, {outputs}, p, q] y) {{ y = Conv <{attributes}> (x, k) }}",
+        target, k=weights(outputs, 1 if "group" in attributes else channels, kernel, kernel),
+    )  # fmt: skip
+    for height, width in ((1, 1), (9, 13), (26, 31)):
+        model.check({"x": image(channels, height, width)})
+
+
+POOLS = {
+    "max": "y = MaxPool <kernel_shape = [3, 3], strides = [2, 2], pads = [1, 1, 1, 1]> (r)",
+    "max-valid": "y = MaxPool <kernel_shape = [2, 2], strides = [2, 2]> (r)",
+    "max-dilated": "y = MaxPool <kernel_shape = [3, 3], dilations = [2, 2], pads = [2, 2, 2, 2]> (r)",
+    "mean": "y = AveragePool <kernel_shape = [3, 3], pads = [1, 1, 1, 1]> (r)",
+    "mean-with-pads": "y = AveragePool <kernel_shape = [3, 3], pads = [1, 1, 1, 1], count_include_pad = 1> (r)",
+    "mean-wide": "y = AveragePool <kernel_shape = [5, 3], strides = [1, 3], pads = [2, 1, 2, 1]> (r)",
+    "global-mean": "y = GlobalAveragePool (r)",
+    "global-max": "y = GlobalMaxPool (r)",
+    "reduce": "y = ReduceMean <keepdims = 0> (r, axes)",
+    "upsample": 'y = Resize <mode = "nearest", nearest_mode = "floor", coordinate_transformation_mode = "asymmetric">'
+    " (r, , scales)",
+    "gate": "m = GlobalAveragePool (r) s = Conv (m, g) t = HardSigmoid (s) y = Mul (r, t)",
+    "concat": "d = Conv <pads = [1, 1, 1, 1]> (r, k2) y = Concat <axis = 1> (r, d, r)",
+    "residual": "d = Conv <pads = [1, 1, 1, 1]> (r, k3) y = Add (d, r)",
+    "ramp": "h = Shape <start = 2, end = 3> (r) n = Cast <to = 1> (h) d = Div (r, n) y = Conv (d, g)",
+}
+
+
+@pytest.mark.parametrize("batch", ["1", "2", "n"])
+@pytest.mark.parametrize("name", POOLS)
+def test_what_stands_between_convolutions(name: str, batch: str, compile_model: Callable[..., Any]) -> None:
+    dims = "r2, c2" if name == "reduce" else "b2, c2, p, q"
+    model = compile_model(
+        f"g (float[{batch}, 24, h, w] x) => (float[{dims}] y) {{ c = Conv (x, k) r = Relu (c) {POOLS[name]} }}",
+        k=weights(40, 24, 1, 1), g=weights(40, 40, 1, 1), k2=weights(20, 40, 3, 3), k3=weights(40, 40, 3, 3),
+        axes=np.array([2, 3]), scales=np.array([1, 1, 3, 2], np.float32),
+    )  # fmt: skip
+    for height, width in ((3, 2), (5, 9), (16, 16), (21, 34)):
+        for count in (1, 3) if batch == "n" else (int(batch),):
+            model.check({"x": image(24, height, width, count)})
+
+
+def test_every_place_of_a_network_has_its_kernel(tmp_path: Any) -> None:
+    """Whole artifacts: a small network of the mobile kind is compiled, and one with much of dense kernels is left."""
+    import onnx_ir as ir
+    from graphwright.runtime.build import build
+    from graphwright.runtime.reference import Reference
+    from graphwright.runtime.session import Session
+    from graphwright.runtime.target import Target
+    from onnx import numpy_helper, parser, shape_inference
+
+    text = """<ir_version: 8, opset_import: ["": 17]> g (float[n, 3, h, w] x) => (float[n, c] y) {
+        a = Conv <strides = [2, 2], pads = [1, 1, 1, 1]> (x, stem) b = HardSwish (a)
+        d = Conv <pads = [0, 0, 0, 0]> (b, wide) e = Relu (d)
+        f = Conv <group = 64, strides = [2, 2], pads = [2, 2, 2, 2]> (e, each) r = Relu (f)
+        m = GlobalAveragePool (r) s = Conv (m, gate) t = HardSigmoid (s) u = Mul (r, t)
+        v = Conv (u, narrow) z = Concat <axis = 1> (v, f) q = GlobalAveragePool (z) y = Flatten (q) }"""
+    made = {
+        "stem": (16, 3, 3, 3), "wide": (64, 16, 1, 1), "each": (64, 1, 5, 5), "gate": (64, 64, 1, 1),
+        "narrow": (24, 64, 1, 1),
+    }  # fmt: skip
+    for dense in (False, True):
+        proto = parser.parse_model(text.replace("pads = [0, 0, 0, 0]", "pads = [1, 1, 1, 1]") if dense else text)
+        shapes = {**made, "wide": (64, 16, 3, 3)} if dense else made
+        proto.graph.initializer.extend(numpy_helper.from_array(weights(*s) / 8, n) for n, s in shapes.items())
+        model = ir.from_proto(shape_inference.infer_shapes(proto))
+        artifact = build(model, Target.named("cpu"), tmp_path / str(dense))
+        assert ("tvm" in {region.runtime for region in artifact.manifest.regions}) is not dense
+        session, reference = Session(artifact, threads=2), Reference(model, threads=1)
+        for height, width, batch in ((32, 32, 1), (57, 40, 2), (7, 9, 1), (224, 160, 1)):
+            feeds = {"x": image(3, height, width, batch)}
+            np.testing.assert_allclose(session.run(None, feeds)[0], reference.run(feeds)["y"], rtol=0, atol=1e-5)
