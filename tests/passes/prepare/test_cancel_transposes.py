@@ -29,7 +29,8 @@ def transposes(model: ir.Model) -> int:
 
 
 def cancelled(model: ir.Model) -> tuple[ir.Model, PassReport]:
-    after, reports = Pipeline.parse("infer-shapes,simplify,infer-shapes,cancel-transposes").run(model)
+    """The model after the pass, which takes every Transpose for one that is needed: unused ones are removed before."""
+    after, reports = Pipeline.parse("infer-shapes,simplify,infer-shapes,dead-code,cancel-transposes").run(model)
     onnx.checker.check_model(ir.to_proto(after), full_check=True)
     return after, reports[-1]
 
