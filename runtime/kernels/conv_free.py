@@ -24,6 +24,7 @@ from .vectors import Buffer, Expr
 
 ROWS = 16  # of one task, at most
 RUN = 512  # pixels whose sums wait for the next chunk of weights, at most
+LEAST = 1 << 17  # multiply-adds of one task, below which a second one costs more than it saves
 AHEAD = 8  # tiles among which a panel's next weights are asked for
 WHOLE = (14, 7)  # pixels of short rows that many networks end with
 SHARES = 2  # tasks for each thread, at least, so that one that is late holds up less
@@ -85,9 +86,9 @@ class FreeDirect(conv_direct.DirectEmitter):
         widest = conv_direct.widest(e.vectors.isa, plan.vectors)
         self.widths = list(dict.fromkeys((widest, max(1, widest - 1))))
         weights = 4 * self.in_blocks * self.block_weights * plan.vectors  # bytes of a panel
-        parts = 1
-        if weights * plan.panels > caches.l2 // 2:  # to be read by as few tasks as possible
-            parts = min(plan.panels, SHARES * e.threads)
+        # The more there are, the fewer tasks read the same ones.
+        part = weights * plan.panels / caches.l2
+        parts = max(1, min(plan.panels, e.threads * (0 if part < 1 / 16 else 1 if part < 1 / 2 else SHARES)))
         panels = -(-plan.panels // parts)
         chunk = max(1, min(self.in_blocks, int(caches.l1 * 3 / 4 / (weights / self.in_blocks))))
         chunk = -(-self.in_blocks // -(-self.in_blocks // chunk))
@@ -97,6 +98,8 @@ class FreeDirect(conv_direct.DirectEmitter):
         self.depth = 1 if spec.blocked_input else spec.in_channels  # planes of an input block
         blocks = spec.in_blocks(self.lanes) * self.lanes if spec.blocked_input else spec.in_channels
         self.image = T.Bind(self.plane * e.const(blocks))
+        each = plan.panels * plan.vectors * self.lanes * self.in_blocks * self.depth * self.pixel * spec.taps
+        self.least = max(2 * self.widths[0], LEAST * self.split.panel_blocks // each)  # pixels of a part
 
     def emit(self) -> None:
         e, s, spec = self.e, self.split, self.spec
@@ -123,23 +126,25 @@ class FreeDirect(conv_direct.DirectEmitter):
     def runs(self, tasks: int) -> tuple[Expr, Expr]:
         """(pixels of one part, parts) of an image's only row: parts whose input stays in half of the second cache, but
         not so short that tiles do not fit."""
-        e, const, least = self.e, self.e.const, 4 * self.widths[0]
-        most = max(least, self.caches.l2 // 2 // (4 * self.in_blocks * self.depth * self.pixel))
+        e, const = self.e, self.e.const
+        most = max(self.least, self.caches.l2 // 2 // (4 * self.in_blocks * self.depth * self.pixel))
         parts = max(1, -(-SHARES * e.threads // tasks)) if e.threads > 1 else 1
-        even = T.min(const(parts), T.max(const(1), tirx.truncdiv(self.plane, const(least))))
+        even = T.min(const(parts), T.max(const(1), tirx.truncdiv(self.plane, const(self.least))))
         count = e.vectors.opaque(T.max(even, tirx.truncdiv(self.plane + const(most - 1), const(most))))
-        each = e.vectors.opaque(tirx.truncdiv(self.plane + count - const(1), count))
+        each = e.vectors.opaque(T.max(const(1), tirx.truncdiv(self.plane + count - const(1), count)))
         return each, e.vectors.opaque(tirx.truncdiv(self.plane + each - const(1), each))
 
     def row_parts(self, tasks: int) -> tuple[Expr, Expr]:
         """(rows of one part, parts): as many rows as half of the second cache has room for."""
         e, const, reach = self.e, self.e.const, self.reach(0)
-        row = self.copied_columns(self.sizes.columns) * const(4 * self.in_blocks * self.depth * self.pixel)
+        columns = e.vectors.opaque(T.max(const(1), self.sizes.columns))  # an image may be empty
+        row = self.copied_columns(columns) * const(4 * self.in_blocks * self.depth * self.pixel)
         room = tirx.truncdiv(const(self.caches.l2 // 2), row) - const(reach)
         most = e.vectors.opaque(T.max(const(1), T.min(const(ROWS), tirx.truncdiv(room, const(self.spec.strides[0])))))
         parts = max(1, -(-SHARES * e.threads // tasks)) if e.threads > 1 else 1
+        few = tirx.truncdiv(const(self.least) + columns - const(1), columns)
         even = tirx.truncdiv(self.sizes.rows + const(parts - 1), const(parts))
-        each = e.vectors.opaque(T.max(const(1), T.min(most, even)))
+        each = e.vectors.opaque(T.max(const(1), T.min(most, T.max(few, even))))
         return each, e.vectors.opaque(tirx.truncdiv(self.sizes.rows + each - const(1), each))
 
     def reach(self, axis: int) -> int:

@@ -64,6 +64,19 @@ def test_convolutions_at_every_size(name: str, compile_model: Callable[..., Any]
         model.check({"x": image(channels, height, 17)})
 
 
+@pytest.mark.parametrize("name", ["1x1", "1x1-stride", "3x3", "depthwise"])
+def test_empty_images(name: str, compile_model: Callable[..., Any]) -> None:
+    channels, outputs, kernel, attributes, _ = CONVOLUTIONS[name]
+    model = compile_model(
+        f"g (float[1, {channels}, h, w] x) => (float[1, {outputs}, p, q] y) {{ y = Conv <{attributes}> (x, k) }}",
+        k=weights(outputs, 1 if "group" in attributes else channels, kernel, kernel),
+    )  # fmt: skip
+    for height, width in ((0, 7), (7, 0), (0, 0)):
+        (found,) = model.run({"x": image(channels, height, width)})
+        step = 2 if "strides = [2" in attributes else 1
+        assert found.shape == (1, outputs, -(-height // step), -(-width // step))
+
+
 @pytest.mark.parametrize("target", ["cpu-baseline", "cpu-avx2", "cpu-avx512"])
 @pytest.mark.parametrize("name", ["3x3-stride", "7x7-stem", "depthwise", "deep"])
 def test_vectors_of_every_length(
