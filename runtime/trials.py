@@ -70,8 +70,9 @@ def tunables(path: Path, target: Target) -> list[Tunable]:
 
 
 def _trials(template: str, parameters: dict[str, Any], target: Target) -> Iterator[Trial]:
-    if parameters.get("spec", {}).get("data", "float32") != "float32":
-        return  # 8-bit numbers keep the tiles of the rule
+    given = parameters.get("spec", {})
+    if given.get("data", "float32") != "float32" or given.get("free"):
+        return  # 8-bit numbers, and images whose size is not known, keep the tiles of the rule
     if template == "gemm":
         spec = GemmSpec(**parameters["spec"])
         if spec.flops:

@@ -246,8 +246,9 @@ def test_time_that_is_over_leaves_candidates_for_the_next_run(monkeypatch: pytes
 def test_kernels_of_a_model_are_found_with_their_calls(tmp_path: Path) -> None:
     model = parser.parse_model(
         """<ir_version: 10, opset_import: ["" : 20]>
-        g (float[1,16,8,8] x, float[N,32] z) => (float[1,1024] y, float[N,32] d)
+        g (float[1,16,8,8] x, float[N,32] z, float[1,16,H,W] i) => (float[1,1024] y, float[N,32] d, float[1,16,H,W] f)
         {
+          f = Conv(i, w)
           a = Conv(x, w)
           b = Relu(a)
           c = Conv(b, w)
@@ -267,6 +268,6 @@ def test_kernels_of_a_model_are_found_with_their_calls(tmp_path: Path) -> None:
     convolution, transposed, product = trials.tunables(tmp_path / "m.onnx", Target.named("cpu-avx2"))
     assert convolution.spec["kernel"] == (1, 1) and convolution.calls == 2
     assert transposed.spec["out_channels"] == 32 and transposed.calls == 1  # 8 channels of 4 places
-    # The other product's rows are known only at run time.
+    # The other product's rows are known only at run time, and so are the sizes of the other convolution's image.
     assert product.template == "gemm" and product.spec["columns"] == 1024 and product.calls == 1
     assert product.cycles > convolution.cycles > 0
