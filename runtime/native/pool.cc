@@ -75,9 +75,14 @@ struct alignas(kLine) Job {
   TVMFFIObjectHandle error;      // of the first task that failed
 };
 
+// A thread of the pool. The first `wanted` of them take part.
+struct alignas(kLine) Worker {
+  uint32_t asleep;  // 1: it sleeps until this is 0
+};
+
 Job jobs[kJobs];
-alignas(kLine) uint32_t posted;   // launches so far; threads without work sleep on it
-alignas(kLine) uint32_t looking;  // threads without work that do not sleep
+Worker crew[kMaxThreads];         // by the thread's number, from 1 on
+alignas(kLine) uint32_t posted;   // launches so far
 alignas(kLine) uint32_t wanted;   // threads that the launches of this moment could use
 uint32_t workers;                 // threads that have been started
 uint32_t may_start = 1;           // 0 after one could not be
@@ -122,30 +127,31 @@ bool HelpWithAll(Job* job, uint32_t own) {
   return helped;
 }
 
-// Wait until there were other launches than the `seen` first, looking for them until `end` and sleeping then. Returns
-// how many there were.
-uint32_t Next(uint32_t seen, int64_t end) {
-  __atomic_add_fetch(&looking, 1, __ATOMIC_SEQ_CST);
+// Wait until there were other launches than the `seen` first, looking for them until `end` and sleeping then until one
+// wants this thread. Returns how many there were.
+uint32_t Next(Worker* self, uint32_t seen, int64_t end) {
   for (int look = 1; Load(&posted) == seen; ++look) {
     Relax();
-    if (look % kLooks == 0 && Now() > end) break;
+    if (look % kLooks != 0 || Now() <= end) continue;
+    // A launch that does not see this was posted before, and is seen here.
+    __atomic_store_n(&self->asleep, 1u, __ATOMIC_SEQ_CST);
+    if (__atomic_load_n(&posted, __ATOMIC_SEQ_CST) == seen) {
+      while (__atomic_load_n(&self->asleep, __ATOMIC_SEQ_CST)) Sleep(&self->asleep, 1);
+    }
+    __atomic_store_n(&self->asleep, 0u, __ATOMIC_SEQ_CST);
   }
-  // A launch that counts this thread among those that look was posted before, and is seen here.
-  __atomic_sub_fetch(&looking, 1, __ATOMIC_SEQ_CST);
-  uint32_t now;
-  while ((now = __atomic_load_n(&posted, __ATOMIC_SEQ_CST)) == seen) Sleep(&posted, seen);
-  return now;
+  return Load(&posted);
 }
 
 void* Work(void* argument) {
   uint32_t own = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(argument));
   pthread_setname_np(pthread_self(), "graphwright");
   uint32_t seen = Load(&posted) - 1;
-  int64_t end = 0;  // launches that need no more threads than are awake do not keep this one from sleeping
-  for (;; seen = Next(seen, end)) {
+  int64_t end = 0;  // launches that want fewer threads do not keep this one from sleeping
+  for (;; seen = Next(&crew[own], seen, end)) {
     bool helped = false;
     for (Job& job : jobs) {
-      if (Load(&job.busy)) helped |= HelpWithAll(&job, own);
+      if (own <= Load(&wanted) && Load(&job.busy)) helped |= HelpWithAll(&job, own);
     }
     if (helped) end = Now() + kSpin;
   }
@@ -163,7 +169,7 @@ void Start(uint32_t count) {
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);  // signals are for the program's own threads
     pthread_t thread;
-    void* own = reinterpret_cast<void*>(static_cast<uintptr_t>((have + 1) % kMaxThreads));
+    void* own = reinterpret_cast<void*>(static_cast<uintptr_t>(have + 1));
     if (pthread_create(&thread, &attributes, Work, own) != 0) {
       __atomic_sub_fetch(&workers, 1, __ATOMIC_SEQ_CST);
       Store(&may_start, 0u);
@@ -176,7 +182,8 @@ void Start(uint32_t count) {
 // A forked process has none of the threads, and launches of other threads than the one that forked never end there.
 void AfterFork() {
   memset(jobs, 0, sizeof(jobs));
-  looking = wanted = workers = 0;
+  memset(crew, 0, sizeof(crew));
+  wanted = workers = 0;
   may_start = 1;
 }
 
@@ -232,7 +239,10 @@ int graphwright_pool_launch(ParallelTask task, void* data, int asked) {
   if (job == nullptr) return Alone(task, data, count);
   uint32_t helpers = static_cast<uint32_t>(count) - 1;
   uint32_t demand = __atomic_add_fetch(&wanted, helpers, __ATOMIC_SEQ_CST);
-  if (Load(&workers) < demand) Start(demand < processors ? demand : helpers > processors ? helpers : processors);
+  uint32_t most = helpers > processors ? helpers : processors;
+  if (most > kMaxThreads - 1) most = kMaxThreads - 1;
+  if (demand < most) most = demand;
+  if (Load(&workers) < most) Start(most);
 
   uint64_t number = job->number + 2;
   job->task = task;
@@ -245,8 +255,10 @@ int graphwright_pool_launch(ParallelTask task, void* data, int asked) {
   for (int index = 1; index < count; ++index) Store(&job->claims[index], number);
   Store(&job->number, number);
   __atomic_add_fetch(&posted, 1, __ATOMIC_SEQ_CST);
-  uint32_t awake = __atomic_load_n(&looking, __ATOMIC_SEQ_CST);
-  if (awake < helpers) Wake(&posted, static_cast<int>(helpers - awake));
+  for (uint32_t index = 1; index <= most; ++index) {
+    uint32_t* asleep = &crew[index].asleep;
+    if (__atomic_load_n(asleep, __ATOMIC_SEQ_CST) && Swap(asleep, 1u, 0u)) Wake(asleep, 1);
+  }
 
   Run(job, 0);
   for (int index = 1; index < count; ++index) {

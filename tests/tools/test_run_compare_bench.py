@@ -197,16 +197,16 @@ def test_bench_times_an_artifact_against_onnxruntime(cli: Cli, artifact: Path, i
 
 @pytest.mark.tvm
 def test_bench_says_what_onnxruntime_ran(cli: Cli, tmp_path: Path) -> None:
-    """A convolution of free height, and a size that the compiled code refuses when it runs."""
+    """A dense convolution of free height, and a size that the compiled code refuses when it runs."""
     conv = """<ir_version: 8, opset_import: ["": 17]>
-        g (float[1, 8, h, 16] x) => (float[1, 8, h, 16] y) { y = Conv (x, w) }"""
+        g (float[1, 8, h, 16] x) => (float[1, 8, h, 16] y) { y = Conv <pads = [1, 1, 1, 1]> (x, w) }"""
     fits = """<ir_version: 8, opset_import: ["": 17]>
         g (float[n, 8] x, float[m, 8] z) => (float[k, 8] y) { s = Add (x, z) y = Relu (s) }"""
     found = {}
     for name, text in {"conv": conv, "fits": fits}.items():
         proto = parser.parse_model(text)
         if name == "conv":
-            proto.graph.initializer.append(numpy_helper.from_array(np.ones((8, 8, 1, 1), np.float32), "w"))
+            proto.graph.initializer.append(numpy_helper.from_array(np.ones((8, 8, 3, 3), np.float32), "w"))
         onnx.save(proto, tmp_path / f"{name}.onnx")
         cli("optimize", tmp_path / f"{name}.onnx", "--target", "cpu", "-o", tmp_path / name)
         given = {"x": np.ones((1, 8, 4, 16) if name == "conv" else (3, 8), np.float32)}
