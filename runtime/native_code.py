@@ -21,7 +21,7 @@ def compiled(
     """The program or library `name` made of files of the folder `native`, for a processor.
 
     triple: zig's `-target`. arguments: of the compiler, behind the sources. versions: of what else decides about the
-    result. The file's own name ends in a hash of all that. Raises CompileError.
+    result. The file's own name ends in a hash of the folder, the triple and the versions. Raises CompileError.
     """
     texts = [path.read_text() for path in sorted(NATIVE.iterdir())]
     ingredients = (*texts, *sources, triple, *versions, metadata.version("ziglang"))

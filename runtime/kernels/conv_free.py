@@ -30,12 +30,9 @@ WHOLE = (14, 7)  # pixels of short rows that many networks end with
 SHARES = 2  # tasks for each thread, at least, so that one that is late holds up less
 
 
-def shares(e: Emission, rows: Expr, tasks: int, most: int = ROWS) -> tuple[Expr, Expr]:
-    """(rows of one part, parts) of an image's rows. tasks: that there are beside."""
-    parts = max(1, -(-SHARES * e.threads // tasks)) if e.threads > 1 else 1
-    even = tirx.truncdiv(rows + e.const(parts - 1), e.const(parts))
-    each = e.vectors.opaque(T.max(e.const(1), T.min(e.const(most), even)))
-    return each, e.vectors.opaque(tirx.truncdiv(rows + each - e.const(1), each))
+def shares(threads: int, tasks: int) -> int:
+    """Into how many parts an image is cut. tasks: that there are beside."""
+    return max(1, -(-SHARES * threads // tasks)) if threads > 1 else 1
 
 
 @dataclass(frozen=True)
@@ -128,7 +125,7 @@ class FreeDirect(conv_direct.DirectEmitter):
         not so short that tiles do not fit."""
         e, const = self.e, self.e.const
         most = max(self.least, self.caches.l2 // 2 // (4 * self.in_blocks * self.depth * self.pixel))
-        parts = max(1, -(-SHARES * e.threads // tasks)) if e.threads > 1 else 1
+        parts = shares(e.threads, tasks)
         even = T.min(const(parts), T.max(const(1), tirx.truncdiv(self.plane, const(self.least))))
         count = e.vectors.opaque(T.max(even, tirx.truncdiv(self.plane + const(most - 1), const(most))))
         each = e.vectors.opaque(T.max(const(1), tirx.truncdiv(self.plane + count - const(1), count)))
@@ -141,7 +138,7 @@ class FreeDirect(conv_direct.DirectEmitter):
         row = self.copied_columns(columns) * const(4 * self.in_blocks * self.depth * self.pixel)
         room = tirx.truncdiv(const(self.caches.l2 // 2), row) - const(reach)
         most = e.vectors.opaque(T.max(const(1), T.min(const(ROWS), tirx.truncdiv(room, const(self.spec.strides[0])))))
-        parts = max(1, -(-SHARES * e.threads // tasks)) if e.threads > 1 else 1
+        parts = shares(e.threads, tasks)
         few = tirx.truncdiv(const(self.least) + columns - const(1), columns)
         even = tirx.truncdiv(self.sizes.rows + const(parts - 1), const(parts))
         each = e.vectors.opaque(T.max(const(1), T.min(most, T.max(few, even))))
@@ -369,7 +366,9 @@ class FreeDepthwise(conv_depthwise.DepthwiseEmitter):
         e, spec = self.e, self.spec
         batch, blocks = e.batch(), spec.in_blocks(self.lanes)
         known = batch if isinstance(batch, int) else 1
-        each, parts = shares(e, self.sizes.rows, known * blocks, 1 << 20)
+        count = e.const(shares(e.threads, known * blocks))
+        each = e.vectors.opaque(T.max(e.const(1), tirx.truncdiv(self.sizes.rows + count - e.const(1), count)))
+        parts = e.vectors.opaque(tirx.truncdiv(self.sizes.rows + each - e.const(1), each))
         plane_size = T.Bind(self.sizes.height * self.sizes.width * e.const(self.lanes))
         with e.tasks(batch, T.Bind(parts * e.const(blocks))) as task:
             first = T.Bind(e.vectors.opaque(tirx.truncmod(task, parts)) * each)
@@ -406,7 +405,7 @@ class FreeDepthwise(conv_depthwise.DepthwiseEmitter):
             self.finish(acc, width, n, block, row, column)
 
     def row_tiles(self) -> Iterator[tuple[Expr, int, int]]:
-        for column, span, _ in self.cutter.tiles():
+        for column, span in self.cutter.tiles():
             self.span = span
             yield column, 0, span.width
 

@@ -66,25 +66,21 @@ class RowCutter:
     def const(self, value: int) -> Expr:
         return tirx.const(value, self.index)
 
-    def places(self, columns: Expr) -> Expr:
-        """Pixels of all tiles of a row of so many, at most."""
-        return columns + self.const(2 * max(self.widths, default=1))
-
-    def tiles(self) -> Iterator[tuple[Expr, Span, Expr]]:
-        """(first column, span, pixels of the tiles before it), inside the loops over tiles."""
+    def tiles(self) -> Iterator[tuple[Expr, Span]]:
+        """(first column, span) of each tile, inside the loops over them."""
         yield from self._rows(self.whole)
 
-    def _rows(self, whole: Sequence[int]) -> Iterator[tuple[Expr, Span, Expr]]:
+    def _rows(self, whole: Sequence[int]) -> Iterator[tuple[Expr, Span]]:
         if not whole:
             yield from self._several(self.widths)
             return
         with T.If(self.sizes.columns == self.const(whole[0])):
             with T.Then():
-                yield from self._last(Span(whole[0], left=self.padded), self.const(0), self.const(0))
+                yield from self._last(Span(whole[0], left=self.padded), self.const(0))
             with T.Else():
                 yield from self._rows(whole[1:])
 
-    def _several(self, widths: Sequence[int]) -> Iterator[tuple[Expr, Span, Expr]]:
+    def _several(self, widths: Sequence[int]) -> Iterator[tuple[Expr, Span]]:
         width, *narrower = [*widths, 0]
         if not width:
             yield from self._single()
@@ -105,41 +101,40 @@ class RowCutter:
         """Pixels of all tiles of a width, those that are computed twice counted twice."""
         return tirx.truncdiv(self.sizes.columns + self.const(width - 1), self.const(width)) * self.const(width)
 
-    def _cut(self, width: int) -> Iterator[tuple[Expr, Span, Expr]]:
+    def _cut(self, width: int) -> Iterator[tuple[Expr, Span]]:
         const, opaque = self.const, self.v.opaque
         columns, begin = self.sizes.columns, width if self.padded else 0
         if self.padded:
-            yield const(0), Span(width, left=True), const(0)
+            yield const(0), Span(width, left=True)
         # From `begin` to `end` all taps are inside; the last tile there ends at `end`.
         end = columns - const(begin)
         count = opaque(tirx.truncdiv(end - const(begin) + const(width - 1), const(width)))
         with T.serial(count) as turn:
             at = T.Bind(const(begin) + turn * const(width))
-            yield opaque(T.min(at, end - const(width))), Span(width), at
+            yield opaque(T.min(at, end - const(width))), Span(width)
         if self.padded:
-            place = T.Bind((count + const(1)) * const(width))
-            yield from self._last(Span(width), opaque(columns - const(width)), place)
+            yield from self._last(Span(width), opaque(columns - const(width)))
 
-    def _last(self, span: Span, column: Expr, place: Expr) -> Iterator[tuple[Expr, Span, Expr]]:
+    def _last(self, span: Span, column: Expr) -> Iterator[tuple[Expr, Span]]:
         """The last tile of a row, in as many forms as there are numbers of columns that it may lie behind the image."""
         least, most = self.after - self.spec.strides[1] + 1, max(0, self.after)
         for beyond in range(max(0, least), most + 1):
             tile = replace(span, beyond=beyond)
             if max(0, least) == most:
-                yield column, tile, place
+                yield column, tile
             else:
                 reached = self.beyond <= self.const(0) if beyond == 0 else self.beyond == self.const(beyond)
                 with T.If(reached), T.Then():
-                    yield column, tile, place
+                    yield column, tile
 
-    def _single(self) -> Iterator[tuple[Expr, Span, Expr]]:
+    def _single(self) -> Iterator[tuple[Expr, Span]]:
         spec = self.spec
         with T.serial(self.sizes.columns) as column:
             if not self.padded:
-                yield column, Span(1), column
+                yield column, Span(1)
                 return
             start = T.Bind(column * self.const(spec.strides[1]) - self.const(spec.pads[1]))
-            yield column, Span(1, inside=taps_inside(self.v, spec, start, self.sizes.width, 1)), column
+            yield column, Span(1, inside=taps_inside(self.v, spec, start, self.sizes.width, 1))
 
 
 def taps_inside(v: Vectors, spec: ConvSpec, start: Expr, size: Expr, axis: int) -> tuple[Expr, Expr]:

@@ -168,7 +168,7 @@ def _free_pool(parameters: dict[str, Any], body: Body) -> None:
         top = T.Bind(at * const(strides[0]) - const(pads[0]))
         base = T.Bind(plane * sizes.height * sizes.width * const(lanes))
         first, count = taps_inside(v, spec, top, sizes.height, 0)
-        for column, span, _ in cutter.tiles():
+        for column, span in cutter.tiles():
             cells = v.registers(span.width, start_value, kept)
             ends = v.registers(span.width if largest else 1, start_value, kept)  # the last taps
 
@@ -243,11 +243,14 @@ def global_pool(parameters: dict[str, Any], body: Body) -> None:
     wide = body.target.cores > 1 and batch * blocks * lanes * likely >= 1 << 17
     with (T.parallel if wide else T.serial)(const(batch * blocks)) as plane:
         sums = v.registers(4, _least(kept) if largest else 0.0, kept)
+        end = v.registers(1, _least(kept), kept) if largest else None  # the last place
         base = T.Bind(plane * size * const(lanes))
 
         def add(at: Expr, which: int) -> None:
-            here = v.at(const(which * lanes))
-            T.buffer_store(sums, both(sums[here], _taken(v, x, base + at * const(lanes), parameters)), [here])
+            here, value = v.at(const(which * lanes)), _taken(v, x, base + at * const(lanes), parameters)
+            T.buffer_store(sums, both(sums[here], value), [here])
+            if end is not None:
+                T.buffer_store(end, value, [v.at(const(0))])
 
         fours = T.Bind(tirx.truncdiv(size, const(4)))
         with T.serial(fours) as i:
@@ -259,8 +262,8 @@ def global_pool(parameters: dict[str, Any], body: Body) -> None:
             both(sums[v.at(const(0))], sums[v.at(const(lanes))]),
             both(sums[v.at(const(2 * lanes))], sums[v.at(const(3 * lanes))]),
         )
-        if largest and kept == "float32":
-            total = _unless_nan(v, total, v.load(x, base + (size - const(1)) * const(lanes)))
+        if end is not None and kept == "float32":
+            total = _unless_nan(v, total, end[v.at(const(0))])
         elif not largest:
             count = tirx.const(float(places), "float32") if isinstance(places, int) else T.Cast("float32", size)
             total = total * v.splat(tirx.const(1.0, "float32") / count)

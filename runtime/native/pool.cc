@@ -56,8 +56,8 @@ void Sleep(uint32_t* word, uint32_t value) {
   syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, value, nullptr, nullptr, 0);
 }
 
-void Wake(uint32_t* word, int threads) {
-  syscall(SYS_futex, word, FUTEX_WAKE_PRIVATE, threads, nullptr, nullptr, 0);
+void Wake(uint32_t* word) {
+  syscall(SYS_futex, word, FUTEX_WAKE_PRIVATE, 1, nullptr, nullptr, 0);
 }
 
 // One launch. A task is free where its word in `claims` is the launch's number, and taken by whoever makes it one
@@ -110,7 +110,7 @@ bool Help(Job* job, uint32_t index, uint64_t number) {
   Run(job, index);
   if (__atomic_sub_fetch(&job->left, 1, __ATOMIC_SEQ_CST) != 0) return true;
   // The caller may be gone by now and the job another's, who then is woken once, looks and sleeps on.
-  if (__atomic_load_n(&job->asleep, __ATOMIC_SEQ_CST)) Wake(&job->left, 1);
+  if (__atomic_load_n(&job->asleep, __ATOMIC_SEQ_CST)) Wake(&job->left);
   return true;
 }
 
@@ -257,7 +257,7 @@ int graphwright_pool_launch(ParallelTask task, void* data, int asked) {
   __atomic_add_fetch(&posted, 1, __ATOMIC_SEQ_CST);
   for (uint32_t index = 1; index <= most; ++index) {
     uint32_t* asleep = &crew[index].asleep;
-    if (__atomic_load_n(asleep, __ATOMIC_SEQ_CST) && Swap(asleep, 1u, 0u)) Wake(asleep, 1);
+    if (__atomic_load_n(asleep, __ATOMIC_SEQ_CST) && Swap(asleep, 1u, 0u)) Wake(asleep);
   }
 
   Run(job, 0);

@@ -77,6 +77,11 @@ def test_empty_images(name: str, compile_model: Callable[..., Any]) -> None:
         assert found.shape == (1, outputs, -(-height // step), -(-width // step))
 
 
+def test_the_greatest_of_an_empty_image(compile_model: Callable[..., Any]) -> None:
+    model = compile_model("g (float[1, 24, h, w] x) => (float[1, 24, 1, 1] y) { y = GlobalMaxPool (x) }")
+    assert (model.run({"x": image(24, 0, 3)})[0] == -np.inf).all()
+
+
 @pytest.mark.parametrize("target", ["cpu-baseline", "cpu-avx2", "cpu-avx512"])
 @pytest.mark.parametrize("name", ["3x3-stride", "7x7-stem", "depthwise", "deep"])
 def test_vectors_of_every_length(
