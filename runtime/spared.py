@@ -36,8 +36,8 @@ ELEMENTWISE = frozenset({
     "Selu", "Sigmoid", "Softplus", "Softsign", "Sqrt", "Sub", "Swish", "Tanh",
 })  # fmt: skip
 FREE = ELEMENTWISE | {
-    "AveragePool", "Concat", "Conv", "GlobalAveragePool", "GlobalMaxPool", "MaxPool", "ReduceMean", "Resize", "Shape",
-    "Upsample",
+    "AveragePool", "Concat", "Conv", "ConvTranspose", "GlobalAveragePool", "GlobalMaxPool", "MaxPool", "ReduceMean",
+    "Resize", "Shape", "Upsample",
 }  # fmt: skip
 
 
@@ -82,11 +82,15 @@ def _fits(node: ir.Node, lanes: int) -> bool:
     if pads not in ("NOTSET", "VALID") or attributes.get_int("ceil_mode", 0) != 0:
         return False
     channels = data.shape[1]
-    if node.op_type == "Conv":
+    if node.op_type in CONVOLUTIONS:
         sizes, groups = graph.static_shape(node.inputs[1]), attributes.get_int("group", 1)
         if sizes is None or graph.constant_tensor(node.inputs[1]) is None or not isinstance(channels, int):
             return False
-        return groups in (1, channels * (sizes[0] == channels)) or (sizes[0] // groups) % lanes == sizes[1] % lanes == 0
+        if "output_shape" in attributes:
+            return False
+        each = [sizes[0] // groups, sizes[1]]  # channels of a group, of inputs and of outputs in some order
+        depthwise = groups == channels and each == [1, 1]
+        return groups == 1 or depthwise or each[0] % lanes == each[1] % lanes == 0
     if node.op_type in ("MaxPool", "AveragePool"):
         return len(node.outputs) == 1 and isinstance(channels, int)
     if node.op_type == "Concat":

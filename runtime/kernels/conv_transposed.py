@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,18 +24,19 @@ from ...passes.base import Caches
 from ..target import InstructionSet
 from . import conv
 from .conv_direct import UNROLL, widest
-from .conv_spec import ConvSpec, ConvTile, Emission, Finish, axis, split_evenly
+from .conv_spec import ConvSpec, ConvTile, Emission, Finish, Sizes, axis, split_evenly
 from .dots import Accumulators, Dot
 from .vectors import Buffer, Expr, Vectors
 
 # store(vector of outputs along a row, (n, c, h, w) of the first, how many exist or None for all)
-Store = Callable[[Expr, Sequence[Expr], "int | None"], None]
+Store = Callable[[Expr, Sequence[Expr], "int | Expr | None"], None]
 
 
 @dataclass(frozen=True)
 class TransposedSpec:
     """A transposed convolution. 1-D ones have H = 1. pads: output rows above and columns to the left that are dropped;
-    those below and to the right follow from out_size."""
+    those below and to the right follow from out_size. free: the sizes stand for others, known only at run time, of
+    which as many outputs are dropped or added."""
 
     batch: int
     in_channels: int
@@ -48,6 +49,7 @@ class TransposedSpec:
     pads: tuple[int, int] = (0, 0)
     groups: int = 1
     blocked_input: bool = True
+    free: bool = False
 
     @property
     def multiply_adds(self) -> int:
@@ -119,6 +121,7 @@ def parts(spec: TransposedSpec, isa: InstructionSet) -> list[Part]:
         inner = ConvSpec(
             spec.batch, spec.in_channels, channels, spec.in_size, (rows.count, columns.count), kernel, (1, 1),
             (rows.dilation, columns.dilation), (-rows.offset, -columns.offset), spec.groups, spec.blocked_input,
+            free=spec.free,
         )  # fmt: skip
         found.append(Part(rows, columns, inner if min(kernel) > 0 else None))
     return found
@@ -155,6 +158,7 @@ def narrow(spec: TransposedSpec, isa: InstructionSet) -> bool:
         and part.phases == math.prod(spec.strides)
         and part.spec.kernel == (1, 1)
         and part.spec.pads == (0, 0)
+        and part.spec.in_size == part.spec.out_size
         and lanes % spec.strides[1] == 0
         and 2 * spec.out_channels <= lanes
     )
@@ -204,18 +208,32 @@ def pack(
 
 def emit(
     vectors: Vectors, spec: TransposedSpec, tiles: Sequence[ConvTile], x: Buffer, weights: Sequence[Buffer],
-    finish: Finish, threads: int, index: str, caches: Caches,
+    finish: Finish, threads: int, index: str, caches: Caches, sizes: Sequence[Expr] | None = None,
 ) -> None:  # fmt: skip
-    """Emit into the IR builder that is open; `finish` gets every output once. x: flat; weights: from `pack`, flat."""
+    """Emit into the IR builder that is open; `finish` gets every output once. x: flat; weights: from `pack`, flat.
+    sizes: of a free spec, rows and columns of the input and of the output as the shapes of arguments say them."""
     given = iter(zip(tiles, weights, strict=True))
     for part in parts(spec, vectors.isa):
+        own = None if sizes is None else _sizes_of(vectors, spec, part, sizes, index)
         if part.spec is None:
-            _zeros(vectors, spec, part, finish, index)
+            _zeros(vectors, spec, part, finish, index, own)
             continue
         blocks = -(-spec.out_channels // vectors.lanes)
         placed = _placed(spec, part, blocks, finish, index)
         tile, w = next(given)
-        conv.emit(vectors, part.spec, tile, x, w, placed, threads, index, caches)
+        conv.emit(vectors, part.spec, tile, x, w, placed, threads, index, caches, sizes=own)
+
+
+def _sizes_of(vectors: Vectors, spec: TransposedSpec, part: Part, sizes: Sequence[Expr], index: str) -> Sizes:
+    """Those of the convolution that a part is. Its results lie a stride apart: they are never one row."""
+
+    def count(size: Expr, line: Line, stride: int) -> Expr:
+        behind = size + tirx.const(stride - 1 - line.first, index)
+        return tirx.truncdiv(T.max(tirx.const(0, index), behind), tirx.const(stride, index))
+
+    height, width, rows, columns = sizes
+    counts = (count(rows, part.rows, spec.strides[0]), count(columns, part.columns, spec.strides[1]))
+    return Sizes.of(vectors, (height, width, *counts))
 
 
 def _placed(spec: TransposedSpec, part: Part, blocks: int, finish: Finish, index: str) -> Finish:
@@ -238,14 +256,17 @@ def _placed(spec: TransposedSpec, part: Part, blocks: int, finish: Finish, index
     return placed
 
 
-def _zeros(vectors: Vectors, spec: TransposedSpec, part: Part, finish: Finish, index: str) -> None:
+def _zeros(
+    vectors: Vectors, spec: TransposedSpec, part: Part, finish: Finish, index: str, own: Sizes | None
+) -> None:
     """Outputs that no input reaches."""
 
     def const(value: int) -> Expr:
         return tirx.const(value, index)
 
-    sizes = (spec.batch, -(-spec.out_channels // vectors.lanes), part.rows.count, part.columns.count)
-    with T.grid(*map(const, sizes)) as (n, block, row, column):
+    places = (const(part.rows.count), const(part.columns.count)) if own is None else (own.rows, own.columns)
+    outer = (const(spec.batch), const(-(-spec.out_channels // vectors.lanes)))
+    with T.grid(*outer, *places) as (n, block, row, column):
         for i, j in itertools.product(range(part.rows.phases), range(part.columns.phases)):
             at = (
                 row * const(spec.strides[0]) + const(part.rows.first + i),
@@ -265,64 +286,96 @@ class NarrowEmitter:
     cache, [row][channel][column]; from there they are stored as vectors along the row."""
 
     def __init__(
-        self, vectors: Vectors, spec: TransposedSpec, x: Buffer, w: Buffer, store: Store, threads: int, index: str
-    ) -> None:
+        self, vectors: Vectors, spec: TransposedSpec, x: Buffer, w: Buffer, store: Store, threads: int, index: str,
+        sizes: Sequence[Expr] | None,
+    ) -> None:  # fmt: skip
         (part,) = parts(spec, vectors.isa)
         assert part.spec is not None
         self.v, self.spec, self.lanes, self.w, self.store = vectors, spec, vectors.lanes, w, store
         self.e = Emission(vectors, part.spec, x, w, lambda value, place: None, threads, index, Dot(vectors))
-        self.width = _whole(spec.out_size[1], self.lanes)  # elements of a row in the buffer
+        const, lanes = self.e.const, self.lanes
+        # Of input and output; room: elements of a row in the buffer, as the shapes of arguments say them.
+        self.height, self.columns, self.out_columns = spec.in_size[0], spec.in_size[1], spec.out_size[1]
+        self.room: int | Expr = _whole(spec.out_size[1], lanes)
+        self.width = self.room
+        if sizes is not None:
+            self.height, self.columns, self.out_columns = (vectors.opaque(sizes[i]) for i in (0, 1, 3))
+            self.room = (tirx.truncdiv(sizes[3], const(lanes)) + const(1)) * const(lanes)
+            self.width = vectors.opaque(self.room)
 
     def emit(self) -> None:
-        e, spec, const = self.e, self.spec, self.e.const
-        height, lanes = spec.in_size[0], self.lanes
-        plane = math.prod(spec.in_size) * lanes
-        with e.tasks(spec.batch, height) as task:
-            n, row = e.divide(task, height)
-            rows = T.alloc_buffer((spec.strides[0] * spec.out_channels * self.width,), "float32", scope="global")
-            blocks = -(-spec.in_channels // lanes)
-            image = T.Bind(n * const(blocks * plane) + row * const(spec.in_size[1] * lanes))
+        e, spec, const, lanes = self.e, self.spec, self.e.const, self.lanes
+        height, columns, width = e.whole(self.height), e.whole(self.columns), e.whole(self.width)
+        quotient, remainder = self.v.divisions(not spec.free)
+        blocks = -(-spec.in_channels // lanes)
+        with e.tasks(spec.batch, self.height) as task:
+            n, row = quotient(task, height), remainder(task, height)
+            room = const(spec.strides[0] * spec.out_channels) * e.whole(self.room)
+            rows = T.alloc_buffer((room,), "float32", scope="global")
+            plane = T.Bind(height * columns * const(lanes))
+            image = T.Bind(n * const(blocks) * plane + row * columns * const(lanes))
             start = 0
             for first, vectors in _panels(spec, lanes):
-                self.panel(image, plane, first, vectors, start, rows)
+                for pixel, count in self.tiles(vectors):
+                    self.tile(image, plane, first, vectors, start, pixel, count, rows)
                 start += _whole(spec.in_channels, UNROLL) * vectors * lanes
-            whole, rest = divmod(spec.out_size[1], lanes)
             with e.serial(spec.strides[0]) as i, e.serial(spec.out_channels) as channel:
-                line = T.Bind((i * const(spec.out_channels) + channel) * const(self.width))
-                place = (n, channel, row * const(spec.strides[0]) + i)
-                with T.serial(const(whole)) as vector:
-                    column = T.Bind(vector * const(lanes))
-                    self.store(self.v.load(rows, line + column), (*place, column), None)
-                if rest:
-                    column = const(whole * lanes)
-                    self.store(self.v.load(rows, line + column), (*place, column), rest)
+                line = T.Bind((i * const(spec.out_channels) + channel) * width)
+                self.give(rows, line, (n, channel, row * const(spec.strides[0]) + i))
 
-    def panel(self, image: Expr, plane: int, first: int, vectors: int, start: int, rows: Buffer) -> None:
-        """The vectors [first, first + vectors) of all pixels of a row."""
+    def give(self, rows: Buffer, line: Expr, place: Sequence[Expr]) -> None:
+        """Store the row of outputs that begins at `line` of the buffer."""
+        e, lanes, size = self.e, self.e.const(self.lanes), self.e.whole(self.out_columns)
+        whole, rest = (T.Bind(f(size, lanes)) for f in (tirx.truncdiv, tirx.truncmod))
+        with T.serial(whole) as vector:
+            column = T.Bind(vector * lanes)
+            self.store(self.v.load(rows, line + column), (*place, column), None)
+        if isinstance(self.out_columns, int):
+            if self.out_columns % self.lanes:
+                column = e.const(self.out_columns // self.lanes * self.lanes)
+                self.store(self.v.load(rows, line + column), (*place, column), self.out_columns % self.lanes)
+        else:
+            with T.If(rest > e.const(0)), T.Then():
+                column = T.Bind(whole * lanes)
+                self.store(self.v.load(rows, line + column), (*place, column), rest)
+
+    def tiles(self, vectors: int) -> Iterator[tuple[Expr, int]]:
+        """(first pixel, pixels) of each tile of a row, inside the loop over them."""
+        const, most = self.e.const, widest(self.v.isa, vectors)
+        if isinstance(self.columns, int):
+            column = 0
+            for width, group in itertools.groupby(split_evenly(self.columns, -(-self.columns // most))):
+                count = len(list(group))
+                with self.e.serial(count) as t:
+                    yield T.Bind(const(column) + t * const(width)), width
+                column += count * width
+            return
+        with T.If(self.columns >= const(most)):
+            with T.Then(), T.serial(self.v.opaque(tirx.truncdiv(self.columns + const(most - 1), const(most)))) as t:
+                yield self.v.opaque(T.min(t * const(most), self.columns - const(most))), most
+            with T.Else(), T.serial(self.columns) as t:
+                yield t, 1
+
+    def tile(
+        self, image: Expr, plane: Expr, first: int, vectors: int, start: int, pixel: Expr, width: int, rows: Buffer
+    ) -> None:
+        """The vectors [first, first + vectors) of `width` pixels of a row."""
         e, const, lanes = self.e, self.e.const, self.lanes
-        columns = self.spec.in_size[1]
-        widths = split_evenly(columns, -(-columns // widest(self.v.isa, vectors)))
-        column = 0
-        for width, group in itertools.groupby(widths):
-            count = len(list(group))
-            with e.serial(count) as t:
-                pixel = T.Bind(const(column) + t * const(width))
-                acc = Accumulators(e.dot, width, vectors)
-                for j, k in itertools.product(range(width), range(vectors)):
-                    acc.set(j, k, self.v.splat(0.0))
-                with T.serial(const(-(-self.spec.in_channels // UNROLL))) as q:
-                    block, quarter = e.divide(q, lanes // UNROLL)
-                    x_at = T.Bind(image + block * const(plane) + pixel * const(lanes) + quarter * const(UNROLL))
-                    w_at = T.Bind(const(start) + q * const(UNROLL * vectors * lanes))
-                    for u in range(UNROLL):
-                        row = [self.v.load(self.w, w_at + const((u * vectors + k) * lanes)) for k in range(vectors)]
-                        for j in range(width):
-                            value = T.Bind(self.v.splat(e.x[x_at + const(j * lanes + u)]))
-                            for k in range(vectors):
-                                acc.add(j, k, value, row[k])
-                for j, k in itertools.product(range(width), range(vectors)):
-                    self.spread(acc.get(j, k), (first + k) * lanes, pixel + const(j), rows)
-            column += count * width
+        acc = Accumulators(e.dot, width, vectors)
+        for j, k in itertools.product(range(width), range(vectors)):
+            acc.set(j, k, self.v.splat(0.0))
+        with T.serial(const(-(-self.spec.in_channels // UNROLL))) as q:
+            block, quarter = e.divide(q, lanes // UNROLL)
+            x_at = T.Bind(image + block * plane + pixel * const(lanes) + quarter * const(UNROLL))
+            w_at = T.Bind(const(start) + q * const(UNROLL * vectors * lanes))
+            for u in range(UNROLL):
+                row = [self.v.load(self.w, w_at + const((u * vectors + k) * lanes)) for k in range(vectors)]
+                for j in range(width):
+                    value = T.Bind(self.v.splat(e.x[x_at + const(j * lanes + u)]))
+                    for k in range(vectors):
+                        acc.add(j, k, value, row[k])
+        for j, k in itertools.product(range(width), range(vectors)):
+            self.spread(acc.get(j, k), (first + k) * lanes, pixel + const(j), rows)
 
     def spread(self, value: Expr, first: int, pixel: Expr, rows: Buffer) -> None:
         """Put the results `first` and following of a pixel where they belong in the rows of outputs."""
@@ -330,13 +383,15 @@ class NarrowEmitter:
         total = math.prod(self.spec.strides) * self.spec.out_channels
         for lane in range(0, min(self.lanes, total - first), step):
             line = (first + lane) // step
-            at = const(line * self.width) + pixel * const(step)
+            at = const(line) * self.e.whole(self.width) + pixel * const(step)
             part = tirx.Shuffle([value], [tirx.const(lane + j, "int32") for j in range(step)])
             T.buffer_store(rows, part, [T.ramp(at, 1, step) if step > 1 else at])
 
 
 def emit_narrow(
-    vectors: Vectors, spec: TransposedSpec, x: Buffer, w: Buffer, store: Store, threads: int, index: str
-) -> None:
-    """Emit the narrow form into the IR builder that is open; `store` gets vectors along the rows of a plain output."""
-    NarrowEmitter(vectors, spec, x, w, store, threads, index).emit()
+    vectors: Vectors, spec: TransposedSpec, x: Buffer, w: Buffer, store: Store, threads: int, index: str,
+    sizes: Sequence[Expr] | None = None,
+) -> None:  # fmt: skip
+    """Emit the narrow form into the IR builder that is open; `store` gets vectors along the rows of a plain output.
+    sizes: as of `emit`."""
+    NarrowEmitter(vectors, spec, x, w, store, threads, index, sizes).emit()

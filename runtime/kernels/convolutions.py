@@ -43,13 +43,17 @@ def conv(parameters: dict[str, Any], body: Body) -> None:
     assert lanes == body.out_shape[-1]
     sizes = None
     if spec.free:
-        places = [expression(size, body.index) for size in (*body.shapes[0][2:4], *body.out_shape[2:4])]
         one_row = any({2, 3} <= set(group) for group in body.merged)
-        sizes = Sizes.of(body.vectors, places, one_row)
+        sizes = Sizes.of(body.vectors, places(body), one_row)
     kernels.emit(
         body.vectors, spec, tile, x, w, finish, body.target.cores, body.index, body.target.caches,
         first[0] if first else None, sizes,
     )  # fmt: skip
+
+
+def places(body: Body) -> list[Expr]:
+    """Rows and columns of an image and of the result."""
+    return [expression(size, body.index) for size in (*body.shapes[0][2:4], *body.out_shape[2:4])]
 
 
 def tuples(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -63,15 +67,15 @@ def transposed(parameters: dict[str, Any], body: Body) -> None:
     spec = TransposedSpec(**tuples(parameters["spec"]))
     tiles = [ConvTile(**tile) for tile in parameters["tiles"]]
     x, *weights = body.inputs
-    common = (body.target.cores, body.index)
+    common, sizes = (body.target.cores, body.index), places(body) if spec.free else None
     if conv_transposed.narrow(spec, body.vectors.isa):
         drop = 4 - len(body.out_shape)  # 1 where there is one spatial axis
 
-        def store(value: Expr, place: Sequence[Expr], count: int | None) -> None:
+        def store(value: Expr, place: Sequence[Expr], count: int | Expr | None) -> None:
             n, channel, *at = place
             body.store(value, [n, channel, *at[drop:]], count)
 
-        conv_transposed.emit_narrow(body.vectors, spec, x, weights[0], store, *common)
+        conv_transposed.emit_narrow(body.vectors, spec, x, weights[0], store, *common, sizes)
         return
     drop = 5 - len(body.out_shape)
 
@@ -79,7 +83,7 @@ def transposed(parameters: dict[str, Any], body: Body) -> None:
         n, block, *at = place
         body.store(value, [n, block, *at[drop:], tirx.const(0, body.index)], None)
 
-    conv_transposed.emit(body.vectors, spec, tiles, x, weights, finish, *common, body.target.caches)
+    conv_transposed.emit(body.vectors, spec, tiles, x, weights, finish, *common, body.target.caches, sizes)
 
 
 Pack = Callable[[Any], Any]  # a tensor (N, C, ...) -> in blocks
@@ -140,6 +144,8 @@ def _sizes(call: Any, blocked: Any | None) -> _Sizes | None:
             (NOMINAL - 1) * s + (k - 1) * d + 1 - int(attrs.padding[i]) - int(attrs.padding[rank + i])
             for i, (s, k, d) in enumerate(zip(strides, kernel, dilations, strict=True))
         ]
+        if hasattr(attrs, "output_padding"):  # a transposed one makes the larger image of the two
+            given, made = made, [size + int(more) for size, more in zip(given, attrs.output_padding, strict=True)]
     fields = {
         "batch": shape[0] if isinstance(shape[0], int) else 1, "in_channels": shape[1], "out_channels": out[1],
         "in_size": pair(given, 1), "out_size": pair(made, 1), "kernel": kernel, "strides": strides,
@@ -223,7 +229,7 @@ def transposed_convolution(
 ) -> tuple[Any, bool] | None:
     """A transposed one: the result, and whether it is in blocks; None where there is no template."""
     sizes = _sizes(call, blocked)
-    if sizes is None or sizes.fields.pop("free"):
+    if sizes is None:
         return None
     spec = TransposedSpec(**sizes.fields)
     if conv_transposed.supported(spec, target.isa) is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -64,6 +65,41 @@ def test_convolutions_at_every_size(name: str, compile_model: Callable[..., Any]
         model.check({"x": image(channels, height, 17)})
 
 
+TRANSPOSED: dict[str, tuple[int, int, int, str]] = {
+    # name: (channels, outputs, kernel, attributes)
+    "2x2": (24, 24, 2, "strides = [2, 2]"),
+    "2x2-narrow": (24, 1, 2, "strides = [2, 2]"),
+    "2x2-three": (40, 3, 2, "strides = [2, 2]"),
+    "4x4": (16, 32, 4, "strides = [2, 2], pads = [1, 1, 1, 1]"),
+    "3x3": (20, 24, 3, "strides = [2, 2], pads = [1, 1, 1, 1], output_padding = [1, 1]"),
+    "3x3-odd": (16, 16, 3, "strides = [2, 2], pads = [0, 1, 1, 0]"),
+    "3x3-stride-1": (16, 16, 3, "pads = [1, 1, 1, 1]"),
+    "stride-3": (16, 8, 2, "strides = [3, 3]"),
+    "stride-4": (8, 4, 4, "strides = [4, 4]"),
+    "dropped": (16, 4, 2, "strides = [2, 2], pads = [0, 0, 2, 2]"),
+    "dilated": (16, 16, 3, "strides = [2, 2], dilations = [2, 2], pads = [2, 2, 2, 2]"),
+    "groups": (64, 64, 4, "group = 2, strides = [2, 2], pads = [1, 1, 1, 1]"),
+    "depthwise": (32, 32, 4, "group = 32, strides = [2, 2], pads = [1, 1, 1, 1]"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "batch"),
+    [*((name, "1") for name in TRANSPOSED), *itertools.product(("2x2-narrow", "3x3", "stride-3"), ("2", "n"))],
+)
+def test_transposed_convolutions(name: str, batch: str, compile_model: Callable[..., Any]) -> None:
+    channels, outputs, kernel, attributes = TRANSPOSED[name]
+    groups = int(attributes.split("group = ")[1].split(",")[0]) if "group" in attributes else 1
+    model = compile_model(
+        f"g (float[{batch}, {channels}, h, w] x) => (float[b2, {outputs}, p, q] y)"
+        f" {{ c = ConvTranspose <{attributes}> (x, k, b) y = Sigmoid (c) }}",
+        k=weights(channels, outputs // groups, kernel, kernel), b=weights(outputs),
+    )  # fmt: skip
+    for width in SIZES[2:]:
+        for count in (1, 3) if batch == "n" else (int(batch),):
+            model.check({"x": image(channels, SIZES[2 + width % 9], width, count)})
+
+
 @pytest.mark.parametrize("name", ["1x1", "1x1-stride", "3x3", "depthwise"])
 def test_empty_images(name: str, compile_model: Callable[..., Any]) -> None:
     channels, outputs, kernel, attributes, _ = CONVOLUTIONS[name]
@@ -111,6 +147,7 @@ POOLS = {
     " (r, , scales)",
     "gate": "m = GlobalAveragePool (r) s = Conv (m, g) t = HardSigmoid (s) y = Mul (r, t)",
     "concat": "d = Conv <pads = [1, 1, 1, 1]> (r, k2) y = Concat <axis = 1> (r, d, r)",
+    "transposed": "d = ConvTranspose <strides = [2, 2]> (r, k4) y = Concat <axis = 1> (d, d)",
     "residual": "d = Conv <pads = [1, 1, 1, 1]> (r, k3) y = Add (d, r)",
     "ramp": "h = Shape <start = 2, end = 3> (r) n = Cast <to = 1> (h) d = Div (r, n) y = Conv (d, g)",
 }
@@ -123,6 +160,7 @@ def test_what_stands_between_convolutions(name: str, batch: str, compile_model: 
     model = compile_model(
         f"g (float[{batch}, 24, h, w] x) => (float[{dims}] y) {{ c = Conv (x, k) r = Relu (c) {POOLS[name]} }}",
         k=weights(40, 24, 1, 1), g=weights(40, 40, 1, 1), k2=weights(20, 40, 3, 3), k3=weights(40, 40, 3, 3),
+        k4=weights(40, 24, 2, 2),
         axes=np.array([2, 3]), scales=np.array([1, 1, 3, 2], np.float32),
     )  # fmt: skip
     for height, width in ((3, 2), (5, 9), (16, 16), (21, 34)):

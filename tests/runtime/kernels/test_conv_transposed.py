@@ -137,6 +137,7 @@ def check(case: Case, target: Target) -> None:
 CASES = {
     "2x2, stride 2": Case((32, 16), (7, 9), (2, 2), (2, 2)),
     "2x2, stride 2, channels beside vectors": Case((20, 24), (5, 11), (2, 2), (2, 2), batch=2),
+    "2x2, stride 2, a pixel's outputs dropped": Case((24, 2), (6, 13), (2, 2), (2, 2), (0, 0, 2, 2)),
     "2x2, stride 2, one channel": Case((24, 1), (6, 13), (2, 2), (2, 2)),
     "2x2, stride 2, three channels": Case((17, 3), (3, 4), (2, 2), (2, 2), batch=2),
     "4x4, stride 4, one channel": Case((18, 1), (3, 5), (4, 4), (4, 4)),
