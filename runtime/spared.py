@@ -26,9 +26,6 @@ BETWEEN = "between convolutions that onnxruntime is faster at"
 CONVOLUTIONS = frozenset({"Conv", "ConvTranspose"})
 PRODUCTS = frozenset({"MatMul", "Gemm", "Attention", "LSTM", "GRU", "RNN", "Einsum"})
 
-
-DENSE = 0.4  # of the weights of convolutions, in dense kernels beyond 1x1, from which on a network counts as such
-
 # Operators that have kernels for images whose height and width are known only at run time; `_fits` says in which forms.
 ELEMENTWISE = frozenset({
     "Abs", "Add", "BatchNormalization", "Cast", "Celu", "Clip", "Div", "Dropout", "Elu", "Erf", "Exp", "Gelu",
@@ -50,7 +47,7 @@ def spared(model: ir.Model, lanes: int) -> dict[ir.Node, str]:
     left. Products stay.
     """
     nodes = list(model.graph)
-    free = all(_fits(node, lanes) for node in nodes) and not _dense(nodes)
+    free = all(_fits(node, lanes) for node in nodes)
     # Sizes in bodies are often not inferred: with fixed inputs the importer finds them.
     fixed = all(graph.static_shape(value) is not None for value in model.graph.inputs if not value.is_initializer())
     found = {node: reason for node in nodes if (reason := _reason(node) or (None if fixed else _inside(node)))}
@@ -101,19 +98,6 @@ def _fits(node: ir.Node, lanes: int) -> bool:
     if node.op_type in ("Resize", "Upsample"):
         return _repeats(node)
     return True
-
-
-def _dense(nodes: Iterable[ir.Node]) -> bool:
-    """Whether much of a network are dense kernels beyond 1x1: as fast here as on onnxruntime while sizes are unknown,
-    as Winograd's form, which makes them faster, has none for that."""
-    all_of, dense = 0, 0
-    for node in nodes:
-        sizes = graph.static_shape(node.inputs[1]) if node.op_type == "Conv" and not node.domain else None
-        if sizes is not None and _moving(node.inputs[0]):
-            count = int(np.prod(sizes))
-            all_of += count
-            dense += count if sizes[2:] != (1, 1) and node.attributes.get_int("group", 1) == 1 else 0
-    return dense > DENSE * all_of
 
 
 def _repeats(node: ir.Node) -> bool:

@@ -3,7 +3,7 @@
 direct: any size, dense or with groups that fill whole vectors (`conv_direct`).
 depthwise: one input channel for each output channel, or groups that lie in a vector (`conv_depthwise`).
 winograd: 3x3 of stride 1 with fewer multiplications (`winograd`).
-The first two have forms for images whose sizes are known only at run time (`conv_free`).
+All have forms for images whose sizes are known only at run time (`conv_free`, `winograd_free`).
 
 float32, 8-bit numbers with sums in int32 (`dots`), which the first two take, and bfloat16, which the first does.
 Weights of 16 bits are widened in registers by the direct form, and when they are packed by the others. Layouts are in
@@ -22,7 +22,7 @@ from tvm.tirx.script import builder as T
 
 from ...passes.base import Caches
 from ..target import InstructionSet
-from . import conv_depthwise, conv_direct, conv_free, winograd
+from . import conv_depthwise, conv_direct, conv_free, winograd, winograd_free
 from .conv_spec import ConvSpec, ConvTile, Emission, Finish, Sizes
 from .dots import BITS, INTEGERS, LONGEST, Dot, dot_of
 from .vectors import Buffer, Expr, Vectors
@@ -31,6 +31,7 @@ SYMBOL = "conv"
 WINOGRAD_GAIN = 1.15  # estimated, from which on the Winograd form is taken
 OPAQUE = 8  # Relax's operator pattern of a function that nothing is fused into
 TEMPLATES = {"direct": conv_direct, "depthwise": conv_depthwise, "winograd": winograd}
+FREE = {"direct": conv_free, "depthwise": conv_free, "winograd": winograd_free}  # loops for sizes of the run
 
 
 def supported(spec: ConvSpec, isa: InstructionSet) -> str | None:
@@ -66,11 +67,9 @@ def choose_algorithm(spec: ConvSpec, isa: InstructionSet, caches: Caches) -> tup
         return "depthwise", f"groups of {spec.each} input channels lie in a vector"
     if spec.data != "float32":
         return "direct", "8-bit numbers" if spec.data in INTEGERS else "bfloat16"
-    if spec.free:
-        return "direct", "sizes that are known only at run time"
     if refusal := winograd.refusal(spec):
         return "direct", refusal
-    one = replace(spec, batch=1)
+    one = replace(spec, batch=1, free=False)
     direct = conv_direct.tiling(one, isa).cycles + _memory(9, spec)
     fewer = winograd.plan(one, isa, caches, 1).cycles + _memory(winograd.POSITIONS, spec)
     gain = direct / fewer
@@ -127,8 +126,8 @@ def emit(
     """
     dot = dot_for(vectors, spec, tile)
     emission = Emission(vectors, spec, x, w, finish, threads, index, dot, first, sizes)
-    template = conv_free if spec.free else TEMPLATES[tile.algorithm]
-    template.emit(emission, tile, caches or Caches())
+    templates = FREE if spec.free else TEMPLATES
+    templates[tile.algorithm].emit(emission, tile, caches or Caches())
 
 
 def conv(

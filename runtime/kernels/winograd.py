@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -126,11 +126,13 @@ class WinogradEmitter:
         self.in_blocks, self.out_blocks = self.spec.in_blocks(self.lanes), self.spec.out_blocks(self.lanes)
         self.panels = -(-self.out_blocks // self.vectors)
         self.high, self.wide = (-(-size // 2) for size in self.spec.out_size)
-        tiles = self.plan.rows * self.wide
-        # Elements from one position to the next; the odd vector keeps positions out of each other's cache sets.
-        self.piece = (self.in_blocks * tiles + 1) * self.lanes
-        self.product = (tiles * self.vectors + 1) * self.lanes
-        self.tiles = tiles
+        self.tiles, self.turns = self.plan.rows * self.wide, len(self.plan.widths)
+        self.set_strides()
+
+    def set_strides(self) -> None:
+        """Elements from one position to the next; the odd vector keeps positions out of each other's cache sets."""
+        self.piece = (self.in_blocks * self.tiles + 1) * self.lanes
+        self.product = (self.tiles * self.vectors + 1) * self.lanes
 
     def emit(self) -> None:
         e, p = self.e, self.plan
@@ -151,7 +153,7 @@ class WinogradEmitter:
                 count = T.Bind(T.min(e.const(p.panels), e.const(self.panels) - first))
             with e.serial(count) as i:
                 panel = T.Bind(first + i)
-                self.multiply(panel, pieces, products)
+                self.multiply(panel, pieces, products, self.register_tiles())
                 self.transform_output(n, panel, first_row, rows, products)
 
     # -- input -----------------------------------------------------------------------------------------------
@@ -211,17 +213,21 @@ class WinogradEmitter:
                         for j in inside:
                             held.set(0, j, e.x[here[j]])
                     d.append([T.Bind(held.get(0, j)) for j in range(4)])
-                rows = _columnwise(_transform_input, d)
-                for i, row in enumerate(rows):
-                    for j, value in enumerate(_transform_input(row)):
-                        place = into + tile * e.const(self.lanes) + e.const((4 * i + j) * self.piece)
-                        e.vectors.store(pieces, place, value)
+                for position, value in enumerate(input_transform(d)):
+                    place = into + tile * e.const(self.lanes) + e.const(position * self.piece)
+                    e.vectors.store(pieces, place, value)
             x += count
 
     # -- products --------------------------------------------------------------------------------------------
 
-    def multiply(self, panel: Expr, pieces: Buffer, products: Buffer) -> None:
-        """products[position][tile][vector] = pieces[position] · w[panel][position] at all positions."""
+    def multiply(
+        self, panel: Expr, pieces: Buffer, products: Buffer, register_tiles: Iterable[tuple[Expr, int, Expr]]
+    ) -> None:
+        """products[position][tile][vector] = pieces[position] · w[panel][position] at all positions.
+
+        register_tiles: (first, count) of the tiles that are multiplied together, and their number, inside the loop over
+        them.
+        """
         e, vectors, lanes = self.e, self.vectors, self.lanes
         step = vectors * lanes  # weights of one input channel
         depth = self.in_blocks * lanes
@@ -229,9 +235,9 @@ class WinogradEmitter:
             piece = T.Bind(position * e.const(self.piece))
             product = T.Bind(position * e.const(self.product))
             weights = T.Bind((panel * e.const(POSITIONS) + position) * e.const(depth * step))
-            for first, width, turn in self.register_tiles():
+            for first, width, turn in register_tiles:
                 ahead = e.vectors.ahead(
-                    e.w, weights, depth * step, UNROLL * step, turn, len(self.plan.widths), e.const
+                    e.w, weights, depth * step, UNROLL * step, turn, self.turns, e.const
                 )
                 acc = Accumulators(e.dot, width, vectors)
                 for j, v in itertools.product(range(width), range(vectors)):
@@ -253,7 +259,7 @@ class WinogradEmitter:
                     e.vectors.store(products, into + j * step + v * lanes, acc.get(j, v))
 
     def register_tiles(self) -> Iterator[tuple[Expr, int, Expr]]:
-        """(first, count) of the tiles that are multiplied together, and their number, inside the loop over them."""
+        """Those of a task, for `multiply`."""
         start = number = 0
         for width, group in itertools.groupby(self.plan.widths):
             count = len(list(group))
@@ -304,6 +310,16 @@ class WinogradEmitter:
         values = _transform_output(m)[:outputs]
         for b, value in enumerate(values):
             self.e.finish(value, (n, block, row, x * 2 + b))
+
+
+def input_transform(d: list[list[Value]]) -> list[Value]:
+    """The 16 pieces of a tile BᵀdB."""
+    return [value for row in _columnwise(_transform_input, d) for value in _transform_input(row)]
+
+
+def output_transform(m: list[list[Value]]) -> list[list[Value]]:
+    """The 2x2 outputs AᵀmA."""
+    return [_transform_output(row) for row in _columnwise(_transform_output, m)]
 
 
 def _columnwise(transform: Callable[[list[Value]], list[Value]], rows: list[list[Value]]) -> list[list[Value]]:

@@ -28,6 +28,7 @@ CONVOLUTIONS: dict[str, tuple[int, int, int, str, int]] = {
     "1x1": (32, 48, 1, "strides = [1, 1]", 1),
     "1x1-stride": (32, 48, 1, "strides = [2, 2]", 1),
     "3x3": (32, 48, 3, "pads = [1, 1, 1, 1]", 1),
+    "3x3-wide": (64, 96, 3, "pads = [1, 1, 1, 1]", 1),
     "3x3-stride": (32, 40, 3, "strides = [2, 2], pads = [1, 1, 1, 1]", 1),
     "3x3-stride-3": (16, 16, 3, "strides = [3, 3], pads = [1, 1, 1, 1]", 1),
     "3x3-valid": (32, 80, 3, "strides = [1, 1]", 3),
@@ -119,7 +120,7 @@ def test_the_greatest_of_an_empty_image(compile_model: Callable[..., Any]) -> No
 
 
 @pytest.mark.parametrize("target", ["cpu-baseline", "cpu-avx2", "cpu-avx512"])
-@pytest.mark.parametrize("name", ["3x3-stride", "7x7-stem", "depthwise", "deep"])
+@pytest.mark.parametrize("name", ["3x3", "3x3-stride", "7x7-stem", "depthwise", "deep"])
 def test_vectors_of_every_length(
     name: str, target: str, compile_model: Callable[..., Any], runnable: Callable[[str], Any]
 ) -> None:
@@ -168,8 +169,9 @@ def test_what_stands_between_convolutions(name: str, batch: str, compile_model: 
             model.check({"x": image(24, height, width, count)})
 
 
-def test_every_place_of_a_network_has_its_kernel(tmp_path: Any) -> None:
-    """Whole artifacts: a small network of the mobile kind is compiled, and one with much of dense kernels is left."""
+@pytest.mark.parametrize("dense", [False, True])
+def test_every_place_of_a_network_has_its_kernel(dense: bool, tmp_path: Any) -> None:
+    """Whole artifacts: small networks, of the mobile kind and with much of dense kernels."""
     import onnx_ir as ir
     from graphwright.runtime.build import build
     from graphwright.runtime.reference import Reference
@@ -179,22 +181,20 @@ def test_every_place_of_a_network_has_its_kernel(tmp_path: Any) -> None:
 
     text = """<ir_version: 8, opset_import: ["": 17]> g (float[n, 3, h, w] x) => (float[n, c] y) {
         a = Conv <strides = [2, 2], pads = [1, 1, 1, 1]> (x, stem) b = HardSwish (a)
-        d = Conv <pads = [0, 0, 0, 0]> (b, wide) e = Relu (d)
+        d = Conv <pads = [PAD, PAD, PAD, PAD]> (b, wide) e = Relu (d)
         f = Conv <group = 64, strides = [2, 2], pads = [2, 2, 2, 2]> (e, each) r = Relu (f)
         m = GlobalAveragePool (r) s = Conv (m, gate) t = HardSigmoid (s) u = Mul (r, t)
         v = Conv (u, narrow) z = Concat <axis = 1> (v, f) q = GlobalAveragePool (z) y = Flatten (q) }"""
+    proto = parser.parse_model(text.replace("PAD", "1" if dense else "0"))
     made = {
-        "stem": (16, 3, 3, 3), "wide": (64, 16, 1, 1), "each": (64, 1, 5, 5), "gate": (64, 64, 1, 1),
-        "narrow": (24, 64, 1, 1),
+        "stem": (16, 3, 3, 3), "wide": (64, 16, *((3, 3) if dense else (1, 1))), "each": (64, 1, 5, 5),
+        "gate": (64, 64, 1, 1), "narrow": (24, 64, 1, 1),
     }  # fmt: skip
-    for dense in (False, True):
-        proto = parser.parse_model(text.replace("pads = [0, 0, 0, 0]", "pads = [1, 1, 1, 1]") if dense else text)
-        shapes = {**made, "wide": (64, 16, 3, 3)} if dense else made
-        proto.graph.initializer.extend(numpy_helper.from_array(weights(*s) / 8, n) for n, s in shapes.items())
-        model = ir.from_proto(shape_inference.infer_shapes(proto))
-        artifact = build(model, Target.named("cpu"), tmp_path / str(dense))
-        assert ("tvm" in {region.runtime for region in artifact.manifest.regions}) is not dense
-        session, reference = Session(artifact, threads=2), Reference(model, threads=1)
-        for height, width, batch in ((32, 32, 1), (57, 40, 2), (7, 9, 1), (224, 160, 1)):
-            feeds = {"x": image(3, height, width, batch)}
-            np.testing.assert_allclose(session.run(None, feeds)[0], reference.run(feeds)["y"], rtol=0, atol=1e-5)
+    proto.graph.initializer.extend(numpy_helper.from_array(weights(*s) / 8, n) for n, s in made.items())
+    model = ir.from_proto(shape_inference.infer_shapes(proto))
+    artifact = build(model, Target.named("cpu"), tmp_path / "artifact")
+    assert {region.runtime for region in artifact.manifest.regions} == {"tvm"}
+    session, reference = Session(artifact, threads=2), Reference(model, threads=1)
+    for height, width, batch in ((32, 32, 1), (57, 40, 2), (7, 9, 1), (224, 160, 1)):
+        feeds = {"x": image(3, height, width, batch)}
+        np.testing.assert_allclose(session.run(None, feeds)[0], reference.run(feeds)["y"], rtol=0, atol=1e-5)
