@@ -70,7 +70,7 @@ class FreeWinograd(winograd.WinogradEmitter):
                 panels = T.Bind(T.min(const(self.each), const(self.panels) - first))
             with e.serial(panels) as i:
                 panel = T.Bind(first + i)
-                self.multiply(panel, pieces, products, self.register_tiles(count))
+                self.multiply(panel, pieces, products, self.tiles_of_run(count))
                 self.results(n, panel, rows, columns, count, products)
 
     def runs(self, total: Expr, tasks: int) -> tuple[Expr, Expr]:
@@ -122,10 +122,10 @@ class FreeWinograd(winograd.WinogradEmitter):
         for position, value in enumerate(winograd.input_transform(d)):
             self.e.vectors.store(pieces, into + self.e.const(position * self.piece), value)
 
-    def register_tiles(self, count: Expr) -> Iterator[tuple[Expr, int, Expr]]:
-        yield from self._register_tiles(count, self.widths)
+    def tiles_of_run(self, count: Expr) -> Iterator[tuple[Expr, int, Expr]]:
+        yield from self._tiles(count, self.widths)
 
-    def _register_tiles(self, count: Expr, widths: list[int]) -> Iterator[tuple[Expr, int, Expr]]:
+    def _tiles(self, count: Expr, widths: list[int]) -> Iterator[tuple[Expr, int, Expr]]:
         """As many as possible of the first width, the last of which ends where the run does; or of the next one, where
         that computes fewer tiles twice."""
         const, opaque = self.e.const, self.e.vectors.opaque
@@ -145,7 +145,7 @@ class FreeWinograd(winograd.WinogradEmitter):
             with T.Then(), T.serial(opaque(turns(width))) as turn:
                 yield opaque(T.min(turn * const(width), count - const(width))), width, turn
             with T.Else():
-                yield from self._register_tiles(count, narrower)
+                yield from self._tiles(count, narrower)
 
     def results(
         self, n: Expr, panel: Expr, rows: Buffer, columns: Buffer, count: Expr, products: Buffer
