@@ -96,7 +96,7 @@ def _fits(node: ir.Node, lanes: int) -> bool:
         axes = graph.constant_tensor(node.inputs[1]) if len(node.inputs) > 1 else attributes.get_ints("axes", [])
         return axes is not None and sorted(int(a) % 4 for a in np.asarray(axes).reshape(-1)) == [2, 3]
     if node.op_type in ("Resize", "Upsample"):
-        return _repeats(node)
+        return isinstance(channels, int) and (_repeats(node) or _mixes(node))
     return True
 
 
@@ -115,6 +115,24 @@ def _repeats(node: ir.Node) -> bool:
     if node.op_type == "Upsample" or (transform in ("asymmetric", "tf_half_pixel_for_nn") and nearest == "floor"):
         return True
     return transform in ("half_pixel", "half_pixel_symmetric") and nearest.startswith("round_prefer")
+
+
+def _mixes(node: ir.Node) -> bool:
+    """Whether a resize takes weighted sums of neighbours, by a whole factor or to sizes that are given."""
+    attributes = node.attributes
+    if node.op_type == "Upsample" or "axes" in attributes or attributes.get_int("antialias", 0):
+        return False
+    if attributes.get_string("mode", "nearest") not in ("linear", "cubic"):
+        return False
+    if attributes.get_string("coordinate_transformation_mode", "half_pixel") == "tf_crop_and_resize":
+        return False
+    if attributes.get_string("keep_aspect_ratio_policy", "stretch") != "stretch":
+        return False
+    if graph.input_of(node, 3) is not None:
+        return True
+    scales = graph.input_of(node, 2)
+    factors = None if scales is None else graph.constant_tensor(scales)
+    return factors is not None and len(factors) == 4 and all(f == round(f) for f in np.asarray(factors).tolist())
 
 
 def _inside(node: ir.Node) -> str | None:

@@ -4,99 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import tvm
 from tvm import relax, te, tirx
 
+from ..kernels.resampling import F32, NEAREST, TRANSFORMS, Rule, coordinate, number, weights
 from .site import Dim, Refuse, Result, Site, Unfixed, const, converts, dtype_of, int64, is_float, normal_axis, shape_of
-
-F32 = "float32"
-
-
-@dataclass(frozen=True)
-class _Rule:
-    """How an output coordinate becomes an input coordinate and what is read there."""
-
-    mode: str
-    transform: str
-    nearest: str
-    cubic: float
-    exclude_outside: bool
-    antialias: bool
-    extrapolation: float
-
-
-def _f(value: float) -> tirx.Expr:
-    return tirx.const(value, F32)
-
-
-def _coordinate(rule: _Rule, at: tirx.Expr, size: Dim, out: Dim, scale: tirx.Expr, roi: tuple[Any, Any]) -> tirx.Expr:
-    """The input coordinate of output position `at` along an axis."""
-    x, length, new = at.astype(F32), int64(size).astype(F32), int64(out).astype(F32)
-    single = tirx.all(int64(out) == 1)
-    if rule.transform == "half_pixel":
-        return (x + _f(0.5)) / scale - _f(0.5)
-    if rule.transform == "half_pixel_symmetric":
-        exact = scale * length
-        offset = length / _f(2) * (_f(1) - new / exact)
-        return offset + (x + _f(0.5)) / scale - _f(0.5)
-    if rule.transform == "pytorch_half_pixel":
-        return tirx.Select(single, _f(-0.5), (x + _f(0.5)) / scale - _f(0.5))
-    if rule.transform == "align_corners":
-        return tirx.Select(single, _f(0), x * (length - _f(1)) / tirx.max(new - _f(1), _f(1)))
-    if rule.transform == "asymmetric":
-        return x / scale
-    if rule.transform == "tf_crop_and_resize":
-        start, end = roi
-        many = start * (length - _f(1)) + x * (end - start) * (length - _f(1)) / tirx.max(new - _f(1), _f(1))
-        return tirx.Select(single, _f(0.5) * (start + end) * (length - _f(1)), many)
-    raise Refuse(f"coordinate_transformation_mode {rule.transform!r} is unknown")
-
-
-def _weights(rule: _Rule, x: tirx.Expr, size: Dim) -> list[tuple[tirx.Expr, tirx.Expr]]:
-    """(index, weight) of every input element that contributes at input coordinate x."""
-    last = int64(size) - 1
-    if rule.mode == "nearest":
-        rounded = {
-            "round_prefer_floor": lambda: tirx.ceil(x - _f(0.5)), "round_prefer_ceil": lambda: tirx.floor(x + _f(0.5)),
-            "floor": lambda: tirx.floor(x), "ceil": lambda: tirx.ceil(x),
-        }.get(rule.nearest)  # fmt: skip
-        if rounded is None:
-            raise Refuse(f"nearest_mode {rule.nearest!r} is unknown")
-        return [(_inside(rounded().astype("int64"), last), _f(1))]
-    base = tirx.floor(x)
-    part = x - base
-    first = base.astype("int64")
-    if rule.mode == "linear":
-        pairs = [(first, _f(1) - part), (first + 1, part)]
-    else:
-        pairs = [(first + k - 1, w) for k, w in enumerate(_cubic(part, rule.cubic))]
-    if rule.exclude_outside:
-        kept = [(i, tirx.Select(tirx.all(i >= 0, i <= last), w, _f(0))) for i, w in pairs]
-        total = kept[0][1]
-        for _, weight in kept[1:]:
-            total = total + weight
-        pairs = [(i, w / total) for i, w in kept]
-    return [(_inside(i, last), w) for i, w in pairs]
-
-
-def _inside(index: tirx.Expr, last: tirx.Expr) -> tirx.Expr:
-    return tirx.max(tirx.min(index, last), tirx.IntImm("int64", 0))
-
-
-def _cubic(part: tirx.Expr, a: float) -> list[tirx.Expr]:
-    """Keys' cubic convolution at distances 1+t, t, 1-t, 2-t."""
-
-    def near(t: tirx.Expr) -> tirx.Expr:
-        return ((_f(a + 2) * t - _f(a + 3)) * t) * t + _f(1)
-
-    def far(t: tirx.Expr) -> tirx.Expr:
-        return ((_f(a) * t - _f(5 * a)) * t + _f(8 * a)) * t - _f(4 * a)
-
-    return [far(part + _f(1)), near(part), near(_f(1) - part), far(_f(2) - part)]
 
 
 def _along(
@@ -106,7 +21,7 @@ def _along(
     out: Dim,
     scale: Callable[[list[te.Tensor]], tirx.Expr],
     roi: tuple[Any, Any],
-    rule: _Rule,
+    rule: Rule,
     extra: Sequence[tvm.ir.Expr],
 ) -> tvm.ir.Expr:
     """One axis resized. `extra`: runtime tensors that `scale` and `roi` read."""
@@ -117,9 +32,10 @@ def _along(
 
         def element(*index: tirx.Var) -> tirx.Expr:
             window = tuple(r(list(tensors)) if callable(r) else r for r in roi)
-            at = _coordinate(rule, index[axis], size, out, scale(list(tensors)), window)
+            given = int64(size)
+            at = coordinate(rule, index[axis], given, int64(out), scale(list(tensors)), window)
             terms = [
-                (data(*index[:axis], place, *index[axis + 1 :]), weight) for place, weight in _weights(rule, at, size)
+                (data(*index[:axis], place, *index[axis + 1 :]), weight) for place, weight in weights(rule, at, given)
             ]
             if rule.mode == "nearest":
                 value = terms[0][0]
@@ -128,7 +44,7 @@ def _along(
                 for source, weight in terms[1:]:
                     value = value + source * weight.astype(data.dtype)
             if rule.transform == "tf_crop_and_resize":
-                outside = tirx.any(at < _f(0), at > int64(size).astype(F32) - _f(1))
+                outside = tirx.any(at < number(0), at > int64(size).astype(F32) - number(1))
                 value = tirx.Select(outside, tirx.const(rule.extrapolation, data.dtype), value)
             return value
 
@@ -137,7 +53,7 @@ def _along(
     return site.te(compute, x, *extra, name=f"resize_{rule.mode}")
 
 
-def _centres(rule: _Rule, size: int, out: int, scale: float, dtype: type[np.floating[Any]]) -> np.ndarray:
+def _centres(rule: Rule, size: int, out: int, scale: float, dtype: type[np.floating[Any]]) -> np.ndarray:
     """The input coordinate of every output position along an axis of known size, as `_coordinate` computes it."""
     one = dtype(1)
     at, length, new, scale_ = np.arange(out, dtype=dtype), dtype(size), dtype(out), dtype(scale)
@@ -155,7 +71,7 @@ def _centres(rule: _Rule, size: int, out: int, scale: float, dtype: type[np.floa
     raise Refuse(f"{rule.transform} is not compiled for fixed positions")
 
 
-def _table(rule: _Rule, size: int, out: int, scale: float) -> tuple[np.ndarray, np.ndarray]:
+def _table(rule: Rule, size: int, out: int, scale: float) -> tuple[np.ndarray, np.ndarray]:
     """For every output position along an axis: the input positions that it is made of (int32), and their weights."""
     x = _centres(rule, size, out, scale, np.float32)
     base = np.floor(x)
@@ -173,10 +89,10 @@ def _table(rule: _Rule, size: int, out: int, scale: float) -> tuple[np.ndarray, 
 
 
 def _interpolated(
-    site: Site, rule: _Rule, out: Sequence[Dim], axes: Sequence[int], scales: Sequence[float] | None, has_scales: bool
+    site: Site, rule: Rule, out: Sequence[Dim], axes: Sequence[int], scales: Sequence[float] | None, has_scales: bool
 ) -> Result | None:
-    """An image whose rows and columns are weighted sums at known places, by a kernel; None for other forms."""
-    from ..kernels.interpolate import interpolated
+    """An image whose rows and columns are weighted sums, by a kernel; None for other forms."""
+    from ..kernels.interpolate import interpolated, interpolated_by
     from ..kernels.vectors import Vectors
     from .pooling import templated
 
@@ -187,19 +103,21 @@ def _interpolated(
         return None
     if site.attr("keep_aspect_ratio_policy", "stretch") != "stretch":
         return None
-    sizes = [(d, o) for d, o in zip(dims[2:], out[2:], strict=True) if isinstance(d, int) and isinstance(o, int)]
-    if len(sizes) != 2 or 0 in sizes[0] + sizes[1]:
+    if rule.transform not in TRANSFORMS or 0 in (*dims[2:], *out[2:]):
         return None
     known = dict(zip(axes, scales, strict=True)) if scales is not None else {}
+    lanes, kind = Vectors(site.target.isa).lanes, relax.TensorType(list(out), F32)
     tables = []
-    for axis, (size, new) in zip((2, 3), sizes, strict=True):
+    for axis in (2, 3):
+        size, new = dims[axis], out[axis]
+        if not isinstance(size, int) or not isinstance(new, int):
+            return interpolated_by(site.bb, site.x(), rule, [known.get(axis) for axis in (2, 3)], kind, lanes)
         scale = known.get(axis, float(np.float32(new) / np.float32(size)))
         if size == new and scale == 1:
             tables.append((np.arange(size, dtype=np.int32)[:, None], np.ones((size, 1), np.float32)))
         else:
             tables.append(_table(rule, size, new, scale))
-    lanes = Vectors(site.target.isa).lanes
-    return interpolated(site.bb, site.x(), tables, relax.TensorType(list(out), F32), lanes)
+    return interpolated(site.bb, site.x(), tables, kind, lanes)
 
 
 def _keys(distance: Any, a: float) -> Any:
@@ -208,7 +126,7 @@ def _keys(distance: Any, a: float) -> Any:
     return np.where(distance <= 1, near, ((a * distance - 5 * a) * distance + 8 * a) * distance - 4 * a)
 
 
-def _antialiased(site: Site, x: tvm.ir.Expr, axis: int, out: int, scale: float, rule: _Rule) -> tvm.ir.Expr:
+def _antialiased(site: Site, x: tvm.ir.Expr, axis: int, out: int, scale: float, rule: Rule) -> tvm.ir.Expr:
     """One axis resized with a filter that widens as the image shrinks: the weights are a constant matrix."""
     size = shape_of(x)[axis]
     if not isinstance(size, int):
@@ -249,7 +167,7 @@ def resize(site: Site) -> Result:
     mode = site.attr("mode", "nearest")
     mode = "linear" if mode in ("bilinear", "trilinear") else mode
     old = upsample or site.opset < 11
-    rule = _Rule(
+    rule = Rule(
         mode=mode,
         transform="asymmetric" if old else site.attr("coordinate_transformation_mode", "half_pixel"),
         nearest="floor" if old else site.attr("nearest_mode", "round_prefer_floor"),
@@ -272,12 +190,12 @@ def resize(site: Site) -> Result:
         array = site.array(scales_at) if has_scales else None
         fixed_scales = None if array is None else [float(s) for s in array.reshape(-1)]
     out, scale_of, extra = _extents(site, axes, has_scales, fixed_scales, scales_at, sizes_at)
-    roi: list[tuple[Any, Any]] = [(_f(0), _f(1))] * len(axes)
+    roi: list[tuple[Any, Any]] = [(number(0), number(1))] * len(axes)
     if rule.transform == "tf_crop_and_resize":
         window = site.array(roi_at) if roi_at is not None and site.has(roi_at) else None
         if window is not None:
             flat = [float(v) for v in window.reshape(-1)]
-            roi = [(_f(flat[i]), _f(flat[len(axes) + i])) for i in range(len(axes))]
+            roi = [(number(flat[i]), number(flat[len(axes) + i])) for i in range(len(axes))]
         else:
             window_at = len(extra)
             extra = [*extra, site.cast(site.x(1), F32)]
@@ -290,6 +208,10 @@ def resize(site: Site) -> Result:
         return anchor(site.bb, "upsample", {"factors": factors}, [site.x()], relax.TensorType(list(out), site.dtype()))
     if (made := _interpolated(site, rule, out, axes, fixed_scales, has_scales)) is not None:
         return made
+    if rule.transform not in TRANSFORMS:
+        raise Refuse(f"coordinate_transformation_mode {rule.transform!r} is unknown")
+    if mode == "nearest" and rule.nearest not in NEAREST:
+        raise Refuse(f"nearest_mode {rule.nearest!r} is unknown")
     x, dtype = site.x(), site.dtype()
     work = dtype if mode == "nearest" or dtype in (F32, "float64") else F32
     x = site.cast(x, work)
@@ -315,7 +237,7 @@ def resize(site: Site) -> Result:
 
 
 def _whole_factors(
-    site: Site, rule: _Rule, out: Sequence[Dim], scales: Sequence[float] | None
+    site: Site, rule: Rule, out: Sequence[Dim], scales: Sequence[float] | None
 ) -> list[int] | None:
     """How often each row and column is repeated, where that is all that a resize to `out` does; else None."""
     from .pooling import MAXIMUM, templated
@@ -343,7 +265,7 @@ def _whole_factors(
 
 
 def _fixed(value: float) -> Callable[[list[te.Tensor]], tirx.Expr]:
-    return lambda _: _f(value)
+    return lambda _: number(value)
 
 
 def _element(place: int) -> Callable[[list[te.Tensor]], tirx.Expr]:

@@ -146,12 +146,22 @@ POOLS = {
     "reduce": "y = ReduceMean <keepdims = 0> (r, axes)",
     "upsample": 'y = Resize <mode = "nearest", nearest_mode = "floor", coordinate_transformation_mode = "asymmetric">'
     " (r, , scales)",
+    "linear": 'y = Resize <mode = "linear", coordinate_transformation_mode = "MODE"> (r, , scales)',
+    "linear-few": 'd = Conv (r, g3) y = Resize <mode = "linear"> (d, , scales)',
+    "cubic": 'y = Resize <mode = "cubic", exclude_outside = 1, cubic_coeff_a = -0.5> (r, , scales)',
+    "as-large-as": 'd = MaxPool <kernel_shape = [2, 2], strides = [2, 2]> (r) z = Shape (r)'
+    ' u = Resize <mode = "linear"> (d, , , z) y = Add (u, r)',
     "gate": "m = GlobalAveragePool (r) s = Conv (m, g) t = HardSigmoid (s) y = Mul (r, t)",
     "concat": "d = Conv <pads = [1, 1, 1, 1]> (r, k2) y = Concat <axis = 1> (r, d, r)",
     "transposed": "d = ConvTranspose <strides = [2, 2]> (r, k4) y = Concat <axis = 1> (d, d)",
     "residual": "d = Conv <pads = [1, 1, 1, 1]> (r, k3) y = Add (d, r)",
     "ramp": "h = Shape <start = 2, end = 3> (r) n = Cast <to = 1> (h) d = Div (r, n) y = Conv (d, g)",
 }
+
+
+TRANSFORMS = ("align_corners", "asymmetric", "half_pixel", "pytorch_half_pixel", "half_pixel_symmetric")
+POOLS |= {f"linear-{mode}": POOLS["linear"].replace("MODE", mode) for mode in TRANSFORMS}
+del POOLS["linear"]
 
 
 @pytest.mark.parametrize("batch", ["1", "2", "n"])
@@ -161,7 +171,7 @@ def test_what_stands_between_convolutions(name: str, batch: str, compile_model: 
     model = compile_model(
         f"g (float[{batch}, 24, h, w] x) => (float[{dims}] y) {{ c = Conv (x, k) r = Relu (c) {POOLS[name]} }}",
         k=weights(40, 24, 1, 1), g=weights(40, 40, 1, 1), k2=weights(20, 40, 3, 3), k3=weights(40, 40, 3, 3),
-        k4=weights(40, 24, 2, 2),
+        k4=weights(40, 24, 2, 2), g3=weights(3, 40, 1, 1),
         axes=np.array([2, 3]), scales=np.array([1, 1, 3, 2], np.float32),
     )  # fmt: skip
     for height, width in ((3, 2), (5, 9), (16, 16), (21, 34)):
