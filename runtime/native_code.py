@@ -21,10 +21,12 @@ def compiled(
     """The program or library `name` made of files of the folder `native`, for a processor.
 
     triple: zig's `-target`. arguments: of the compiler, behind the sources. versions: of what else decides about the
-    result. The file's own name ends in a hash of the folder, the triple and the versions. Raises CompileError.
+    result, such as the headers in folders that `arguments` names. The file's own name ends in a hash of all of it but
+    where folders are. Raises CompileError.
     """
     texts = [path.read_text() for path in sorted(NATIVE.iterdir())]
-    ingredients = (*texts, *sources, triple, *versions, metadata.version("ziglang"))
+    flags = [argument for argument in arguments if "/" not in argument]
+    ingredients = (*texts, *sources, triple, *flags, *versions, metadata.version("ziglang"))
     key = hashlib.sha256("\0".join(ingredients).encode()).hexdigest()[:16]
     path = cache_dir() / name / f"{triple}-{key}"
     if path.is_file():

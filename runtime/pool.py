@@ -10,7 +10,7 @@ import ctypes
 import os
 import shutil
 import threading
-from importlib import util
+from importlib import metadata, util
 from pathlib import Path
 
 from ..passes.errors import ArtifactError
@@ -28,7 +28,8 @@ def place_pool(target: Target, folder: Path) -> str:
     assert spec is not None and spec.origin is not None
     include = Path(spec.origin).with_name("include")
     arguments = ["-shared", "-fPIC", f"-I{include}", "-lpthread", "-ldl"]
-    library = compiled("pool", ["pool.cc"], zig_triple(target), arguments)
+    versions = [metadata.version("apache-tvm-ffi")]
+    library = compiled("pool", ["pool.cc"], zig_triple(target), arguments, versions)
     name = f"pool-{library.name.rpartition('-')[2]}.so"
     shutil.copy(library, folder / name)
     return name
@@ -59,5 +60,5 @@ class Pool:
         self._library.graphwright_pool_use(threads)
 
     def adopt(self, library: Path) -> bool:
-        """Let the kernels of a library that TVM has loaded run here. False where none of them asks for threads."""
+        """Let the kernels of a library that TVM has loaded run here. False where their tasks wait for each other."""
         return self._library.graphwright_pool_adopt(os.fsencode(library.absolute())) == 0

@@ -1,7 +1,8 @@
 """Convolutions that TVM can take and onnxruntime runs faster.
 
-The kernels for convolutions are written for one or two spatial axes of known sizes, and for two of unknown ones where
-nothing on such images is without a kernel for them (`FREE`). TVM's general code for others takes several times what
+The kernels for convolutions are written for one or two spatial axes of known sizes, and for two of unknown ones. The
+latter are taken where nothing on such images in the whole model is without a kernel (`FREE`): one change of runtime costs
+more than they gain. TVM's general code for others takes several times what
 onnxruntime's kernels take, so an artifact for this processor leaves such convolutions, and the nodes between them, to
 onnxruntime.
 
@@ -120,7 +121,7 @@ def _repeats(node: ir.Node) -> bool:
 def _mixes(node: ir.Node) -> bool:
     """Whether a resize takes weighted sums of neighbours, by a whole factor or to sizes that are given."""
     attributes = node.attributes
-    if node.op_type == "Upsample" or "axes" in attributes or attributes.get_int("antialias", 0):
+    if node.op_type == "Upsample" or "axes" in attributes or attributes.get_int("antialias", 0) != 0:
         return False
     if attributes.get_string("mode", "nearest") not in ("linear", "cubic"):
         return False
@@ -131,8 +132,9 @@ def _mixes(node: ir.Node) -> bool:
     if graph.input_of(node, 3) is not None:
         return True
     scales = graph.input_of(node, 2)
-    factors = None if scales is None else graph.constant_tensor(scales)
-    return factors is not None and len(factors) == 4 and all(f == round(f) for f in np.asarray(factors).tolist())
+    tensor = None if scales is None else graph.constant_tensor(scales)
+    factors = [] if tensor is None else np.asarray(tensor).reshape(-1).tolist()
+    return len(factors) == 4 and all(factor == round(factor) for factor in factors)
 
 
 def _inside(node: ir.Node) -> str | None:

@@ -6,8 +6,10 @@ import bisect
 import functools
 import math
 import os
+import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +30,8 @@ SMALL = 64  # bytes; constants up to this size are in the library
 SPIN_COUNT = "300"  # how often a thread of TVM's pool looks for work before it sleeps: about 0.3 ms
 POOLED_SIZES = 8  # sets of input shapes after which the pool is emptied
 
+_libraries: weakref.WeakValueDictionary[tuple[int, int], _Library] = weakref.WeakValueDictionary()
+_loading = threading.Lock()
 _maps: weakref.WeakValueDictionary[tuple[int, ...], np.ndarray] = weakref.WeakValueDictionary()
 
 
@@ -129,6 +133,36 @@ class _Machine:
         return staging.tensor
 
 
+@dataclass(frozen=True, eq=False)
+class _Library:
+    """The kernels of a region, loaded once for all sessions: loading them again would have TVM take back from the pool
+    what other threads are running. use_threads: sets the threads of calls from a Python thread."""
+
+    module: Any
+    use_threads: Callable[[int], None]
+
+    @classmethod
+    def of(cls, artifact: Artifact, path: Path) -> _Library:
+        import tvm
+
+        about = path.stat()
+        with _loading:
+            found = _libraries.get((about.st_dev, about.st_ino))
+            if found is None:
+                module = tvm.runtime.load_module(str(path.absolute()))
+                found = _libraries[about.st_dev, about.st_ino] = cls(module, _pool_of(artifact, path))
+        return found
+
+
+def _pool_of(artifact: Artifact, library: Path) -> Callable[[int], None]:
+    """Join a loaded library to the artifact's pool, or leave it to TVM's; returns what sets a thread's threads."""
+    name = artifact.manifest.pool
+    if not name:
+        return use_threads
+    pool = Pool.of(artifact.root / name, artifact.manifest.files[name].blake3)
+    return pool.use if pool.adopt(library) else use_threads
+
+
 class TvmStep:
     """A region that TVM has compiled, ready to run."""
 
@@ -142,8 +176,7 @@ class TvmStep:
         self.on_cpu = device is None
         path = artifact.root / region.file
         try:
-            self._library = tvm.runtime.load_module(str(path.absolute()))
-            self._use_threads = _pool_of(artifact, path)
+            self._library = _Library.of(artifact, path)
             # A call takes a machine out of the list and puts it back: as many as there are calls at the same time.
             self._idle = [self._machine()]
         except ArtifactError:
@@ -161,7 +194,7 @@ class TvmStep:
         self._clear()  # what sessions that are gone have left in the pool
 
     def _machine(self) -> _Machine:
-        return _Machine(self._library, self.device, len(self.region.inputs))
+        return _Machine(self._library.module, self.device, len(self.region.inputs))
 
     def _own(self, array: np.ndarray) -> tvm.runtime.Tensor | None:
         """A tensor over the array's own memory, where TVM can use that."""
@@ -198,7 +231,7 @@ class TvmStep:
         return state.tensors[name]
 
     def __call__(self, values: Mapping[str, Any], state: State | None = None) -> dict[str, Any]:
-        self._use_threads(self.threads)
+        self._library.use_threads(self.threads)
         try:
             machine = self._idle.pop()
         except IndexError:
@@ -266,16 +299,6 @@ class TvmStep:
     def _is_weight(self, address: int) -> bool:
         at = bisect.bisect_right(self._constant, (address, 1 << 64)) - 1
         return at >= 0 and address < self._constant[at][1]
-
-
-def _pool_of(artifact: Artifact, library: Path) -> Callable[[int], None]:
-    """Join a loaded library to the artifact's pool; returns what sets the threads of calls from a Python thread."""
-    name = artifact.manifest.pool
-    if not name:
-        return use_threads
-    pool = Pool.of(artifact.root / name, artifact.manifest.files[name].blake3)
-    pool.adopt(library)
-    return pool.use
 
 
 def _span(tensor: Any, array: np.ndarray) -> tuple[int, int]:

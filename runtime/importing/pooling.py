@@ -10,7 +10,7 @@ import numpy as np
 from tvm import relax, te, tirx
 
 from .integers import in_steps, scaled
-from .quantization import conv_pads
+from .quantization import conv_pads, require_room
 from .reductions import mean
 from .shapes import reshaped
 from .site import NARROW_FLOATS, Dim, Result, Site, Unfixed, const, converts, int64, is_float, np_dtype
@@ -28,6 +28,7 @@ def pooled_sizes(
     after: Sequence[int],
 ) -> list[Dim]:
     """Spatial sizes of a pooling's output."""
+    require_room(site, sizes, kernel, dilations, before, after)
     out: list[Dim] = []
     for axis, size in enumerate(sizes):
         room = size + before[axis] + after[axis] - dilations[axis] * (kernel[axis] - 1) - 1

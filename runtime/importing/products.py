@@ -9,7 +9,7 @@ from tvm import relax
 
 from . import integer_products, rounded_products, sliding
 from .block_weights import block_product
-from .quantization import conv_pads
+from .quantization import conv_pads, require_room
 from .shapes import reshaped
 from .site import NARROW_FLOATS, Dim, Refuse, Result, Site, Unfixed, const, constant_of, converts, dtype_of, is_float
 from .stored import stored_weight
@@ -107,6 +107,7 @@ def conv(site: Site) -> Result:
     if (whole := integer_products.conv(site, kernel, strides, dilations)) is not None:
         return whole
     before, after = conv_pads(site, site.shape()[2:], kernel, strides, dilations)
+    require_room(site, site.shape()[2:], kernel, dilations, before, after)
     if (rounded := rounded_products.conv(site, kernel, strides, dilations, before, after)) is not None:
         return _with_bias(site, rounded, rank, dtype)
     if (sums := sliding.convolution(site, kernel, strides, dilations, before, after)) is not None:

@@ -126,8 +126,9 @@ class ConvTile:
 @dataclass(frozen=True)
 class Sizes:
     """Rows and columns of the input and of the output, where they are known only at run time. room: columns of the
-    output as the shapes of arguments say them: TVM allocates buffers before anything else is computed. one_row: whether
-    the result's pixel (0, i) may stand for pixel i of the image."""
+    output, at least one, as the shapes of arguments say them: TVM allocates buffers before anything else is computed,
+    and an image may have rows and no columns. one_row: whether the result's pixel (0, i) may stand for pixel i of the
+    image."""
 
     height: Expr
     width: Expr
@@ -140,7 +141,7 @@ class Sizes:
     def of(cls, v: Vectors, sizes: Sequence[Expr], one_row: bool = False) -> Sizes:
         """sizes: rows and columns of the input and of the output as the shapes of arguments say them."""
         height, width, rows, columns = map(v.opaque, sizes)
-        return cls(height, width, rows, columns, sizes[3], one_row)
+        return cls(height, width, rows, columns, T.max(tirx.const(1, str(sizes[3].ty.dtype)), sizes[3]), one_row)
 
 
 @dataclass(frozen=True)

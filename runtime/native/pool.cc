@@ -5,6 +5,7 @@
 #include <pthread.h>
 #include <sched.h>
 #include <signal.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/syscall.h>
 #include <time.h>
@@ -19,6 +20,9 @@ constexpr int kMaxThreads = 256;   // of one launch
 constexpr int kLooks = 32;         // looks for work between two looks at the clock
 constexpr int64_t kSpin = 100000;  // nanoseconds for which a thread looks for work before it sleeps
 constexpr int64_t kWait = 50000;   // the same of a caller that looks for its last task to be done
+constexpr int64_t kRetry = 1000000000;  // nanoseconds from a thread that could not be made to the next attempt
+constexpr int kFaults[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGTRAP, SIGABRT};
+constexpr int kBlocks = 16;             // of memory that a thread keeps
 
 template <typename T>
 T Load(const T* from) {
@@ -85,7 +89,7 @@ Worker crew[kMaxThreads];         // by the thread's number, from 1 on
 alignas(kLine) uint32_t posted;   // launches so far
 alignas(kLine) uint32_t wanted;   // threads that the launches of this moment could use
 uint32_t workers;                 // threads that have been started
-uint32_t may_start = 1;           // 0 after one could not be
+int64_t start_again;              // when to make threads again after one could not be made
 uint32_t processors = 1;          // that this process may use
 thread_local int threads_of_caller = 1;
 
@@ -160,22 +164,25 @@ void* Work(void* argument) {
 
 // Make threads until there are `count`.
 void Start(uint32_t count) {
-  for (uint32_t have; (have = Load(&workers)) < count && Load(&may_start);) {
+  if (int64_t again = Load(&start_again); again != 0 && Now() < again) return;
+  for (uint32_t have; (have = Load(&workers)) < count;) {
     if (!Swap(&workers, have, have + 1)) continue;
     pthread_attr_t attributes;
     pthread_attr_init(&attributes);
     pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
     sigset_t all, before;
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before);  // signals are for the program's own threads
+    sigfillset(&all);  // signals are for the program's own threads, but for those of a thread's own faults
+    for (int fault : kFaults) sigdelset(&all, fault);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
     pthread_t thread;
     void* own = reinterpret_cast<void*>(static_cast<uintptr_t>(have + 1));
-    if (pthread_create(&thread, &attributes, Work, own) != 0) {
-      __atomic_sub_fetch(&workers, 1, __ATOMIC_SEQ_CST);
-      Store(&may_start, 0u);
-    }
+    bool made = pthread_create(&thread, &attributes, Work, own) == 0;
     pthread_sigmask(SIG_SETMASK, &before, nullptr);
     pthread_attr_destroy(&attributes);
+    if (made) continue;
+    __atomic_sub_fetch(&workers, 1, __ATOMIC_SEQ_CST);
+    Store(&start_again, Now() + kRetry);
+    return;
   }
 }
 
@@ -184,13 +191,65 @@ void AfterFork() {
   memset(jobs, 0, sizeof(jobs));
   memset(crew, 0, sizeof(crew));
   wanted = workers = 0;
-  may_start = 1;
+  start_again = 0;
+}
+
+// Memory that tasks of a thread work in, kept from kernel to kernel.
+struct Block {
+  void* at;
+  size_t size;
+  bool used;
+};
+
+struct Memory {
+  Block blocks[kBlocks];
+};
+
+pthread_key_t memory_key;
+thread_local Memory* memory_of_thread = nullptr;
+
+void ReleaseMemory(void* argument) {
+  auto* memory = static_cast<Memory*>(argument);
+  for (Block& block : memory->blocks) free(block.at);
+  free(memory);
+  memory_of_thread = nullptr;
+}
+
+Memory* MemoryOfThread() {
+  if (memory_of_thread == nullptr) {
+    memory_of_thread = static_cast<Memory*>(calloc(1, sizeof(Memory)));
+    if (memory_of_thread != nullptr) pthread_setspecific(memory_key, memory_of_thread);
+  }
+  return memory_of_thread;
+}
+
+// The smallest free block that is large enough; else a new one, in the place of the smallest free one where all places
+// are taken.
+void* Take(Memory* memory, size_t size) {
+  Block* best = nullptr;
+  Block* place = nullptr;
+  for (Block& block : memory->blocks) {
+    if (block.used) continue;
+    if (block.size >= size && (best == nullptr || block.size < best->size)) best = &block;
+    if (place == nullptr || block.size < place->size) place = &block;
+  }
+  if (best == nullptr) {
+    void* at = nullptr;
+    if (posix_memalign(&at, kLine, size) != 0) return nullptr;
+    if (place == nullptr) return at;  // more at the same time than are kept
+    free(place->at);
+    *place = {at, size, false};
+    best = place;
+  }
+  best->used = true;
+  return best->at;
 }
 
 __attribute__((constructor)) void Begin() {
   cpu_set_t usable;
   if (sched_getaffinity(0, sizeof(usable), &usable) == 0) processors = static_cast<uint32_t>(CPU_COUNT(&usable));
   pthread_atfork(nullptr, nullptr, AfterFork);
+  pthread_key_create(&memory_key, ReleaseMemory);
 }
 
 Job* TakeJob() {
@@ -276,12 +335,36 @@ int graphwright_pool_launch(ParallelTask task, void* data, int asked) {
   return -1;
 }
 
+void* graphwright_pool_take(int, int, uint64_t size, int, int) {
+  Memory* memory = MemoryOfThread();
+  void* at = memory == nullptr || size > PTRDIFF_MAX ? nullptr : Take(memory, size == 0 ? 1 : size);
+  if (at == nullptr) TVMFFIErrorSetRaisedFromCStr("MemoryError", "no memory for a kernel to work in");
+  return at;
+}
+
+int graphwright_pool_give_back(int, int, void* at) {
+  if (memory_of_thread != nullptr) {
+    for (Block& block : memory_of_thread->blocks) {
+      if (block.at != at) continue;
+      block.used = false;
+      return 0;
+    }
+  }
+  free(at);
+  return 0;
+}
+
 int graphwright_pool_adopt(const char* path) {
   void* library = dlopen(path, RTLD_NOW | RTLD_NOLOAD);
   if (library == nullptr) return -1;
-  auto* launch = static_cast<void**>(dlsym(library, "__TVMBackendParallelLaunch"));
-  bool fits = launch != nullptr && dlsym(library, "__TVMBackendParallelBarrier") == nullptr;
-  if (fits) *launch = reinterpret_cast<void*>(graphwright_pool_launch);
+  bool fits = dlsym(library, "__TVMBackendParallelBarrier") == nullptr;
+  auto take_over = [library, fits](const char* name, void* ours) {
+    auto* own = static_cast<void**>(dlsym(library, name));
+    if (fits && own != nullptr) Store(own, ours);
+  };
+  take_over("__TVMBackendParallelLaunch", reinterpret_cast<void*>(graphwright_pool_launch));
+  take_over("__TVMBackendAllocWorkspace", reinterpret_cast<void*>(graphwright_pool_take));
+  take_over("__TVMBackendFreeWorkspace", reinterpret_cast<void*>(graphwright_pool_give_back));
   dlclose(library);
   return fits ? 0 : -1;
 }

@@ -27,8 +27,14 @@ void graphwright_pool_use(int threads);
 // failed, whose error is then the one that is raised in the calling thread.
 int graphwright_pool_launch(ParallelTask task, void* data, int count);
 
-// Let the kernels of a library that TVM has loaded launch here. Returns 0, or -1 where that cannot be: the library is
-// not loaded, launches nothing, or its tasks wait for each other.
+// TVMBackendAllocWorkspace and TVMBackendFreeWorkspace: memory of the calling thread, which gives it back itself. TVM's
+// own throws where there is none, which ends the process if it happens in a thread of the pool; this one returns null,
+// and the kernel that asked ends with an error.
+void* graphwright_pool_take(int device_type, int device, uint64_t size, int type_code, int type_bits);
+int graphwright_pool_give_back(int device_type, int device, void* at);
+
+// Let the kernels of a library that TVM has loaded launch here and work in memory from here, from their first run on.
+// Returns 0, or -1 where that cannot be: the library is not loaded, or its tasks wait for each other.
 int graphwright_pool_adopt(const char* path);
 }
 

@@ -132,6 +132,54 @@ void Errors() {
   }
 }
 
+// Every task writes into more blocks than a thread keeps, and gives them back in another order than it took them.
+int WorkInMemory(int task, ParallelGroup*, void* data) {
+  unsigned char* blocks[24];
+  size_t sizes[24];
+  unsigned state = static_cast<unsigned>(task) + *static_cast<unsigned*>(data);
+  for (int i = 0; i < 24; ++i) {
+    state = state * 1103515245u + 12345u;
+    sizes[i] = (state >> 8) % 5000;
+    blocks[i] = static_cast<unsigned char*>(graphwright_pool_take(1, 0, sizes[i], 2, 32));
+    if (blocks[i] == nullptr || reinterpret_cast<uintptr_t>(blocks[i]) % 64 != 0) Fail("memory is missing or unaligned");
+    memset(blocks[i], i + task, sizes[i]);
+  }
+  for (int i = 0; i < 24; ++i) {
+    int one = (i * 7) % 24;
+    for (size_t at = 0; at < sizes[one]; ++at) {
+      if (blocks[one][at] != static_cast<unsigned char>(one + task)) Fail("two have the same memory");
+    }
+    graphwright_pool_give_back(1, 0, blocks[one]);
+  }
+  return 0;
+}
+
+int AskTooMuch(int task, ParallelGroup*, void*) {
+  void* at = graphwright_pool_take(1, 0, task % 2 ? uint64_t{1} << 60 : static_cast<uint64_t>(-64), 2, 32);
+  if (at != nullptr) Fail("memory that is not there");
+  return -1;
+}
+
+void MemoryOfTasks() {
+  graphwright_pool_use(4);
+  for (unsigned turn = 0; turn < 500; ++turn) {
+    if (graphwright_pool_launch(WorkInMemory, &turn, 0) != 0) Fail("no memory");
+    if (turn % 10 != 0) continue;
+    if (graphwright_pool_launch(AskTooMuch, nullptr, 0) != -1) Fail("missing memory is no error");
+    TVMFFIObjectHandle error = nullptr;
+    TVMFFIErrorMoveFromRaised(&error);
+    if (error == nullptr) Fail("missing memory raises nothing");
+    TVMFFIObjectDecRef(error);
+  }
+}
+
+// A thread that ends gives its memory back.
+void* MemoryOfThreads(void*) {
+  unsigned turn = 0;
+  WorkInMemory(0, nullptr, &turn);
+  return nullptr;
+}
+
 // A forked process, which has none of the threads, makes its own.
 void Forks() {
   pid_t child = fork();
@@ -162,6 +210,12 @@ int main(int argc, char** argv) {
   }
   for (pthread_t caller : callers) pthread_join(caller, nullptr);
   Errors();
+  MemoryOfTasks();
+  for (int turn = 0; turn < 100; ++turn) {
+    pthread_t thread;
+    pthread_create(&thread, nullptr, MemoryOfThreads, nullptr);
+    pthread_join(thread, nullptr);
+  }
   Forks();
   TakeOver();
   Idle();

@@ -114,6 +114,44 @@ def test_empty_images(name: str, compile_model: Callable[..., Any]) -> None:
         assert found.shape == (1, outputs, -(-height // step), -(-width // step))
 
 
+TOO_SMALL = {
+    # name: (what reads the image, its kernel, sizes without a result, sizes that have one)
+    "valid": ("Conv", 3, "", [(1, 1), (2, 9), (9, 2)], [(3, 3), (3, 9)]),
+    "stride": ("Conv", 2, "strides = [4, 4]", [(40, 1), (1, 1), (40, 0)], [(40, 2), (2, 2)]),
+    "dilated": ("Conv", 3, "dilations = [2, 2], pads = [1, 1, 1, 1]", [(2, 9), (1, 1)], [(3, 3)]),
+    "pool": ("MaxPool", 3, "strides = [3, 3]", [(2, 2), (2, 9), (0, 3)], [(3, 3), (4, 8)]),
+    "mean": ("AveragePool", 4, "strides = [2, 2], pads = [1, 1, 1, 1]", [(1, 9)], [(2, 2)]),
+}
+
+
+@pytest.mark.parametrize("name", TOO_SMALL)
+def test_images_smaller_than_the_kernel(name: str, compile_model: Callable[..., Any]) -> None:
+    """They are refused before anything is computed, so that the whole model can go to onnxruntime."""
+    operator, kernel, attributes, refused, taken = TOO_SMALL[name]
+    shape = f", kernel_shape = [{kernel}, {kernel}]" if operator != "Conv" else ""
+    attributes = f"<{attributes}{shape}>".replace("<, ", "<").replace("<>", "")
+    inputs = "r, k" if operator == "Conv" else "r"
+    model = compile_model(
+        f"g (float[1, 16, h, w] x) => (float[1, 16, p, q] y) {{ r = Relu (x) c = {operator} {attributes} ({inputs})"
+        " y = Sigmoid (c) }", k=weights(16, 16, kernel, kernel),
+    )  # fmt: skip
+    for height, width in refused:
+        with pytest.raises(RuntimeError, match="match_cast"):
+            model.run({"x": image(16, height, width)})
+    for height, width in taken:
+        model.check({"x": image(16, height, width)})
+
+
+@pytest.mark.parametrize("columns", [0, 1])
+def test_images_of_rows_without_columns(columns: int, compile_model: Callable[..., Any]) -> None:
+    model = compile_model(
+        "g (float[1, 16, h, w] x) => (float[1, 64, p, q] y) { y = Conv <strides = [3, 3]> (x, k) }",
+        k=weights(64, 16, 1, 1),
+    )
+    (found,) = model.run({"x": image(16, 40, columns)})
+    assert found.shape == (1, 64, 14, columns)
+
+
 def test_the_greatest_of_an_empty_image(compile_model: Callable[..., Any]) -> None:
     model = compile_model("g (float[1, 24, h, w] x) => (float[1, 24, 1, 1] y) { y = GlobalMaxPool (x) }")
     assert (model.run({"x": image(24, 0, 3)})[0] == -np.inf).all()

@@ -38,8 +38,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_task_is_done_once(tmp_path: Path) -> None:
-    """pool_stress.cc: 20 callers at the same time, launches within launches, errors, threads that are all held, a
-    forked process, idle threads."""
+    """pool_stress.cc: 20 callers at the same time, launches within launches, errors, memory of tasks, threads that are
+    all held, a forked process, idle threads."""
     runtime = runner.runtime_libraries(platform.machine())
     sources = [str(STRESS), str(NATIVE / "pool.cc"), f"-I{NATIVE}", f"-I{runtime.include}"]
     libraries = [*(f"-L{folder}" for folder in runtime.folders), "-ltvm_ffi", "-lpthread", "-ldl"]
@@ -133,3 +133,9 @@ def test_sessions_of_several_threads_share_the_pool(built: Path) -> None:
 
     with ThreadPoolExecutor(4) as callers:
         assert all(callers.map(runs, range(4)))
+
+
+def test_a_library_is_loaded_once(built: Path) -> None:
+    """Loading it again would have TVM put its own pool back into what other sessions run."""
+    first, second = (Session(built, threads=1) for _ in range(2))
+    assert first._steps[0]._library is second._steps[0]._library
