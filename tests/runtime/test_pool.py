@@ -71,9 +71,10 @@ feeds = {n: np.ones(s, "float32") for n, s in {"x": (256, 512), "w": (512, 512)}
 session = Session(sys.argv[1], threads=3)
 y = session.run(None, feeds)[0]
 tasks, wanted, end = "/proc/self/task", int(sys.argv[2]), time.time() + 20
-names = []
-while names.count("graphwright") < wanted and time.time() < end:  # a thread names itself when it first runs
+while True:  # a thread names itself when it first runs
     names = [open(f"{tasks}/{task}/comm").read().strip() for task in os.listdir(tasks)]
+    if names.count("graphwright") >= wanted or time.time() > end:
+        break
 child = os.fork()
 if not child:
     os._exit(0 if (session.run(None, feeds)[0] == y).all() else 1)
