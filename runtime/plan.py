@@ -76,6 +76,16 @@ class _Planner(relax.PyExprMutator):
             result = self.call_tir(call, original.ty)
         return call if result is None else result
 
+    def visit_match_cast_(self, binding: Any) -> None:
+        """A check of sizes that were to be found out; of an image in blocks it checks the blocks."""
+        blocks = self.in_blocks(self.visit_expr(binding.value))
+        dims = convolutions.image_of(binding.ty)
+        if blocks is None or dims is None or len(dims) != len(blocks.ty.shape.values) - 1:
+            super().visit_match_cast_(binding)
+            return
+        kind = relax.TensorType(blocked_shape(dims, self.lanes), binding.ty.dtype)
+        self.set_var_remap(binding.var, self.unpacked(self.builder_.match_cast(blocks, kind), binding.ty))
+
     def in_blocks(self, value: Any) -> Any | None:
         """The tensor in blocks that `value` was unpacked from; None where it was not."""
         made = value

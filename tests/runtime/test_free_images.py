@@ -217,6 +217,21 @@ def test_what_stands_between_convolutions(name: str, batch: str, compile_model: 
             model.check({"x": image(24, height, width, count)})
 
 
+def test_images_of_equal_size_stay_in_blocks(compile_model: Callable[..., Any]) -> None:
+    """Halved and doubled: that the sizes are those of the other image is known only when it runs."""
+    model = compile_model(
+        """g (float[1, 24, h, w] x) => (float[1, 40, p, q] y) { c = Conv (x, k)
+            d = MaxPool <kernel_shape = [2, 2], strides = [2, 2]> (c) u = ConvTranspose <strides = [2, 2]> (d, t)
+            s = Concat <axis = 1> (c, u) y = Conv (s, k2) }""",
+        k=weights(40, 24, 1, 1), t=weights(40, 24, 2, 2), k2=weights(40, 64, 1, 1),
+    )  # fmt: skip
+    assert sorted(model.kernels("pack")) == ["pack", "unpack"]
+    for height, width in ((2, 2), (6, 14), (40, 26)):
+        model.check({"x": image(24, height, width)})
+    with pytest.raises(RuntimeError, match="match_cast"):
+        model.run({"x": image(24, 7, 8)})
+
+
 @pytest.mark.parametrize("dense", [False, True])
 def test_every_place_of_a_network_has_its_kernel(dense: bool, tmp_path: Any) -> None:
     """Whole artifacts: small networks, of the mobile kind and with much of dense kernels."""
