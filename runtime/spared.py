@@ -35,7 +35,12 @@ ELEMENTWISE = frozenset({
 })  # fmt: skip
 FREE = ELEMENTWISE | {
     "AveragePool", "Concat", "Conv", "ConvTranspose", "GlobalAveragePool", "GlobalMaxPool", "MaxPool", "ReduceMean",
-    "Resize", "Shape", "Upsample",
+    "Resize", "Shape", "Slice", "Split", "Upsample",
+}  # fmt: skip
+# What may stand behind the last convolution in any form.
+HEADS = ELEMENTWISE | {
+    "ArgMax", "Concat", "Expand", "Flatten", "Gather", "Gemm", "LogSoftmax", "MatMul", "ReduceMax", "ReduceMean",
+    "ReduceSum", "Reshape", "Shape", "Slice", "Softmax", "Split", "Squeeze", "Transpose", "Unsqueeze",
 }  # fmt: skip
 
 
@@ -48,7 +53,8 @@ def spared(model: ir.Model, lanes: int) -> dict[ir.Node, str]:
     left. Products stay.
     """
     nodes = list(model.graph)
-    free = all(_fits(node, lanes) for node in nodes)
+    needed = _behind(nodes, [node for node in nodes if _reason(node)])
+    free = all(_fits(node, lanes) or (node not in needed and node.op_type in HEADS) for node in nodes)
     # Sizes in bodies are often not inferred: with fixed inputs the importer finds them.
     fixed = all(graph.static_shape(value) is not None for value in model.graph.inputs if not value.is_initializer())
     found = {node: reason for node in nodes if (reason := _reason(node) or (None if fixed else _inside(node)))}
@@ -93,12 +99,23 @@ def _fits(node: ir.Node, lanes: int) -> bool:
         return len(node.outputs) == 1 and isinstance(channels, int)
     if node.op_type == "Concat":
         return attributes.get_int("axis", 0) in (1, -3)
+    if node.op_type in ("Slice", "Split"):
+        return all(_same_but_channels(data, output) for output in node.outputs)
     if node.op_type == "ReduceMean":
         axes = graph.constant_tensor(node.inputs[1]) if len(node.inputs) > 1 else attributes.get_ints("axes", [])
         return axes is not None and sorted(int(a) % 4 for a in np.asarray(axes).reshape(-1)) == [2, 3]
     if node.op_type in ("Resize", "Upsample"):
         return isinstance(channels, int) and (_repeats(node) or _mixes(node))
     return True
+
+
+def _same_but_channels(given: ir.Value, made: ir.Value) -> bool:
+    """Whether an image has another known number of channels and nothing else that differs."""
+    if given.shape is None or made.shape is None or len(made.shape) != len(given.shape):
+        return False
+    channels = (given.shape[1], made.shape[1])
+    alike = all(a == b for i, (a, b) in enumerate(zip(given.shape, made.shape, strict=True)) if i != 1)
+    return alike and all(isinstance(count, int) for count in channels)
 
 
 def _repeats(node: ir.Node) -> bool:

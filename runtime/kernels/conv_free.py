@@ -36,11 +36,21 @@ def shares(threads: int, tasks: int) -> int:
 
 
 @dataclass(frozen=True)
+class _Table:
+    """Of each pixel of a task: elements from the first tap of the first pixel to its own, its row in the task, its
+    column."""
+
+    offsets: Buffer
+    rows: Buffer
+    columns: Buffer
+
+
+@dataclass(frozen=True)
 class _Pixels:
     """Output pixels of a task, and where it reads x.
 
     n: the image. row, column: the first pixel. count: of them. columns: of the output; None where they are one row.
-    offsets: elements from the first tap of the first pixel to that of each; None where they follow each other.
+    table: None where they follow each other in x and in the output.
     first: element of the first tap of the first pixel. plane, width: pixels of an input block and of a row. step:
     elements between two channels.
     """
@@ -50,7 +60,7 @@ class _Pixels:
     column: Expr
     count: Expr
     columns: Expr | None
-    offsets: Buffer | None
+    table: _Table | None
     buffer: Buffer
     first: Expr
     plane: Expr
@@ -164,8 +174,8 @@ class FreeDirect(conv_direct.DirectEmitter):
         total = T.Bind(count * columns)
         if self.flat:
             first = T.Bind(image + begin * columns * const(self.pixel))
-            offsets = self.offsets(count, columns)
-            return _Pixels(n, begin, zero, total, columns, offsets, e.x, first, self.plane, columns, step)
+            table = self.table(count, columns)
+            return _Pixels(n, begin, zero, total, columns, table, e.x, first, self.plane, columns, step)
         spec, reach = self.spec, self.reach(0)
         width = opaque(self.copied_columns(columns))
         rows = opaque((count - const(1)) * const(spec.strides[0]) + const(reach + 1))
@@ -175,16 +185,19 @@ class FreeDirect(conv_direct.DirectEmitter):
         plane = T.Bind(rows * width)
         self.copy(copy, image, begin, rows, width, planes)
         step = const(1) if spec.blocked_input else plane
-        return _Pixels(n, begin, zero, total, columns, self.offsets(count, width), copy, zero, plane, width, step)
+        return _Pixels(n, begin, zero, total, columns, self.table(count, width), copy, zero, plane, width, step)
 
-    def offsets(self, rows: Expr, width: Expr) -> Buffer:
-        """Where each pixel's first tap lies, from that of the first. width: of a row that is read."""
-        const, sizes = self.e.const, self.sizes
-        table = T.alloc_buffer((const(ROWS) * sizes.room,), self.e.index, scope="global")
+    def table(self, rows: Expr, width: Expr) -> _Table:
+        """Of the pixels of so many rows. width: of a row that is read."""
+        const, sizes, e = self.e.const, self.sizes, self.e
+        offsets, row, column = (T.alloc_buffer((const(ROWS) * sizes.room,), e.index, scope="global") for _ in range(3))
         down, right = (const(s * self.pixel) for s in self.spec.strides)
         with T.serial(rows) as i, T.serial(sizes.columns) as j:
-            T.buffer_store(table, i * width * down + j * right, [i * sizes.columns + j])
-        return table
+            at = T.Bind(i * sizes.columns + j)
+            T.buffer_store(offsets, i * width * down + j * right, [at])
+            T.buffer_store(row, i, [at])
+            T.buffer_store(column, j, [at])
+        return _Table(offsets, row, column)
 
     def copy(self, copy: Buffer, image: Expr, begin: Expr, rows: Expr, width: Expr, planes: int) -> None:
         """The rows that output row `begin` and those behind it read, and zeros outside the image."""
@@ -278,7 +291,7 @@ class FreeDirect(conv_direct.DirectEmitter):
         const, opaque = self.e.const, self.e.vectors.opaque
         if not widths or widths[0] == 1:
             with T.serial(count) as i:
-                yield self._tile(pixels, 1, T.Bind(begin + i), i)
+                yield from self._tile(pixels, 1, T.Bind(begin + i), i)
             return
         width, *narrower = widths
 
@@ -291,25 +304,41 @@ class FreeDirect(conv_direct.DirectEmitter):
         with T.If(fits):
             with T.Then(), T.serial(opaque(tiles_of(width))) as turn:
                 place = T.Bind(turn * const(width))
-                yield self._tile(pixels, width, opaque(begin + T.min(place, count - const(width))), place)
+                yield from self._tile(pixels, width, opaque(begin + T.min(place, count - const(width))), place)
             with T.Else():
                 yield from self._tiles(pixels, begin, count, narrower)
 
-    def _tile(self, pixels: _Pixels, width: int, first: Expr, place: Expr) -> _Tile:
+    def _tile(self, pixels: _Pixels, width: int, first: Expr, place: Expr) -> Iterator[_Tile]:
+        """One tile, in two forms where its pixels may be in one row or in several."""
         const, opaque = self.e.const, self.e.vectors.opaque
-        if pixels.offsets is None:
+        if pixels.table is None:
             start = T.Bind(first * const(self.pixel))
             offsets = [start + const(j * self.pixel) for j in range(width)]
-            return _Tile(width, place, offsets, [(const(0), pixels.column + first + const(j)) for j in range(width)])
-        offsets = [opaque(pixels.offsets[first + const(j)]) for j in range(width)]
-        if self.sizes.one_row:
-            start = T.Bind(pixels.row * pixels.columns + first)
-            return _Tile(width, place, offsets, [(const(0), start + const(j)) for j in range(width)])
-        places = []
-        for j in range(width):
-            row, column = (opaque(f(first + const(j), pixels.columns)) for f in (tirx.truncdiv, tirx.truncmod))
-            places.append((T.Bind(pixels.row + row), column))
-        return _Tile(width, place, offsets, places)
+            yield _Tile(width, place, offsets, [(const(0), pixels.column + first + const(j)) for j in range(width)])
+            return
+        table = pixels.table
+        row, column = T.Bind(pixels.row + table.rows[first]), T.Bind(table.columns[first])
+        start = T.Bind(pixels.row * pixels.columns + first) if self.sizes.one_row else None
+
+        def straight() -> _Tile:
+            begin, right = opaque(table.offsets[first]), self.spec.strides[1] * self.pixel
+            places = [(row, column + const(j)) if start is None else (const(0), start + const(j)) for j in range(width)]
+            return _Tile(width, place, [begin + const(j * right) for j in range(width)], places)
+
+        if width == 1:
+            yield straight()
+            return
+        with T.If(column + const(width) <= pixels.columns):
+            with T.Then():
+                yield straight()
+            with T.Else():
+                offsets, places = [], []
+                for j in range(width):
+                    at = first + const(j)
+                    offsets.append(opaque(table.offsets[at]))
+                    here = (T.Bind(pixels.row + table.rows[at]), T.Bind(table.columns[at]))
+                    places.append(here if start is None else (const(0), start + const(j)))
+                yield _Tile(width, place, offsets, places)
 
     def finish(self, tile: _Tile, pixels: _Pixels, block: Expr, values: Sequence[Sequence[Expr]]) -> None:
         for j, vectors in enumerate(values):

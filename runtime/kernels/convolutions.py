@@ -259,7 +259,11 @@ def _transposed(
     kind = relax.TensorType(list(out) if narrow else blocked_shape(out, lanes), "float32")
     inputs = [source, *(relax.const(w, "float32") for w in weights)]
     parameters = {"spec": vars(spec), "tiles": [vars(tile) for tile in tiles]}
-    return anchor(bb, "conv-transposed", parameters, inputs, kind, 2 * spec.multiply_adds)
+    flops = 2 * spec.multiply_adds
+    if spec.free:  # of one place of the result
+        flops = 2 * spec.batch * spec.out_channels * (spec.in_channels // spec.groups) * math.prod(spec.kernel)
+        flops //= math.prod(spec.strides)
+    return anchor(bb, "conv-transposed", parameters, inputs, kind, flops)
 
 
 # --- groups that share vectors ----------------------------------------------------------------------------------

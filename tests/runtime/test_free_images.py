@@ -232,6 +232,48 @@ def test_images_of_equal_size_stay_in_blocks(compile_model: Callable[..., Any]) 
         model.run({"x": image(24, 7, 8)})
 
 
+def test_a_detector(tmp_path: Any) -> None:
+    """Halves of channels, doubled images, and a head that lays images of two sizes behind each other: the parts that a
+    detector has between its convolutions and behind them."""
+    import onnx_ir as ir
+    from graphwright.runtime.build import build
+    from graphwright.runtime.reference import Reference
+    from graphwright.runtime.session import Session
+    from graphwright.runtime.target import Target
+    from onnx import numpy_helper, parser, shape_inference
+
+    proto = parser.parse_model("""<ir_version: 8, opset_import: ["": 17]>
+      g (float[n, 3, h, w] x) => (float[n, a, 20] y) {
+        s = Conv <strides = [2, 2], pads = [1, 1, 1, 1]> (x, stem) r = Relu (s)
+        p, q = Split <axis = 1> (r, halves) t = Conv <pads = [1, 1, 1, 1]> (q, mid) z = Concat <axis = 1> (p, q, t)
+        d = Conv <strides = [2, 2], pads = [1, 1, 1, 1]> (z, down)
+        u = Resize <mode = "nearest", nearest_mode = "floor", coordinate_transformation_mode = "asymmetric"> (d, , two)
+        e = Concat <axis = 1> (u, z) f = Conv (e, fine) g = Conv (d, coarse)
+        fv = Reshape (f, flat) gv = Reshape (g, flat) v = Concat <axis = 2> (fv, gv)
+        box, class = Split <axis = 1> (v, parts) bins = Reshape (box, apart) soft = Softmax <axis = 1> (bins)
+        tops = ReduceMax <axes = [1], keepdims = 0> (soft) c = Sigmoid (class) m = Concat <axis = 1> (tops, c)
+        y = Transpose <perm = [0, 2, 1]> (m) }""")
+    made = {
+        "stem": (32, 3, 3, 3), "mid": (16, 16, 3, 3), "down": (32, 48, 3, 3), "fine": (48, 80, 1, 1),
+        "coarse": (48, 32, 1, 1),
+    }  # fmt: skip
+    constants = {
+        "halves": np.array([16, 16]), "two": np.array([1, 1, 2, 2], np.float32), "flat": np.array([0, 0, -1]),
+        "parts": np.array([32, 16]), "apart": np.array([0, 8, 4, -1]), **{n: weights(*s) / 8 for n, s in made.items()},
+    }  # fmt: skip
+    proto.graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in constants.items())
+    model = ir.from_proto(shape_inference.infer_shapes(proto))
+    artifact = build(model, Target.named("cpu"), tmp_path / "artifact")
+    assert {region.runtime for region in artifact.manifest.regions} == {"tvm"}
+    session, reference = Session(artifact, threads=2), Reference(model, threads=1)
+    for height, width, batch in ((64, 64, 1), (96, 32, 2), (4, 8, 1), (224, 160, 1)):
+        feeds = {"x": image(3, height, width, batch)}
+        np.testing.assert_allclose(session.run(None, feeds)[0], reference.run(feeds)["y"], rtol=0, atol=1e-5)
+    # What other sizes have no result for, onnxruntime decides.
+    with pytest.raises(Exception, match="refused these inputs"):
+        session.run(None, {"x": image(3, 61, 64)})
+
+
 @pytest.mark.parametrize("dense", [False, True])
 def test_every_place_of_a_network_has_its_kernel(dense: bool, tmp_path: Any) -> None:
     """Whole artifacts: small networks, of the mobile kind and with much of dense kernels."""

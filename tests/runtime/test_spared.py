@@ -137,3 +137,38 @@ def test_a_branch_with_such_a_convolution_is_left_alone_as_a_whole(size: str, ex
     }}"""
     model = ir.from_proto(onnx.shape_inference.infer_shapes(parser.parse_model(text)))
     assert found(model) == expected
+
+
+@pytest.mark.parametrize(
+    ("between", "left"),
+    [
+        ("Slice (r, zero, one, one)", False),
+        ("Resize <mode = \"linear\"> (r, , scales)", False),
+        ("Resize <mode = \"linear\", antialias = 1> (r, , scales)", True),
+        ("Transpose <perm = [0, 1, 3, 2]> (r)", True),
+        ("Pad (r, pads)", True),
+        ("ConvTranspose <strides = [2, 2]> (r, t)", False),
+    ],
+)
+def test_what_stands_between_convolutions_of_free_size(between: str, left: bool) -> None:
+    """In front of another convolution all of a network is left where something has no kernel; behind the last one
+    moves of elements count for nothing."""
+    random = np.random.default_rng(0)
+    constants = {
+        "w": random.standard_normal((4, 3, 3, 3)).astype(np.float32), "zero": np.array([0]), "one": np.array([1]),
+        "v": random.standard_normal((4, 1 if between.startswith("Slice") else 4, 1, 1)).astype(np.float32),
+        "t": random.standard_normal((4, 4, 2, 2)).astype(np.float32), "scales": np.array([1, 1, 2, 2], np.float32),
+        "pads": np.array([0, 0, 1, 1, 0, 0, 1, 1]),
+    }  # fmt: skip
+
+    def model(ending: str) -> ir.Model:
+        proto = parser.parse_model(
+            f'<ir_version: 8, opset_import: ["" : 18]> g (float[1, 3, h, w] x) => (float[a, b, c, d] y)'
+            f" {{ s = Conv (x, w) r = Relu (s) m = {between} {ending} }}"
+        )
+        proto.graph.initializer.extend(numpy_helper.from_array(a, n) for n, a in constants.items())
+        return ir.from_proto(onnx.shape_inference.infer_shapes(proto, data_prop=True))
+
+    assert bool(found(model("y = Conv (m, v)"))) is left
+    if "Transpose" in between:
+        assert found(model("y = Relu (m)")) == {}
