@@ -67,7 +67,7 @@ def reshaped(site: Site, expr: tvm.ir.Expr, dims: Sequence[Dim]) -> tvm.ir.Expr:
     before, after = product(shape_of(expr)), product(dims)
     # A view of fewer elements would be made silently.
     site.require_dims([before], [after])
-    if site.target.is_cpu and not (same(before, after) and _leading(shape_of(expr), dims)):
+    if site.target.is_cpu and (not same(before, after) or _flattened(shape_of(expr), dims)):
         # Relax would copy, at places that it computes by divisions by several sizes, and hardly get through with them.
         return site.emit(
             relax.call_pure_packed(
@@ -77,13 +77,11 @@ def reshaped(site: Site, expr: tvm.ir.Expr, dims: Sequence[Dim]) -> tvm.ir.Expr:
     return site.emit(relax.op.reshape(expr, shape))
 
 
-def _leading(before: Sequence[Dim], after: Sequence[Dim]) -> bool:
-    """Whether sizes that are known only at run time are the first ones, and the same: TVM sees then that elements stay
-    where they are."""
-    count = sum(not isinstance(dim, int) for dim in before)
-    if count != sum(not isinstance(dim, int) for dim in after):
-        return False
-    return all(not isinstance(a, int) and same(a, b) for a, b in zip(before[:count], after[:count], strict=True))
+def _flattened(before: Sequence[Dim], after: Sequence[Dim]) -> bool:
+    """Whether rows and columns of an image that are known only at run time become one axis."""
+    free = [sum(not isinstance(dim, int) for dim in dims) for dims in (before, after)]
+    behind = sum(not isinstance(dim, int) for dim in before[2:])
+    return len(before) > 3 and isinstance(before[1], int) and behind > 1 and free[1] < free[0]
 
 
 def settled(site: Site, expr: tvm.ir.Expr, dims: dict[int, Dim]) -> tvm.ir.Expr:

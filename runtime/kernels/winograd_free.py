@@ -28,6 +28,9 @@ PIXELS = range(SIDE)
 
 
 class FreeWinograd(winograd.WinogradEmitter):
+    """tiles: of a run, at most. each: panels of a task, of `panel_blocks` beside each other. high, wide: rows and
+    columns of tiles in the image."""
+
     def __init__(self, emission: Emission, sizes: Sizes, tile: ConvTile, caches: Caches) -> None:
         self.e, self.spec, self.lanes, self.sizes = emission, emission.spec, emission.lanes, sizes
         e, const, opaque = emission, emission.const, emission.vectors.opaque
@@ -36,7 +39,6 @@ class FreeWinograd(winograd.WinogradEmitter):
         self.panels = -(-self.out_blocks // self.vectors)
         width = widest(e.vectors.isa, self.vectors)
         self.widths = list(dict.fromkeys((width, (width + 1) // 2)))
-        # Of a run, at most.
         self.tiles = max(1, caches.l2 // 2 // (4 * POSITIONS * self.in_blocks * self.lanes) // width) * width
         self.turns = min(AHEAD, self.tiles // width)
         self.set_strides()
@@ -80,10 +82,9 @@ class FreeWinograd(winograd.WinogradEmitter):
         least = max(width, LEAST // work)
         few = T.max(const(1), T.min(const(shares(self.e.threads, tasks)), tirx.truncdiv(total, const(least))))
         count = opaque(T.max(few, tirx.truncdiv(total + const(self.tiles - 1), const(self.tiles))))
-        each = tirx.truncdiv(total + count - const(1), count)
+        share = tirx.truncdiv(total + count - const(1), count)
         # Whole register tiles, of which a run may then take more than its share.
-        each = T.max(const(1), tirx.truncdiv(each + const(width - 1), const(width))) * const(width)
-        each = opaque(each)
+        each = opaque(T.max(const(1), tirx.truncdiv(share + const(width - 1), const(width))) * const(width))
         return each, opaque(tirx.truncdiv(total + each - const(1), each))
 
     def transform(self, n: Expr, rows: Buffer, columns: Buffer, count: Expr, pieces: Buffer) -> None:
@@ -123,6 +124,7 @@ class FreeWinograd(winograd.WinogradEmitter):
             self.e.vectors.store(pieces, into + self.e.const(position * self.piece), value)
 
     def tiles_of_run(self, count: Expr) -> Iterator[tuple[Expr, int, Expr]]:
+        """The register tiles of so many tiles, for `multiply`."""
         yield from self._tiles(count, self.widths)
 
     def _tiles(self, count: Expr, widths: list[int]) -> Iterator[tuple[Expr, int, Expr]]:
