@@ -1,8 +1,8 @@
 """Convolutions that TVM can take and onnxruntime runs faster.
 
 The kernels for convolutions are written for one or two spatial axes of known sizes, and for two of unknown ones. The
-latter are taken where nothing on such images in the whole model is without a kernel (`FREE`): a change of runtime costs
-more than they gain. TVM's general code for others takes several times what
+latter are taken where nothing on such images in front of another convolution is without a kernel (`FREE`): a change of
+runtime costs more than they gain. TVM's general code for others takes several times what
 onnxruntime's kernels take, so an artifact for this processor leaves such convolutions, and the nodes between them, to
 onnxruntime.
 

@@ -44,14 +44,14 @@ def conv(parameters: dict[str, Any], body: Body) -> None:
     sizes = None
     if spec.free:
         one_row = any({2, 3} <= set(group) for group in body.merged)
-        sizes = Sizes.of(body.vectors, places(body), one_row)
+        sizes = Sizes.of(body.vectors, image_sizes(body), one_row)
     kernels.emit(
         body.vectors, spec, tile, x, w, finish, body.target.cores, body.index, body.target.caches,
         first[0] if first else None, sizes,
     )  # fmt: skip
 
 
-def places(body: Body) -> list[Expr]:
+def image_sizes(body: Body) -> list[Expr]:
     """Rows and columns of an image and of the result."""
     return [expression(size, body.index) for size in (*body.shapes[0][2:4], *body.out_shape[2:4])]
 
@@ -67,7 +67,7 @@ def transposed(parameters: dict[str, Any], body: Body) -> None:
     spec = TransposedSpec(**tuples(parameters["spec"]))
     tiles = [ConvTile(**tile) for tile in parameters["tiles"]]
     x, *weights = body.inputs
-    common, sizes = (body.target.cores, body.index), places(body) if spec.free else None
+    common, sizes = (body.target.cores, body.index), image_sizes(body) if spec.free else None
     if conv_transposed.narrow(spec, body.vectors.isa):
         drop = 4 - len(body.out_shape)  # 1 where there is one spatial axis
 

@@ -17,11 +17,12 @@ from tvm.tirx.script import builder as T
 
 from ..elements import Size, expression
 from ..templates import Body, anchor, template
-from .resampling import TAPS, Rule, coordinate, number, weights
+from . import resampling
+from .conv_spec import NOMINAL
+from .resampling import TAPS, Rule
 from .vectors import Buffer, Expr
 
 PARALLEL = 1 << 15  # elements of the result below which a second thread costs more than it gives
-NOMINAL = 64  # rows and columns that stand for those that are known only at run time
 
 
 def interpolated(
@@ -61,13 +62,13 @@ def _tables(parameters: dict[str, Any], body: Body) -> Tables:
     for axis, scale in zip((2, 3), parameters["scales"], strict=True):
         size, room = (expression(sizes[axis], index) for sizes in (body.shapes[0], body.out_shape))
         size, out = body.vectors.opaque(size), body.vectors.opaque(room)
-        ratio = out.astype("float32") / size.astype("float32") if scale is None else number(scale)
+        ratio = out.astype("float32") / size.astype("float32") if scale is None else resampling.number(scale)
         taps = parameters["taps"][axis - 2]
         shape = (room * tirx.const(taps, index),)
         places, factors = (T.alloc_buffer(shape, dtype, scope="global") for dtype in ("int32", "float32"))
         with T.serial(out) as at:
-            x = T.Bind(coordinate(rule, at, size, out, ratio))
-            for tap, (place, factor) in enumerate(weights(rule, x, size.astype("int64"))):
+            x = T.Bind(resampling.coordinate(rule, at, size, out, ratio))
+            for tap, (place, factor) in enumerate(resampling.weights(rule, x, size.astype("int64"))):
                 here = at * tirx.const(taps, index) + tirx.const(tap, index)
                 T.buffer_store(places, place.astype("int32"), [here])
                 T.buffer_store(factors, factor, [here])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -232,9 +233,8 @@ def test_images_of_equal_size_stay_in_blocks(compile_model: Callable[..., Any]) 
         model.run({"x": image(24, 7, 8)})
 
 
-def test_a_detector(tmp_path: Any) -> None:
-    """Halves of channels, doubled images, and a head that lays images of two sizes behind each other: the parts that a
-    detector has between its convolutions and behind them."""
+def compiled_whole(text: str, constants: dict[str, np.ndarray], folder: Path) -> tuple[Any, Any]:
+    """A session of the artifact of a network whose every node is compiled, and onnxruntime's of the model."""
     import onnx_ir as ir
     from graphwright.runtime.build import build
     from graphwright.runtime.reference import Reference
@@ -242,7 +242,18 @@ def test_a_detector(tmp_path: Any) -> None:
     from graphwright.runtime.target import Target
     from onnx import numpy_helper, parser, shape_inference
 
-    proto = parser.parse_model("""<ir_version: 8, opset_import: ["": 17]>
+    proto = parser.parse_model(text)
+    proto.graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in constants.items())
+    model = ir.from_proto(shape_inference.infer_shapes(proto))
+    artifact = build(model, Target.named("cpu"), folder)
+    assert {region.runtime for region in artifact.manifest.regions} == {"tvm"}
+    return Session(artifact, threads=2), Reference(model, threads=1)
+
+
+def test_a_detector(tmp_path: Path) -> None:
+    """Halves of channels, doubled images, and a head that lays images of two sizes behind each other: the parts that a
+    detector has between its convolutions and behind them."""
+    text = """<ir_version: 8, opset_import: ["": 17]>
       g (float[n, 3, h, w] x) => (float[n, a, 20] y) {
         s = Conv <strides = [2, 2], pads = [1, 1, 1, 1]> (x, stem) r = Relu (s)
         p, q = Split <axis = 1> (r, halves) t = Conv <pads = [1, 1, 1, 1]> (q, mid) z = Concat <axis = 1> (p, q, t)
@@ -252,7 +263,7 @@ def test_a_detector(tmp_path: Any) -> None:
         fv = Reshape (f, flat) gv = Reshape (g, flat) v = Concat <axis = 2> (fv, gv)
         box, class = Split <axis = 1> (v, parts) bins = Reshape (box, apart) soft = Softmax <axis = 1> (bins)
         tops = ReduceMax <axes = [1], keepdims = 0> (soft) c = Sigmoid (class) m = Concat <axis = 1> (tops, c)
-        y = Transpose <perm = [0, 2, 1]> (m) }""")
+        y = Transpose <perm = [0, 2, 1]> (m) }"""
     made = {
         "stem": (32, 3, 3, 3), "mid": (16, 16, 3, 3), "down": (32, 48, 3, 3), "fine": (48, 80, 1, 1),
         "coarse": (48, 32, 1, 1),
@@ -261,11 +272,7 @@ def test_a_detector(tmp_path: Any) -> None:
         "halves": np.array([16, 16]), "two": np.array([1, 1, 2, 2], np.float32), "flat": np.array([0, 0, -1]),
         "parts": np.array([32, 16]), "apart": np.array([0, 8, 4, -1]), **{n: weights(*s) / 8 for n, s in made.items()},
     }  # fmt: skip
-    proto.graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in constants.items())
-    model = ir.from_proto(shape_inference.infer_shapes(proto))
-    artifact = build(model, Target.named("cpu"), tmp_path / "artifact")
-    assert {region.runtime for region in artifact.manifest.regions} == {"tvm"}
-    session, reference = Session(artifact, threads=2), Reference(model, threads=1)
+    session, reference = compiled_whole(text, constants, tmp_path / "artifact")
     for height, width, batch in ((64, 64, 1), (96, 32, 2), (4, 8, 1), (224, 160, 1)):
         feeds = {"x": image(3, height, width, batch)}
         np.testing.assert_allclose(session.run(None, feeds)[0], reference.run(feeds)["y"], rtol=0, atol=1e-5)
@@ -275,31 +282,20 @@ def test_a_detector(tmp_path: Any) -> None:
 
 
 @pytest.mark.parametrize("dense", [False, True])
-def test_every_place_of_a_network_has_its_kernel(dense: bool, tmp_path: Any) -> None:
+def test_every_place_of_a_network_has_its_kernel(dense: bool, tmp_path: Path) -> None:
     """Whole artifacts: small networks, of the mobile kind and with much of dense kernels."""
-    import onnx_ir as ir
-    from graphwright.runtime.build import build
-    from graphwright.runtime.reference import Reference
-    from graphwright.runtime.session import Session
-    from graphwright.runtime.target import Target
-    from onnx import numpy_helper, parser, shape_inference
-
     text = """<ir_version: 8, opset_import: ["": 17]> g (float[n, 3, h, w] x) => (float[n, c] y) {
         a = Conv <strides = [2, 2], pads = [1, 1, 1, 1]> (x, stem) b = HardSwish (a)
         d = Conv <pads = [PAD, PAD, PAD, PAD]> (b, wide) e = Relu (d)
         f = Conv <group = 64, strides = [2, 2], pads = [2, 2, 2, 2]> (e, each) r = Relu (f)
         m = GlobalAveragePool (r) s = Conv (m, gate) t = HardSigmoid (s) u = Mul (r, t)
         v = Conv (u, narrow) z = Concat <axis = 1> (v, f) q = GlobalAveragePool (z) y = Flatten (q) }"""
-    proto = parser.parse_model(text.replace("PAD", "1" if dense else "0"))
     made = {
         "stem": (16, 3, 3, 3), "wide": (64, 16, *((3, 3) if dense else (1, 1))), "each": (64, 1, 5, 5),
         "gate": (64, 64, 1, 1), "narrow": (24, 64, 1, 1),
     }  # fmt: skip
-    proto.graph.initializer.extend(numpy_helper.from_array(weights(*s) / 8, n) for n, s in made.items())
-    model = ir.from_proto(shape_inference.infer_shapes(proto))
-    artifact = build(model, Target.named("cpu"), tmp_path / "artifact")
-    assert {region.runtime for region in artifact.manifest.regions} == {"tvm"}
-    session, reference = Session(artifact, threads=2), Reference(model, threads=1)
+    constants = {name: weights(*shape) / 8 for name, shape in made.items()}
+    session, reference = compiled_whole(text.replace("PAD", "1" if dense else "0"), constants, tmp_path / "artifact")
     for height, width, batch in ((32, 32, 1), (57, 40, 2), (7, 9, 1), (224, 160, 1)):
         feeds = {"x": image(3, height, width, batch)}
         np.testing.assert_allclose(session.run(None, feeds)[0], reference.run(feeds)["y"], rtol=0, atol=1e-5)
