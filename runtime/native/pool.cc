@@ -23,6 +23,7 @@ constexpr int64_t kWait = 50000;        // the same of a caller that looks for i
 constexpr int64_t kRetry = 1000000000;  // nanoseconds from a thread that could not be made to the next attempt
 constexpr int kFaults[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGTRAP, SIGABRT};
 constexpr int kBlocks = 16;             // of memory that a thread keeps
+constexpr size_t kLargest = 64 << 20;   // bytes of such a block
 
 template <typename T>
 T Load(const T* from) {
@@ -223,21 +224,24 @@ Memory* MemoryOfThread() {
   return memory_of_thread;
 }
 
-// The smallest free block that is large enough; else a new one, in the place of the smallest free one where all places
-// are taken.
+// The smallest free block that is large enough; else a new one in the place of the largest free one. So a thread keeps
+// no more blocks than were used at the same time, of the largest sizes that were asked for.
 void* Take(Memory* memory, size_t size) {
   Block* best = nullptr;
   Block* place = nullptr;
   for (Block& block : memory->blocks) {
     if (block.used) continue;
     if (block.size >= size && (best == nullptr || block.size < best->size)) best = &block;
-    if (place == nullptr || block.size < place->size) place = &block;
+    if (place == nullptr || block.size > place->size) place = &block;
   }
   if (best == nullptr) {
+    if (place != nullptr) {
+      free(place->at);
+      *place = {};
+    }
     void* at = nullptr;
     if (posix_memalign(&at, kLine, size) != 0) return nullptr;
     if (place == nullptr) return at;  // more at the same time than are kept
-    free(place->at);
     *place = {at, size, false};
     best = place;
   }
@@ -347,7 +351,9 @@ int graphwright_pool_give_back(int, int, void* at) {
     for (Block& block : memory_of_thread->blocks) {
       if (block.at != at) continue;
       block.used = false;
-      return 0;
+      if (block.size <= kLargest) return 0;
+      block = {};
+      break;
     }
   }
   free(at);

@@ -180,6 +180,28 @@ void* MemoryOfThreads(void*) {
   return nullptr;
 }
 
+size_t ResidentBytes() {
+  size_t pages = 0;
+  FILE* file = fopen("/proc/self/statm", "r");
+  if (file == nullptr || fscanf(file, "%*s %zu", &pages) != 1) Fail("no numbers of memory");
+  fclose(file);
+  return pages * sysconf(_SC_PAGESIZE);
+}
+
+// Memory that is used one after the other is one block, however its size grows; large blocks are not kept.
+void* MemoryThatGrows(void*) {
+  size_t before = ResidentBytes();
+  const size_t megabytes[] = {8, 16, 24, 32, 40, 48, 160, 8};
+  for (size_t size : megabytes) {
+    void* at = graphwright_pool_take(1, 0, size << 20, 2, 32);
+    if (at == nullptr) Fail("no memory");
+    memset(at, 1, size << 20);
+    graphwright_pool_give_back(1, 0, at);
+    if (ResidentBytes() > before + (64u << 20)) Fail("more memory is kept than was used at the same time");
+  }
+  return nullptr;
+}
+
 // A forked process, which has none of the threads, makes its own.
 void Forks() {
   pid_t child = fork();
@@ -216,6 +238,9 @@ int main(int argc, char** argv) {
     pthread_create(&thread, nullptr, MemoryOfThreads, nullptr);
     pthread_join(thread, nullptr);
   }
+  pthread_t thread;
+  pthread_create(&thread, nullptr, MemoryThatGrows, nullptr);
+  pthread_join(thread, nullptr);
   Forks();
   TakeOver();
   Idle();
