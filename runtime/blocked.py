@@ -1,6 +1,6 @@
 """The blocked layout: (N, C, H, W) kept as (N, ceil(C / L), H, W, L), one vector of L channels behind each other.
 
-Lanes beyond C hold finite numbers that nothing reads: weights of the next convolution are zero there.
+Lanes beyond C hold numbers that are finite where the image is: weights of the next convolution are zero there.
 """
 
 from __future__ import annotations

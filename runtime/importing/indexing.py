@@ -17,6 +17,7 @@ from .site import (
     converts,
     int64,
     onnx_dtype,
+    product,
 )
 
 
@@ -35,6 +36,7 @@ def wrapped(index: tirx.Expr, size: Dim) -> tirx.Expr:
 def gather_elements(site: Site) -> Result:
     axis = site.axis()
     size = site.shape()[axis]
+    site.require_source(size, product(site.shape(1)))
 
     def compute(data: te.Tensor, indices: te.Tensor) -> te.Tensor:
         def element(*i: tirx.Var) -> tirx.Expr:
@@ -54,6 +56,8 @@ def gather_nd(site: Site) -> Result:
         raise Unfixed("the length of its index tuples is not known")
     out = [*where[:-1], *dims[batch + depth :]]
     inner = len(where) - 1
+    for size in dims[batch : batch + depth]:
+        site.require_source(size, product(where[:-1]))
 
     def compute(data: te.Tensor, indices: te.Tensor) -> te.Tensor:
         def element(*i: tirx.Var) -> tirx.Expr:

@@ -65,7 +65,7 @@ def _centres(rule: Rule, size: int, out: int, scale: float, dtype: type[np.float
     if rule.transform == "half_pixel_symmetric":
         return length * half * (one - new / (scale_ * length)) + (at + half) / scale_ - half
     if rule.transform == "pytorch_half_pixel" and out == 1:
-        return np.full(1, -half)
+        return np.zeros(1, dtype)
     if rule.transform in ("half_pixel", "pytorch_half_pixel"):
         return (at + half) / scale_ - half
     raise Refuse(f"{rule.transform} is not compiled for fixed positions")
@@ -328,6 +328,7 @@ def _extents(
             wanted = tuple(promised[a] for a in axes)
             site.require_content(sizes_at, wanted)
     for axis, size in zip(axes, wanted, strict=True):
+        site.require_source(dims[axis], size)
         out[axis] = size
         scale_of.append(_ratio(size, dims[axis]))
     return out, scale_of, []

@@ -341,6 +341,15 @@ class Site:
             shape = self.emit(relax.ShapeExpr([int64(d) for d in actual]))
             self.bb.match_cast(shape, relax.ShapeType([int64(d) for d in expected]))
 
+    def require_source(self, size: Dim, made: Dim) -> None:
+        """Refuse to read an axis of no elements for a result that has some, when the model runs where sizes are known
+        only then."""
+        if isinstance(size, int) and isinstance(made, int):
+            if size == 0 < made:
+                raise Refuse("it reads elements of an axis that has none")
+        elif not ((isinstance(size, int) and size > 0) or (isinstance(made, int) and made == 0)):
+            self.require_dims([tirx.min(int64(size) - tirx.min(int64(made), int64(1)), int64(0))], [0])
+
     def runtime_dims(self, tensor: tvm.ir.Expr, name: str) -> list[Dim]:
         """New symbolic dimensions that take the values of an int64 vector of known length at run time."""
         tensor = self.cast(tensor, "int64")

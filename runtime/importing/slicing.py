@@ -368,6 +368,7 @@ def gather(site: Site) -> Result:
             raise Refuse("an index is out of range")
         fixed = const(np.where(known < 0, known + size, known), site.dtype(1))
         return relax.op.take(site.x(), fixed, axis)
+    site.require_source(size, product(site.shape(1)))
     if axis == 0 and (rows := gathered(site, index)) is not None:
         return rows
     stored = stored_weight(site, 0)

@@ -1,7 +1,8 @@
 """What the convolution kernels agree on: the description of a convolution, who finishes an output, and loops.
 
 A blocked tensor (N, C, H, W) is stored (N, ceil(C/L), H, W, L) with L = `Vectors.lanes`: a pixel's L neighbouring
-channels are one vector. Lanes beyond C hold anything finite; packed weights are zero there.
+channels are one vector. Lanes beyond C hold anything that is finite where the image is;
+packed weights are zero there.
 """
 
 from __future__ import annotations

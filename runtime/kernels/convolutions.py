@@ -139,11 +139,13 @@ def _sizes(call: Any, blocked: Any | None) -> _Sizes | None:
     kernel, strides, dilations = weight.shape[2:], pair(attrs.strides, 1), pair(attrs.dilation, 1)
     given, made = shape[2:], out[2:]
     if free:
-        made = [NOMINAL] * rank
-        given = [
-            (NOMINAL - 1) * s + (k - 1) * d + 1 - int(attrs.padding[i]) - int(attrs.padding[rank + i])
-            for i, (s, k, d) in enumerate(zip(strides, kernel, dilations, strict=True))
+        # What an image of one place lacks for one place of the result; below zero where padding is wider.
+        lacking = [
+            (k - 1) * d - int(attrs.padding[i]) - int(attrs.padding[rank + i])
+            for i, (k, d) in enumerate(zip(kernel, dilations, strict=True))
         ]
+        made = [max(NOMINAL, 1 - missing // s) for missing, s in zip(lacking, strides, strict=True)]
+        given = [(size - 1) * s + missing + 1 for size, s, missing in zip(made, strides, lacking, strict=True)]
         if hasattr(attrs, "output_padding"):  # a transposed one makes the larger image of the two
             given, made = made, [size + int(more) for size, more in zip(given, attrs.output_padding, strict=True)]
     fields = {

@@ -67,7 +67,8 @@ def _tables(parameters: dict[str, Any], body: Body) -> Tables:
         shape = (room * tirx.const(taps, index),)
         places, factors = (T.alloc_buffer(shape, dtype, scope="global") for dtype in ("int32", "float32"))
         with T.serial(out) as at:
-            x = T.Bind(resampling.coordinate(rule, at, size, out, ratio))
+            line = body.vectors.opaque(at)  # of its range TVM would make a range of floats, on which it fails
+            x = T.Bind(resampling.coordinate(rule, line, size, out, ratio))
             for tap, (place, factor) in enumerate(resampling.weights(rule, x, size.astype("int64"))):
                 here = at * tirx.const(taps, index) + tirx.const(tap, index)
                 T.buffer_store(places, place.astype("int32"), [here])

@@ -54,7 +54,7 @@ def coordinate(
         offset = length / number(2) * (number(1) - new / exact)
         return offset + (x + number(0.5)) / scale - number(0.5)
     if rule.transform == "pytorch_half_pixel":
-        return tirx.Select(single, number(-0.5), (x + number(0.5)) / scale - number(0.5))
+        return tirx.Select(single, number(0), (x + number(0.5)) / scale - number(0.5))
     if rule.transform == "align_corners":
         return tirx.Select(single, number(0), x * (length - number(1)) / tirx.max(new - number(1), number(1)))
     if rule.transform == "asymmetric":

@@ -66,3 +66,24 @@ def test_constant_indices_outside_are_refused(index: int, compile_model: Callabl
     text = "g (float[7, 5] x, float[1, 5] u) => (float[7, 5] y) { y = ScatterND (x, i, u) }"
     with pytest.raises(Exception, match=f"its indices from {index} to {index} do not lie in 7"):
         compile_model(text, i=np.array([[index]]))
+
+
+@pytest.mark.parametrize(
+    ("node", "indices"),
+    [("Gather <axis = 1> (r, i)", [1, 0]), ("GatherElements <axis = 1> (r, i)", [[1, 0], [0, 1]]),
+     ("GatherND (r, i)", [[0, 1], [1, 0]]), ("Gather <axis = 0> (r, i)", [0])],
+)  # fmt: skip
+def test_nothing_is_taken_from_an_axis_without_elements(
+    node: str, indices: list[Any], compile_model: Callable[..., Any]
+) -> None:
+    where = np.array(indices)
+    tuples = "ND" in node
+    dims = "m, 2" if tuples else ", ".join("mk"[: where.ndim])
+    model = compile_model(
+        f"g (float[a, b] x, int64[{dims}] i) => (float[{'p' if tuples else 'p, q'}] y) {{ r = Relu (x) y = {node} }}"
+    )
+    model.check({"x": np.ones((2, 3), np.float32), "i": where})
+    empty = np.ones((0, 3) if "0>" in node else (2, 0), np.float32)
+    with pytest.raises(RuntimeError, match="match_cast"):
+        model.run({"x": empty, "i": where})
+    model.run({"x": empty, "i": where[:0] if "Elements" not in node else where[:, :0]})

@@ -39,6 +39,7 @@ CONVOLUTIONS: dict[str, tuple[int, int, int, str, int]] = {
     "7x7-stem": (3, 64, 7, "strides = [2, 2], pads = [3, 3, 3, 3]", 1),
     "stem": (3, 24, 3, "strides = [2, 2], pads = [1, 1, 1, 1]", 1),
     "wide-pads": (16, 16, 3, "pads = [5, 4, 3, 6]", 1),
+    "padded-beyond": (16, 16, 3, "strides = [2, 2], pads = [70, 3, 80, 90]", 1),
     "deep": (320, 64, 3, "pads = [1, 1, 1, 1]", 1),
     "groups": (64, 64, 3, "group = 2, pads = [1, 1, 1, 1]", 1),
     "depthwise": (40, 40, 3, "group = 40, pads = [1, 1, 1, 1]", 1),
@@ -143,6 +144,21 @@ def test_images_smaller_than_the_kernel(name: str, compile_model: Callable[..., 
         model.check({"x": image(16, height, width)})
 
 
+@pytest.mark.parametrize("name", ["nearest", "linear", "cubic"])
+def test_nothing_is_made_of_empty_images(name: str, compile_model: Callable[..., Any]) -> None:
+    model = compile_model(
+        f"g (float[n, 16, h, w] x, float[n, 16, p, q] z) => (float[n, 16, p, q] y) {{ s = Shape (z)"
+        f' u = Resize <mode = "{name}"> (x, , , s) y = Relu (u) }}'
+    )  # fmt: skip
+    model.check({"x": image(16, 3, 4), "z": image(16, 5, 9)})
+    for height, width in ((0, 5), (5, 0), (0, 0)):
+        with pytest.raises(RuntimeError, match="match_cast"):
+            model.run({"x": image(16, height, width), "z": image(16, 9, 4)})
+    for height, width in ((0, 9), (5, 0)):
+        feeds = {"x": image(16, height and 3, width and 3), "z": image(16, height, width)}
+        assert model.run(feeds)[0].shape == (1, 16, height, width)
+
+
 @pytest.mark.parametrize("columns", [0, 1])
 def test_images_of_rows_without_columns(columns: int, compile_model: Callable[..., Any]) -> None:
     model = compile_model(
@@ -188,6 +204,10 @@ POOLS = {
     "linear": 'y = Resize <mode = "linear", coordinate_transformation_mode = "MODE"> (r, , scales)',
     "linear-few": 'd = Conv (r, g3) y = Resize <mode = "linear"> (d, , scales)',
     "cubic": 'y = Resize <mode = "cubic", exclude_outside = 1, cubic_coeff_a = -0.5> (r, , scales)',
+    "cubic-to-one": 'h = MaxPool <kernel_shape = [2, 2], strides = [99, 99], pads = [1, 1, 1, 1]> (r) o = Shape (h)'
+    ' y = Resize <mode = "cubic", coordinate_transformation_mode = "pytorch_half_pixel"> (r, , , o)',
+    "corners": 'd = MaxPool <kernel_shape = [2, 2], strides = [2, 2]> (r) z = Shape (r)'
+    ' y = Resize <mode = "linear", coordinate_transformation_mode = "asymmetric"> (d, , , z)',
     "as-large-as": 'd = MaxPool <kernel_shape = [2, 2], strides = [2, 2]> (r) z = Shape (r)'
     ' u = Resize <mode = "linear"> (d, , , z) y = Add (u, r)',
     "gate": "m = GlobalAveragePool (r) s = Conv (m, g) t = HardSigmoid (s) y = Mul (r, t)",
