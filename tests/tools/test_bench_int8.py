@@ -48,6 +48,23 @@ def test_means_are_judged_and_float32_of_every_model(
     assert "of graphwright: geometric mean" in out
 
 
+def test_the_row_of_asked_quality_is_quantized_as_it_is_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from graphwright.runtime import driver
+    from graphwright.tools import bench_dynaquant, bench_suite
+
+    made: list[tuple[str, Any]] = []
+    monkeypatch.setattr(driver, "optimize", lambda _, passes, calibration, **__: made.append((passes, calibration)))
+    monkeypatch.setattr(bench_dynaquant, "photo_calibration", lambda: "photos")
+    monkeypatch.setattr(bench_int8, "calibration", lambda name: name)
+    model = bench_suite.Prepared("efficientnet-lite0", tmp_path / "float.onnx", {}, {}, {})
+    plan = bench_int8.Plan(2, "dynaquant:weights=6", tmp_path, bench_suite.QUICK, lambda _: None)
+    names = [bench_int8.quantized(model, row, plan).name for row in (bench_int8.JUDGED, model.name)]
+    assert names == ["int8-efficientnet-lite0-97", "int8-efficientnet-lite0"]
+    assert made == [(bench_dynaquant.SAME_CLASSES, "photos"), ("dynaquant:weights=6", "efficientnet-lite0")]
+    settings = next(case.settings for case in bench_dynaquant.cases() if case.name == "efficientnet-lite0")
+    assert (settings[1].passes, settings[1].asked) == (bench_dynaquant.SAME_CLASSES, "97 %")
+
+
 def test_a_model_that_fails_is_a_line_and_an_exit_code(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
