@@ -109,6 +109,21 @@ def tensor_chunks(tensor: ir.TensorProtocol) -> Iterator[bytes]:
             yield chunk
 
 
+def special_numbers(tensor: ir.TensorProtocol) -> tuple[int, int]:
+    """How many numbers of a tensor of floats are (NaN, infinite), read a few megabytes at a time."""
+    if tensor.dtype.bitwidth < 16:  # the small types are told apart by their library only as a whole
+        values = tensor.numpy().astype(np.float32)
+        return int(np.isnan(values).sum()), int(np.isinf(values).sum())
+    dtype = tensor.dtype.numpy()
+    nans = infinities = 0
+    for chunk in tensor_chunks(tensor):
+        values = np.frombuffer(chunk, dtype)
+        if not np.isfinite(values).all():
+            nans += int(np.isnan(values).sum())
+            infinities += int(np.isinf(values).sum())
+    return nans, infinities
+
+
 def weights_nbytes(model: ir.Model) -> int:
     """Bytes of all initializers of the model, subgraphs' included."""
     graphs = [model.graph, *(g for node in model.graph.all_nodes() for g in subgraphs(node))]

@@ -173,6 +173,7 @@ def optimize(
         progress("reference")
         try:
             tried = verification.trial(original, ctx, again, threads or 0, checks)
+            unverified = verification.why_untold(tried, original)
         except Unfed as error:
             if pins and error.only_sizes:  # the model may take other shapes, so the pins are to blame
                 raise
@@ -180,6 +181,7 @@ def optimize(
         except NoKernel as error:
             unverified = str(error)
         if unverified:
+            tried = None
             log.warning("not verified: %s", unverified)
     # A model that was loaded here has no other use: rewriting it in place saves a copy of the graph.
     rewritten, reports = pipeline.run(original, ctx, observers, in_place=where is not None)

@@ -14,7 +14,8 @@ import onnx_ir as ir
 
 from ..passes.base import Contract, LearnedPass, Pass, PassContext, PassReport
 from ..passes.errors import BudgetError, InputError, ModelError, VerificationError
-from ..passes.graph import all_nodes, constant_value, input_of
+from ..passes.graph import all_graphs, all_nodes, constant_value, input_of
+from ..passes.io import special_numbers
 from ..passes.pipeline import Pipeline
 from ..passes.quality import Drops, caches, counts, held_out, judged
 from ..passes.quantize.dynaquant import DynaQuant
@@ -125,6 +126,40 @@ def trial(
     source = f"random, seed {ctx.seed}"
     feeds, expected = [one for one, _ in found], [outputs for _, outputs in found]
     return Trial(feeds, expected, source, again, *_traits(model, threads))
+
+
+def why_untold(trial: Trial, model: ir.Model) -> str:
+    """Why a trial can tell nothing of a model: all numbers of an output are NaN, which equal those of any other broken
+    model. Empty where it can. Raises ModelError where it is the model's own weights that hold NaN; of an output that
+    has numbers beside NaN it warns then."""
+    found = {name: [one[name] for one in trial.expected if _floats(one[name])] for name in trial.expected[0]}
+    broken = {name: results for name, results in found.items() if any(np.isnan(one).any() for one in results)}
+    empty = [name for name, results in broken.items() if all(np.isnan(one).all() for one in results)]
+    if not broken:
+        return ""
+    name = (empty or list(broken))[0]
+    weight = _weight_with_nan(model)
+    if weight and empty:
+        raise ModelError(
+            f"{weight} and output {name!r} is nothing but NaN; expected finite weights: export the model again "
+            "(graphwright doctor lists all that are not finite; --no-verify takes it as it is)"
+        )
+    if weight:
+        log.warning("%s and output %r holds NaN; was the export meant so?", weight, name)
+    return f"output {name!r} is nothing but NaN ({trial.source}); --calibration gives other inputs" if empty else ""
+
+
+def _floats(result: Any) -> bool:
+    return isinstance(result, np.ndarray) and result.dtype.kind in "fV"  # V: bfloat16
+
+
+def _weight_with_nan(model: ir.Model) -> str:
+    for each in all_graphs(model):
+        for name, value in each.initializers.items():
+            tensor = value.const_value
+            if tensor is not None and tensor.dtype.is_floating_point() and (nans := special_numbers(tensor)[0]):
+                return f"weight {name!r} holds {nans} NaN of {tensor.size} numbers"
+    return ""
 
 
 def _traits(model: ir.Model, threads: int) -> tuple[frozenset[str], dict[str, str], Wavering | None]:

@@ -223,7 +223,9 @@ def _listed(names: Sequence[str], noun: str) -> str:
 
 
 def _weight_findings(model: ir.Model, path: Path) -> list[Finding]:
-    """NaN and infinite weights, read a few megabytes at a time, and weights in other files."""
+    """NaN and infinite weights, and weights in other files."""
+    from graphwright.passes.io import special_numbers
+
     from .summary import weight_files
 
     findings = []
@@ -231,7 +233,7 @@ def _weight_findings(model: ir.Model, path: Path) -> list[Finding]:
         tensor = value.const_value
         if tensor is None or not tensor.dtype.is_floating_point():
             continue
-        nans, infinities = _special(tensor)
+        nans, infinities = special_numbers(tensor)
         if nans or infinities:
             parts = [f"{nans} NaN" if nans else "", f"{infinities} infinite" if infinities else ""]
             detail = f"{' and '.join(filter(None, parts))} of {tensor.size} numbers"
@@ -245,24 +247,6 @@ def _weight_findings(model: ir.Model, path: Path) -> list[Finding]:
             Finding("external data", file.name, as_bytes(file.stat().st_size), cure="read from there; keep it beside")
         )
     return findings
-
-
-def _special(tensor: ir.TensorProtocol) -> tuple[int, int]:
-    """How many numbers of a tensor are (NaN, infinite)."""
-    import numpy as np
-    from graphwright.passes.io import tensor_chunks
-
-    if tensor.dtype.bitwidth < 16:  # the small types are told apart by their library only as a whole
-        values = tensor.numpy().astype(np.float32)
-        return int(np.isnan(values).sum()), int(np.isinf(values).sum())
-    dtype = tensor.dtype.numpy()
-    nans = infinities = 0
-    for chunk in tensor_chunks(tensor):
-        values = np.frombuffer(chunk, dtype)
-        if not np.isfinite(values).all():
-            nans += int(np.isnan(values).sum())
-            infinities += int(np.isinf(values).sum())
-    return nans, infinities
 
 
 def fix(model: Path, out: Path, pins: Mapping[str, tuple[int, ...]], *, overwrite: bool) -> dict[str, Any]:

@@ -61,6 +61,7 @@ def test_convolutions_at_every_size(name: str, compile_model: Callable[..., Any]
         f" {{ c = Conv <{attributes}> (x, k, b) y = HardSwish (c) }}",
         k=weights(*shape), b=weights(outputs),
     )  # fmt: skip
+    assert not model.kernels("conv2d")  # TVM's own loops
     sizes = [s for s in SIZES if s >= least]
     for width in sizes:
         model.check({"x": image(channels, sizes[width % len(sizes)], width)})

@@ -200,13 +200,41 @@ def test_the_limit_is_that_of_the_weakest_pass_that_did_something(
     assert limit_of(Pipeline(passes), reports, drop) == limit
 
 
-def test_weights_that_are_no_numbers_can_be_verified(model: Path) -> None:
+def test_weights_that_leave_nothing_but_nan_are_refused(model: Path) -> None:
+    """NaN equals NaN: a comparison would find such a model equal to any other that is broken."""
     proto = onnx.load(model)
-    weights = np.full((8, 4), np.nan, np.float32)
+    weights = np.ones((8, 4), np.float32)
+    weights[3, 1] = np.nan
     proto.graph.initializer[0].CopyFrom(numpy_helper.from_array(weights, "w"))
     onnx.save(proto, model)
-    result = run(model, Honest())
+    with pytest.raises(ModelError, match=r"\.onnx: weight 'w' holds 1 NaN of 32 numbers and output 'y' is nothing but"):
+        run(model, Honest())
+    assert not model.with_name("out.onnx").exists()
+    assert optimize(model, Pipeline((Honest(),)), preset="none", verify=False, dry_run=True).verdict is None
+
+
+def test_weights_that_leave_numbers_beside_nan_can_be_verified(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    text = "g (float[N,8] x) => (float[N,4] y) { y = MatMul(x, w) }"
+    proto = parser.parse_model(f"{HEADER}\n{text}")
+    weights = np.ones((8, 4), np.float32)
+    weights[3, 1] = np.nan
+    proto.graph.initializer.append(numpy_helper.from_array(weights, "w"))
+    onnx.save(proto, tmp_path / "m.onnx")
+    result = run(tmp_path / "m.onnx", Honest())
     assert result.verdict is not None and result.verdict.ok
+    assert "weight 'w' holds 1 NaN of 32 numbers and output 'y' holds NaN" in caplog.text
+
+
+def test_outputs_without_numbers_are_not_called_equal(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    text = "g (float[N,8] x) => (float[N,8] y) { s = Abs(x)  m = Neg(s)  z = Sub(m, one)  y = Log(z) }"
+    proto = parser.parse_model(f"{HEADER}\n{text}")
+    proto.graph.initializer.append(numpy_helper.from_array(np.float32(1), "one"))
+    onnx.save(proto, tmp_path / "m.onnx")
+    result = run(tmp_path / "m.onnx", Honest())
+    assert result.verdict is None and result.unverified.startswith("output 'y' is nothing but NaN (random")
+    assert "not verified: output 'y'" in caplog.text
 
 
 @pytest.mark.parametrize(
