@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from graphwright.passes.base import Caches
 from graphwright.runtime.target import NEON, Target
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 pytest.importorskip("torch")
@@ -101,13 +101,12 @@ def reference(spec: ConvSpec, x: np.ndarray, weight: np.ndarray, bias: np.ndarra
     """PyTorch's convolution in float64."""
     import torch
 
-    after = [
-        (spec.out_size[i] - 1) * spec.strides[i] + (spec.kernel[i] - 1) * spec.dilations[i] + 1
-        - spec.in_size[i] - spec.pads[i]
-        for i in (0, 1)
-    ]  # fmt: skip
+    # What is read, which may end before the image does, or before it begins.
+    height, width = (
+        (spec.out_size[i] - 1) * spec.strides[i] + (spec.kernel[i] - 1) * spec.dilations[i] + 1 for i in (0, 1)
+    )
     x64, w64, b64 = (torch.from_numpy(a.astype(np.float64)) for a in (x, weight, bias))
-    padded = torch.nn.functional.pad(x64, (spec.pads[1], after[1], spec.pads[0], after[0]))
+    padded = torch.nn.functional.pad(x64, (spec.pads[1], width, spec.pads[0], height))[:, :, :height, :width]
     return torch.nn.functional.conv2d(padded, w64, b64, spec.strides, 0, spec.dilations, spec.groups).numpy()
 
 
@@ -330,6 +329,9 @@ ALGORITHMS = {"winograd": "winograd", "depthwise": "depthwise", "pairs": "depthw
     st.tuples(*[st.integers(0, 4)] * 4), st.tuples(st.integers(1, 2), st.integers(1, 2)),
     st.sampled_from(["blocked", "plain", "depthwise", "pairs", "winograd"]), st.sampled_from(X86), st.integers(1, 3),
 )  # fmt: skip
+@example((1, 1), (1, 1), (1, 1), (3, 1), (2, 0, 0, 0), (1, 1), "blocked", "cpu-avx512", 1)
+@example((20, 33), (2, 3), (1, 2), (3, 3), (4, 4, 0, 0), (1, 1), "plain", "cpu-avx2", 2)
+@example((24, 24), (1, 2), (1, 1), (3, 2), (3, 4, 0, 0), (1, 1), "depthwise", "cpu-avx2", 1)
 def test_any_convolution(
     runnable: Callable[[str], Target], channels, size, window, strides, pads, dilations, kind, name, batch
 ) -> None:
