@@ -55,9 +55,9 @@ class Peaks:
 @functools.cache
 def peaks(target: Target, threads: int) -> Peaks:
     """Measure, once a process: about a second. target: must run here."""
-    from .tvm_step import use_threads
+    from .pool import Pool
 
-    use_threads(threads)
+    Pool.here(target).use(threads)
     caches = target.caches
     sizes = {  # name -> (bytes worked on, capacity)
         "L2": (threads * caches.l2 // 2, threads * caches.l2),
@@ -124,8 +124,9 @@ def _runner(function: Any, target: Target, inputs: int, outputs: int) -> Callabl
     import tvm
 
     from .codegen import machine_code
+    from .pool import on_pool
 
-    run = machine_code(tvm.IRModule({"probe": function}), target)["probe"]
+    run = on_pool(machine_code(tvm.IRModule({"probe": function}), target), target)["probe"]
     x = tvm.runtime.tensor(np.arange(inputs, dtype=np.float32) % 7 / 8)  # below 1: sums stay finite
     y = tvm.runtime.tensor(np.zeros(outputs, np.float32))
     return lambda: run(x, y)

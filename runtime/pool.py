@@ -9,12 +9,15 @@ from __future__ import annotations
 import ctypes
 import os
 import shutil
+import tempfile
 import threading
 from importlib import metadata, util
 from pathlib import Path
+from typing import Any
 
 from ..passes.errors import ArtifactError
-from .link import zig_triple
+from .artifact import file_hash
+from .link import LIBRARY, linker, zig_triple
 from .native_code import compiled
 from .target import Target
 
@@ -24,15 +27,33 @@ _loading = threading.Lock()
 
 def place_pool(target: Target, folder: Path) -> str:
     """Put the pool for a target's processor into an artifact's folder; returns the file's name. Raises CompileError."""
+    library = _library(target)
+    name = f"pool-{library.name.rpartition('-')[2]}.so"
+    shutil.copy(library, folder / name)
+    return name
+
+
+def on_pool(executable: Any, target: Target) -> Any:
+    """What `tvm.compile` returned, loaded in this process as an artifact is, its kernels on the same pool. Raises
+    CompileError.
+    """
+    import tvm
+
+    with tempfile.TemporaryDirectory(prefix="graphwright-") as folder:
+        library = Path(folder) / LIBRARY
+        executable.export_library(str(library), fcompile=linker(target))
+        module = tvm.runtime.load_module(str(library))
+        Pool.here(target).adopt(library)
+    return module
+
+
+def _library(target: Target) -> Path:
     spec = util.find_spec("tvm_ffi")
     assert spec is not None and spec.origin is not None
     include = Path(spec.origin).with_name("include")
     arguments = ["-shared", "-fPIC", f"-I{include}", "-lpthread", "-ldl"]
     versions = [metadata.version("apache-tvm-ffi")]
-    library = compiled("pool", ["pool.cc"], zig_triple(target), arguments, versions)
-    name = f"pool-{library.name.rpartition('-')[2]}.so"
-    shutil.copy(library, folder / name)
-    return name
+    return compiled("pool", ["pool.cc"], zig_triple(target), arguments, versions)
 
 
 class Pool:
@@ -54,6 +75,12 @@ class Pool:
             if digest not in _pools:
                 _pools[digest] = cls(path)
             return _pools[digest]
+
+    @classmethod
+    def here(cls, target: Target) -> Pool:
+        """The pool of artifacts of a target that runs on this machine. Raises CompileError."""
+        library = _library(target)
+        return cls.of(library, file_hash(library))
 
     def use(self, threads: int) -> None:
         """Let launches from this Python thread use so many threads, itself included."""

@@ -33,11 +33,11 @@ from .kernels.convolutions import chosen_tile, tuples
 from .kernels.gemm_spec import GemmSpec, GemmTile
 from .kernels.vectors import Vectors
 from .measure import Spread
+from .pool import Pool, on_pool
 from .target import Target
 from .templates import anchor, spec_of
 from .tuning import Measured, Tunable, kernel_name
 from .turns import medians, take_turns
-from .tvm_step import use_threads
 
 CANDIDATES = 8  # at most, of one kind
 GAIN = 1.03  # from which on a tile counts as faster: median; its 10th percentile is above 1
@@ -156,7 +156,7 @@ class Trial(ABC):
         module = claim(bb.get(), self.target)
         (function,) = [f for f in module.functions.values() if isinstance(f, tirx.PrimFunc)]
         named = tvm.IRModule({"kernel": function.with_attr("global_symbol", "kernel")})
-        return machine_code(named, self.target)["kernel"]
+        return on_pool(machine_code(named, self.target), self.target)["kernel"]
 
     def arrays(self, tile: Any) -> tuple[np.ndarray, np.ndarray]:
         """The inputs, the same numbers for every tile."""
@@ -313,7 +313,7 @@ def _run(trial: Trial, tile: Any) -> _Run:
 
 def measure(template: str, spec: dict[str, Any], target: Target, threads: int, seconds: float) -> Measured:
     """Try the tiles of a kernel, as many as can be compiled in half of the time and run in the other."""
-    use_threads(threads)
+    Pool.here(target).use(threads)
     start = time.monotonic()
     trial = TRIALS[template](spec, target)
     rule, *others = trial.tiles()

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from graphwright.runtime.turns import medians, take_turns
 
-from .turns import SETTLE, OnnxRuntime, Runner, one_node, peak, print_head, print_row, use_threads
+from .turns import SETTLE, OnnxRuntime, Runner, compiled_kernels, one_node, peak, print_head, print_row
 
 if TYPE_CHECKING:
     import numpy as np
@@ -72,9 +72,6 @@ SHAPES = [
 
 
 def kernel(shape: Shape, target: Target, threads: int) -> Callable[..., None]:
-    import tvm
-    from graphwright.runtime.codegen import machine_code
-
     from ..runtime.kernels.attention import attention
     from ..runtime.kernels.attention_spec import AttentionSpec, Causal
 
@@ -83,7 +80,7 @@ def kernel(shape: Shape, target: Target, threads: int) -> Callable[..., None]:
         kv_heads=shape.kv_heads, causal=Causal.END if shape.causal else Causal.NO,
     )  # fmt: skip
     function = attention(spec, target.isa, target.caches, threads, "attention")
-    return machine_code(tvm.IRModule({"attention": function}), target)["attention"]
+    return compiled_kernels({"attention": function}, target)["attention"]
 
 
 def decomposed(shape: Shape, arrays: dict[str, np.ndarray]) -> tuple[Any, dict[str, np.ndarray]]:
@@ -225,10 +222,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=2.0, metavar="S", help="for each shape")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args(arguments)
-    use_threads(options.threads)
+    from ..runtime.pool import Pool
     from ..runtime.target import Target
 
     target = Target.named("cpu")
+    Pool.here(target).use(options.threads)
     shapes = [Shape.parse(text) for text in options.shape] if options.shape else SHAPES
     print_head(target, options.threads, [*HEADER, *(LINEAR if options.linear else ())])
     results = []

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from graphwright.runtime.turns import take_turns, untimed
 
-from .turns import SETTLE, OnnxRuntime, Runner, one_node, peak, print_head, print_row, use_threads
+from .turns import SETTLE, OnnxRuntime, Runner, compiled_kernels, one_node, peak, print_head, print_row
 
 if TYPE_CHECKING:
     import numpy as np
@@ -130,7 +130,6 @@ def kernel(case: Case, x: np.ndarray, weight: np.ndarray, target: Target, thread
 def _convolution(case: Case, x: np.ndarray, weight: np.ndarray, target: Target, threads: int) -> Kernel:
     import numpy as np
     import tvm
-    from graphwright.runtime.codegen import machine_code
 
     from ..runtime.blocked import blocked_array
     from ..runtime.kernels.conv import ConvSpec, ConvTile, conv, pack_weights
@@ -143,7 +142,7 @@ def _convolution(case: Case, x: np.ndarray, weight: np.ndarray, target: Target, 
     )  # fmt: skip
     tile = ConvTile(case.kind)
     function = conv(spec, target.isa, threads, tile, "conv", target.caches)
-    compiled = machine_code(tvm.IRModule({"conv": function}), target)["conv"]
+    compiled = compiled_kernels({"conv": function}, target)["conv"]
     bias = np.zeros(spec.out_blocks(lanes) * lanes, np.float32)
     y = np.zeros((1, spec.out_blocks(lanes) * lanes * math.prod(case.out)), np.float32)
     packed = pack_weights(weight, spec, target.isa, tile)
@@ -170,6 +169,7 @@ def _through_relax(case: Case, x: np.ndarray, weight: np.ndarray, target: Target
     from ..runtime.kernels import convolutions, products
     from ..runtime.kernels.vectors import Vectors
     from ..runtime.phases import compile_module
+    from ..runtime.pool import on_pool
 
     lanes = Vectors(target.isa).lanes
     inputs = [x] if case.kind == "product" else [x, blocked_array(x, lanes)]
@@ -189,7 +189,7 @@ def _through_relax(case: Case, x: np.ndarray, weight: np.ndarray, target: Target
             output = bb.emit_output(value)
         bb.emit_func_output(output)
     executable, constants = compile_module(bb.get(), target)
-    machine = relax.VirtualMachine(executable, tvm.cpu())
+    machine = relax.VirtualMachine(on_pool(executable, target), tvm.cpu())
     given = [*(tvm.runtime.tensor(a) for a in inputs), tuple(constants)]
     run = partial(machine["main"], *given)
 
@@ -259,12 +259,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=1.0, metavar="S", help="for each kernel")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args(arguments)
-    use_threads(options.threads)
     import dataclasses
 
+    from ..runtime.pool import Pool
     from ..runtime.target import Target
 
     target = dataclasses.replace(Target.named("cpu"), cores=options.threads)
+    Pool.here(target).use(options.threads)
     print_head(target, options.threads, HEADER)
     results = []
     for case in CASES:

@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 
 from graphwright.runtime.turns import medians, take_turns
 
-from .turns import SETTLE, OnnxRuntime, Runner, aligned, one_node, print_head, print_row, use_threads
+from .turns import SETTLE, OnnxRuntime, Runner, aligned, compiled_kernels, one_node, print_head, print_row
 
 if TYPE_CHECKING:
     from ..runtime.kernels.softmax_passes import SoftmaxEmitter
@@ -115,9 +115,6 @@ def memory(stream: bool, e: SoftmaxEmitter, rows: Any, length: Any) -> None:
 
 def kernel(form: str, shape: Sequence[int], target: Target, threads: int, dtype: str) -> Callable[..., None]:
     """The compiled kernel of one of FORMS, or of MEMORY."""
-    import tvm
-    from graphwright.runtime.codegen import machine_code
-
     from ..passes.ops.two_pass_softmax import Form
     from ..runtime.kernels.two_pass_softmax import rowwise, softmax
 
@@ -131,7 +128,7 @@ def kernel(form: str, shape: Sequence[int], target: Target, threads: int, dtype:
     else:
         chosen = Form.TWO_PASS if form == "two-pass" else Form.AUTO
         function = softmax(shape, target.isa, target.caches, threads, chosen, "softmax", types=types)
-    return machine_code(tvm.IRModule({"softmax": function}), target)["softmax"]
+    return compiled_kernels({"softmax": function}, target)["softmax"]
 
 
 def measure(
@@ -193,14 +190,13 @@ def measure_columns(shape: tuple[int, int, int], target: Target, threads: int, b
     import tvm
     from onnx import helper
 
-    from ..runtime.codegen import machine_code
     from ..runtime.kernels.softmax_columns import softmax_columns
 
     outer, length, inner = shape
     x = aligned((np.random.default_rng(0).random(shape, np.float32) * 20 - 10).astype(np.float32))
     y = aligned(np.empty_like(x))
     function = softmax_columns((outer,), length, (inner,), target.isa, target.caches, threads, name="softmax")
-    compiled = machine_code(tvm.IRModule({"softmax": function}), target)["softmax"]
+    compiled = compiled_kernels({"softmax": function}, target)["softmax"]
     model = one_node(helper.make_node("Softmax", ["x"], ["y"], axis=1), {"x": x})
     runners: dict[str, Runner] = {
         "onnxruntime": OnnxRuntime(model, {"x": x}, threads),
@@ -215,7 +211,6 @@ def measure_masked(shape: tuple[int, int, int, int], target: Target, threads: in
     import tvm
     from onnx import helper
 
-    from ..runtime.codegen import machine_code
     from ..runtime.kernels.softmax_passes import Source
     from ..runtime.kernels.two_pass_softmax import softmax
 
@@ -226,7 +221,7 @@ def measure_masked(shape: tuple[int, int, int, int], target: Target, threads: in
     y = aligned(np.empty_like(x))
     source = Source(scale, "float32", (True, False, False, True))
     function = softmax(shape, target.isa, target.caches, threads, name="softmax", source=source)
-    compiled = machine_code(tvm.IRModule({"softmax": function}), target)["softmax"]
+    compiled = compiled_kernels({"softmax": function}, target)["softmax"]
     nodes = [
         helper.make_node("Mul", ["x", "c"], ["s"]), helper.make_node("Add", ["s", "mask"], ["a"]),
         helper.make_node("Softmax", ["a"], ["y"], axis=-1),
@@ -246,7 +241,6 @@ def measure_head(target: Target, threads: int, budget: float) -> list[str]:
     import tvm
     from onnx import helper
 
-    from ..runtime.codegen import machine_code
     from ..runtime.kernels.log_softmax import log_sum_exp
     from ..runtime.kernels.top_k import top_k
 
@@ -255,7 +249,7 @@ def measure_head(target: Target, threads: int, budget: float) -> list[str]:
         "k": top_k((1,), HEAD, CHOSEN, target.isa, threads, name="k"),
         "sum": log_sum_exp((1,), HEAD, target.isa, threads, "sum"),
     }
-    compiled = machine_code(tvm.IRModule(functions), target)
+    compiled = compiled_kernels(functions, target)
     choose, add = compiled["k"], compiled["sum"]
     source, values = tvm.runtime.from_dlpack(x), tvm.runtime.tensor(np.empty((1, CHOSEN), np.float32))
     places, log_total = tvm.runtime.tensor(np.empty((1, CHOSEN), np.int64)), tvm.runtime.tensor(np.empty(1, np.float32))
@@ -313,10 +307,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     kinds.add_argument("--head", action="store_true", help=f"the {CHOSEN} greatest probabilities of {HEAD} logits")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args(arguments)
-    use_threads(options.threads)
+    from ..runtime.pool import Pool
     from ..runtime.target import Target
 
     target = Target.named("cpu")
+    Pool.here(target).use(options.threads)
     compared, budget = ["onnxruntime", "ours", "ratio"], 0.3 if options.quick else 2.0
     if options.columns:
         print_head(target, options.threads, ["outer", "axis", "inner", *compared], "; ns per element")

@@ -24,8 +24,8 @@ Runner = Callable[[], object]
 
 
 def use_threads(threads: int) -> None:
-    """To be called before TVM is loaded, which reads it. Threads that are bound to processors wait for whatever else
-    runs there."""
+    """To be called before TVM is loaded, whose own pool reads it. Threads that are bound to processors wait for
+    whatever else runs there."""
     from ..runtime.tvm_step import SPIN_COUNT
 
     os.environ["TVM_NUM_THREADS"] = str(threads)
@@ -117,17 +117,26 @@ class OnnxRuntime:
         return found[1:]
 
 
+def compiled_kernels(functions: Mapping[str, Any], target: Target) -> Any:
+    """A module of TIR functions that run on the pool of artifacts."""
+    import tvm
+
+    from ..runtime.codegen import machine_code
+    from ..runtime.pool import on_pool
+
+    return on_pool(machine_code(tvm.IRModule(dict(functions)), target), target)
+
+
 def peak(target: Target, threads: int) -> tuple[Runner, float]:
     """A loop of nothing but independent multiply-adds, and its floating-point operations."""
     import numpy as np
     import tvm
 
-    from ..runtime.codegen import machine_code
     from ..runtime.kernels import probes
 
     lanes = max(4, target.isa.lanes())
     function = probes.multiply_adds(target.isa, threads, STEPS)
-    compiled = machine_code(tvm.IRModule({"probe": function}), target)["probe"]
+    compiled = compiled_kernels({"probe": function}, target)["probe"]
     x = tvm.runtime.tensor(np.full((probes.ACCUMULATORS + 1) * lanes, 0.5, np.float32))
     y = tvm.runtime.tensor(np.zeros(threads * lanes, np.float32))
     return partial(compiled, x, y), 2.0 * threads * STEPS * probes.ACCUMULATORS * lanes
