@@ -82,11 +82,16 @@ class GemmEmitter:
             return
         chunks, per_chunk = self._chunks()
         tasks = self.const(self.batch) * self.const(chunks) * self.const(len(cuts))
+        # Threads have panels of their own where that gives all of them as many: chunks of rows differ in size.
+        shares = self.threads if self._parallel() and self.batch == 1 and len(cuts) % self.threads == 0 else 1
+        each = self.const(len(cuts) // shares)
         with (T.parallel if self._parallel() else T.serial)(tasks) as task:
-            panel = T.Bind(tirx.floormod(task, self.const(len(cuts))))
-            rest = T.Bind(tirx.floordiv(task, self.const(len(cuts))))
+            panel = T.Bind(tirx.floormod(task, each))
+            rest = T.Bind(tirx.floordiv(task, each))
             chunk, item = (self._bind(f(rest, self.const(chunks))) for f in (tirx.truncmod, tirx.truncdiv))
-            self._any_panel(cuts, panel, lambda chosen: self._panel(chosen, chunk, per_chunk, item))
+            if shares > 1:
+                panel, item = T.Bind(item * each + panel), self.const(0)
+            self._any_panel(cuts, panel, lambda chosen: self._panel(chosen, chunk, chunks, per_chunk, item))
 
     def _of_free_columns(self) -> None:
         """Columns that are known at run time only: of a B in place."""
@@ -103,9 +108,9 @@ class GemmEmitter:
             left = opaque(self.columns - number * width)
             with T.If(left >= width):
                 with T.Then():
-                    self._panel(Panel(number, self.tile.vectors, None), chunk, per_chunk, item)
+                    self._panel(Panel(number, self.tile.vectors, None), chunk, chunks, per_chunk, item)
                 with T.Else():
-                    self._panel(Panel(number, self.tile.vectors, None, left), chunk, per_chunk, item)
+                    self._panel(Panel(number, self.tile.vectors, None, left), chunk, chunks, per_chunk, item)
 
     def _any_panel(self, cuts: Sequence[tuple[int, int]], number: Expr, body: Callable[[Panel], None]) -> None:
         """`body` of panel `number`; the last one may have fewer columns."""
@@ -155,7 +160,7 @@ class GemmEmitter:
             chunks = max(chunks, min(2 * self.threads, tiles // FEW))
             groups = max(groups, min(len(cuts), -(-2 * self.threads // chunks)))
         per_chunk, per_group = -(-tiles // chunks), -(-len(cuts) // groups)
-        chunks, groups = -(-tiles // per_chunk), -(-len(cuts) // per_group)
+        groups = -(-len(cuts) // per_group)
         with (T.parallel if self._parallel() and chunks * groups > 1 else T.serial)(const(chunks * groups)) as task:
             chunk, group = T.Bind(task // const(groups)), T.Bind(task % const(groups))
             sums = T.alloc_buffer((per_group * per_chunk * each,), self.dot.sums, scope="global")
@@ -169,19 +174,19 @@ class GemmEmitter:
                 start = T.Bind(number * const(depth))
                 steps = depth if inner % depth == 0 else T.Bind(T.min(const(depth), const(inner) - start))
                 if packed is not None:
-                    self._pack_rows(packed, chunk, per_chunk, start, steps, depth)
+                    self._pack_rows(packed, chunk, chunks, start, steps, depth)
                 with T.serial(panels) as turn:
                     waiting = T.Bind(turn * const(per_chunk * each))
                     begun, goes_on = number > const(0), number < const(parts - 1)
                     part = _Part(start, steps, depth, sums, waiting, begun, goes_on, packed)
 
                     def body(panel: Panel, chunk: Expr = chunk, part: _Part = part) -> None:
-                        self._panel(panel, chunk, per_chunk, const(0), part)
+                        self._panel(panel, chunk, chunks, per_chunk, const(0), part)
 
                     self._any_panel(cuts, T.Bind(first + turn), body)
 
     def _pack_rows(
-        self, into: Buffer, chunk: Expr, per_chunk: int, start: Expr, steps: int | Expr, depth: int
+        self, into: Buffer, chunk: Expr, chunks: int, start: Expr, steps: int | Expr, depth: int
     ) -> None:
         """A part of the rows of a chunk: [tile][step of k][row of the tile]."""
         const, height = self.const, self.tile.rows
@@ -193,16 +198,16 @@ class GemmEmitter:
                 for i, at in enumerate(places):
                     T.buffer_store(into, self.a[at + k], [to + k * const(count) + const(i)])
 
-        self._row_tiles(chunk, per_chunk, rows)
+        self._row_tiles(chunk, chunks, rows)
 
-    def _row_tiles(self, chunk: Expr, per_chunk: int, body: Callable[[Expr, int, Expr], None]) -> None:
-        """`body` of the number in its chunk, the height and the first row of each tile; the number of rows is known."""
+    def _row_tiles(self, chunk: Expr, chunks: int, body: Callable[[Expr, int, Expr], None]) -> None:
+        """`body` of the number in its chunk, the height and the first row of each tile; the number of rows is known.
+        Chunks have as many tiles, but for one."""
         assert isinstance(self.rows, int)
         const, height = self.const, self.tile.rows
         tiles = -(-self.rows // height)
         tall = tiles - (tiles * height - self.rows)  # tiles of `height` rows; the others have one less
-        first = T.Bind(chunk * const(per_chunk))
-        last = T.Bind(T.min(first + const(per_chunk), const(tiles)))
+        first, last = (T.Bind(tirx.floordiv(number * const(tiles), const(chunks))) for number in (chunk, chunk + 1))
         with T.serial(last - first) as step:
             at = T.Bind(first + step)
             row = T.Bind(at * const(height) - T.max(const(0), at - const(tall)))
@@ -224,8 +229,7 @@ class GemmEmitter:
         return work >= PARALLEL
 
     def _chunks(self) -> tuple[int | Expr, int | Expr]:
-        """Chunks of row tiles that go through one panel behind each other, and the tiles of one; the last may have
-        fewer, if little.
+        """Chunks of row tiles that go through one panel behind each other, and the most tiles of one.
 
         A chunk of A stays in half of the second-level cache; there are enough chunks for the threads.
         """
@@ -241,8 +245,7 @@ class GemmEmitter:
             return self._over(tiles, per_chunk), per_chunk
         tiles = -(-self.rows // self.tile.rows)
         chunks = max(min(tiles, least), -(-tiles // most))
-        per_chunk = -(-tiles // chunks)
-        return -(-tiles // per_chunk), per_chunk
+        return chunks, -(-tiles // chunks)
 
     def _most(self) -> int:
         """Tiles of a chunk, at most."""
@@ -258,18 +261,19 @@ class GemmEmitter:
         return T.Bind(value) if isinstance(self.rows, int) else self.vectors.opaque(value)
 
     def _panel(
-        self, panel: Panel, chunk: Expr, per_chunk: int | Expr, item: Expr, part: _Part | None = None
+        self, panel: Panel, chunk: Expr, chunks: int | Expr, per_chunk: int | Expr, item: Expr,
+        part: _Part | None = None,
     ) -> None:
         """All row tiles of one chunk against one panel, or a part of the depth of it."""
         height, const, v = self.tile.rows, self.const, self.vectors
-        if isinstance(self.rows, int) and isinstance(per_chunk, int):
+        if isinstance(self.rows, int) and isinstance(chunks, int) and isinstance(per_chunk, int):
             turns = min(per_chunk, -(-self.rows // height))
 
             def tile(step: Expr, count: int, row: Expr) -> None:
                 here = part and part.moved(step * const(height * self.tile.vectors * self.vectors.lanes))
                 self._tile(count, panel, row, item, here, (step, turns) if self.spec.packed else None)
 
-            self._row_tiles(chunk, per_chunk, tile)
+            self._row_tiles(chunk, chunks, tile)
             return
         start = self._bind(chunk * const(per_chunk) * const(height))
         stop = self._bind(T.min(start + const(per_chunk) * const(height), self.rows))

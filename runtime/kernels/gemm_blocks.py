@@ -441,7 +441,7 @@ class ManyRows(GemmEmitter):
             def body(panel: Panel) -> None:
                 self.unpack(panel)
                 with T.serial(const(chunks)) as chunk:
-                    self._panel(panel, chunk, per_chunk, const(0))
+                    self._panel(panel, chunk, chunks, per_chunk, const(0))
 
             self._any_panel(cuts, number, body)
 

@@ -207,6 +207,16 @@ def test_threads() -> None:
         check(case, kernel, 203 if case.dynamic else None)
 
 
+def test_threads_share_panels_or_chunks_of_rows() -> None:
+    """Panels that three threads divide evenly and others, the last one narrower or not; one chunk of rows and several,
+    of different sizes."""
+    target = Target.named("cpu")
+    target = dataclasses.replace(target, caches=dataclasses.replace(Caches(), l1=1024, l2=1 << 15))
+    cases = [Product(m, 96, n) for m in (4, 50, 197) for n in (96, 144, 288, 300, 576 - 11)]
+    for case, kernel in zip(cases, kernels(cases, target, 3), strict=True):
+        check(case, kernel)
+
+
 @pytest.mark.parametrize("name", X86)
 def test_streams_of_weights_beyond_the_cache(name: str, runnable: Callable[[str], Target]) -> None:
     """Few rows, B larger than the second cache: depths that no number of streams divides, and that are read in one."""
