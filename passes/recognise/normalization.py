@@ -200,8 +200,8 @@ def _scaled(
     sizes = _sizes(x, len(axes))
     if held is not None:
         held_scale, bias = held
-        dims = _fitted(held_scale, len(axes), sizes)
-        if dims is None or (bias is not None and _fitted(bias, len(axes), dims) is None):
+        dims = _fitted(held_scale, x, len(axes), sizes)
+        if dims is None or (bias is not None and _fitted(bias, x, len(axes), dims) is None):
             raise Refused("scale or bias does not have the shape of the normalized axes")
         return Norm(x, len(axes), dims, epsilon, centred, norm, held_scale, bias)
     last = norm
@@ -211,7 +211,7 @@ def _scaled(
         vector, dims = None, None
         if graph.is_op(following, op_type):
             vector = next((b for a, b in operands(following) if same(a, last.outputs[0])), None)
-            dims = _fitted(vector, len(axes), sizes)
+            dims = _fitted(vector, x, len(axes), sizes)
         if dims is None or following is None or following.graph is not norm.graph:
             parameters.append(None)
             continue
@@ -244,14 +244,17 @@ def _sizes(x: ir.Value, count: int) -> tuple[int, ...] | None:
     return sizes if all(isinstance(size, int) for size in sizes) else None  # type: ignore[return-value]
 
 
-def _fitted(vector: ir.Value | None, count: int, sizes: tuple[int, ...] | None) -> tuple[int, ...] | None:
-    """The sizes of the normalized axes when `vector` has one number for each element of them.
+def _fitted(
+    vector: ir.Value | None, x: ir.Value, count: int, sizes: tuple[int, ...] | None
+) -> tuple[int, ...] | None:
+    """The sizes of the normalized axes of x when `vector` has one number for each element of them, and no more axes
+    than x has.
 
-    An axis of x whose size is not known is taken to have the size of a scale of more than one number: an axis of
-    size 1 that is normalized is always zero.
+    An axis of x whose size is not known is taken to have the size of a scale of more than one number. Where it is 1 in
+    a run, the run ends with an error: to normalize one number is no use.
     """
     shape = shape_of(vector)
-    if vector is None or shape is None:
+    if vector is None or shape is None or len(shape) > max(count, graph.rank(x) or 0):
         return None
     while len(shape) > count and shape[0] == 1:
         shape = shape[1:]

@@ -12,6 +12,7 @@ import itertools
 import math
 from collections.abc import Callable
 
+import numpy as np
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
@@ -89,8 +90,9 @@ def _row(
         if centred:
             sums = functools.reduce(lambda a, b: a + b, (left[v.at(j * v.lanes)] for j in range(GROUP)))
             rounded = T.Bind(v.total(sums) * share)
-            # A NaN stays one.
-            variance = T.max(T.float32(0), T.Bind(variance - rounded * rounded))
+            # Infinity, of numbers whose squares are, stays infinity: the row becomes the bias. A NaN stays one.
+            square_of_rounded = T.min(rounded * rounded, T.float32(np.finfo(np.float32).max))
+            variance = T.max(T.float32(0), T.Bind(variance - square_of_rounded))
         root = T.Bind(T.call_llvm_pure_intrin(
             T.llvm_lookup_intrinsic_id("llvm.sqrt.f32"), variance + T.float32(epsilon), dtype="float32"
         ))  # fmt: skip

@@ -127,6 +127,17 @@ def test_special_rows_stay_in_their_row(runnable: Callable[[str], Target], name:
     assert np.isnan(y[1]).all() and np.isfinite(y[[0, 2]]).all()
 
 
+@pytest.mark.parametrize("centred", [True, False])
+@pytest.mark.parametrize("name", X86)
+def test_numbers_whose_squares_are_infinite_give_the_bias(
+    runnable: Callable[[str], Target], name: str, centred: bool
+) -> None:
+    """As in arithmetic of float32, where d / sqrt(inf) is 0."""
+    scale, bias = draw(35), draw(35, offset=1.0)
+    y = kernel(runnable(name), ("n",), (35,), centred, True)(draw(3, 35) * np.float32(1e30), scale, bias)
+    assert (y == bias).all()
+
+
 def test_equal_elements_give_the_bias() -> None:
     x = np.full((2, 50), 7.25, np.float32)
     scale, bias = draw(50), draw(50, offset=1.0)
