@@ -235,11 +235,22 @@ def file_hash(path: Path) -> str:
 
 
 _hashes: dict[tuple[int, ...], str] = {}
+_hashing_threads = blake3.AUTO
+
+
+def _after_fork() -> None:
+    """A forked process has none of blake3's threads, and would wait for them."""
+    global _hashing_threads
+    _hashing_threads = 1
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def _hashed(path: Path, size: int) -> str:
     """The hash, a window of the file at a time: what is mapped counts as this process's memory."""
-    digest = blake3(max_threads=blake3.AUTO)
+    digest = blake3(max_threads=_hashing_threads)
     with open(path, "rb") as file:
         for start in range(0, size, WINDOW):
             with mmap.mmap(file.fileno(), min(WINDOW, size - start), access=mmap.ACCESS_READ, offset=start) as window:

@@ -345,15 +345,17 @@ def dequantize_linear(site: Site) -> Result:
 
 @converts("DynamicQuantizeLinear")
 def dynamic_quantize_linear(site: Site) -> Result:
-    """uint8, its scale and its zero point by the least and greatest element, 0 among them."""
+    """uint8, its scale and its zero point by the least and greatest element, 0 among them. A NaN makes the scale one,
+    as in the operator's definition."""
     x, none = site.x(), site.like(0)
     axes = list(range(site.rank()))
-    high = site.emit(relax.op.maximum(reshaped(site, reduced(site, x, axes, "max"), []), none))
-    low = site.emit(relax.op.minimum(reshaped(site, reduced(site, x, axes, "min"), []), none))
-    span = site.emit(relax.op.subtract(high, low))
+    greatest, least = (site.emit(reshaped(site, reduced(site, x, axes, kind), [])) for kind in ("max", "min"))
+    high, low = site.emit(relax.op.maximum(greatest, none)), site.emit(relax.op.minimum(least, none))
+    broken = relax.op.isnan(greatest)
+    span = site.emit(relax.op.where(broken, greatest, relax.op.subtract(high, low)))
     # A tensor of zeros has no range; any scale gives its zeros back.
     flat = relax.op.equal(span, none)
     scale = site.emit(relax.op.where(flat, site.like(1), relax.op.divide(span, site.like(255))))
-    start = relax.op.round(relax.op.divide(relax.op.negative(low), scale))
+    start = relax.op.where(broken, none, relax.op.round(relax.op.divide(relax.op.negative(low), scale)))
     point = site.cast(site.emit(relax.op.clip(site.emit(start), 0, 255)), "uint8")
     return [quantized(site, x, scale, point, "uint8", None, 0), scale, point]

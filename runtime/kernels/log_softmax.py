@@ -35,6 +35,7 @@ def log_sum_exp(
     rows: Shape, length: Size, isa: InstructionSet, threads: int = 1, name: str | None = None, dtype: str = "float32"
 ) -> tirx.PrimFunc:
     """A kernel (X, Y) -> None: the LSE of each row of X (*rows, length); infinite where an element is, or all are -inf.
+    A NaN gives NaN.
 
     name: of the exported symbol; None for a function that only its own module calls. dtype: of X, float32, float16 or
     bfloat16; Y is float32.
@@ -44,13 +45,20 @@ def log_sum_exp(
         count, width = number_of(rows, size), size(length)
         x, y = buffers["x"], buffers["y"]
 
+        def square(total: Expr, at: Expr, part: Expr | int | None) -> Expr:
+            value = v.load(x, at, count_of(part, index))
+            return v.fma(value, value, total)
+
         def emit(row: Expr) -> None:
             start = T.Bind(row * width)
             most = row_most(v, width, start, index, x)
-            total = T.Bind(v.splat(most) + _log_total(v, x, start, width, most, index))
-            # inf - inf is no number, though the sum is infinite.
-            top = v.splat(most)
-            v.store(y, row, v.choose("eq", top, v.splat(math.inf), top, total), tirx.const(1, index))
+            with T.If(most == T.float32(math.inf)):
+                with T.Then():
+                    # inf - inf is no number, though the sum is infinite; that of squares is NaN where an element is.
+                    v.store(y, row, v.splat(row_total(v, width, start, index, square)), tirx.const(1, index))
+                with T.Else():
+                    total = v.splat(most) + _log_total(v, x, start, width, most, index)
+                    v.store(y, row, T.Bind(total), tirx.const(1, index))
 
         each_row(count, count * width * WEIGHT, threads, index, emit)
 

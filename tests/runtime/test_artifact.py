@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -63,6 +65,28 @@ def test_large_weights_of_the_model_are_references(optimized: Callable[..., Any]
 
 
 # --- loading ----------------------------------------------------------------------------------------------------
+
+
+FORK = """
+import os, sys
+from pathlib import Path
+from graphwright.runtime.artifact import file_hash
+paths = [Path(name) for name in sys.argv[1:]]
+first = file_hash(paths[0])
+child = os.fork()
+if not child:
+    os._exit(0 if file_hash(paths[1]) == first else 1)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
+def test_a_forked_process_checks_files(tmp_path: Path) -> None:
+    """Large ones, which several threads read: a forked process has none of them."""
+    paths = [tmp_path / name for name in ("a", "b")]
+    for path in paths:
+        path.write_bytes(bytes(8 << 20))
+    subprocess.run([sys.executable, "-c", FORK, *map(str, paths)], timeout=60, check=True)
 
 
 def test_what_is_written_is_what_is_read(folder: Path) -> None:

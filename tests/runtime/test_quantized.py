@@ -127,6 +127,18 @@ def test_dynamic_quantization_takes_in_zero(values: list[float]) -> None:
     np.testing.assert_array_equal(y, quantized(x, scale, point, 0, 255))
 
 
+def test_dynamic_quantization_of_nan_gives_no_number() -> None:
+    """Wherever it is: the definition takes the least and the greatest of all elements."""
+    for place in range(5):
+        x = np.arange(5, dtype=np.float32)
+        x[place] = np.nan
+        y, scale = run(
+            """g (float[5] x) => (float[5] d, float s) {
+                y, s, z = DynamicQuantizeLinear (x)  d = DequantizeLinear (y, s, z) }""", [x]
+        )  # fmt: skip
+        assert np.isnan(scale) and np.isnan(y).all()
+
+
 def operand(text: str, **weights: np.ndarray) -> Any:
     """The operand behind the input of the model's last node."""
     from graphwright.runtime import importer

@@ -130,6 +130,8 @@ def test_sums_of_exponentials(runnable: Callable[[str], Target], name: str) -> N
     check_sums(sums(target, ("n",), "m"), x)
     x[0, 4500], x[1, 2100], x[2, 0] = np.nan, INF, np.nan
     assert np.isnan(sums(target, ("n",), "m")(x)[[0, 2]]).all() and sums(target, ("n",), "m")(x)[1] == INF
+    x[1, 4998], x[2, 0] = np.nan, 0  # beside infinity, in front of it or behind
+    assert np.isnan(sums(target, ("n",), "m")(x)[:2]).all()
     x = draw(6, 19)
     x[0, 3], x[1, :], x[2, 18], x[3, 4], x[4, :] = -INF, -INF, INF, np.nan, 3e38
     check_sums(sums(target, (6,), 19), x)
