@@ -21,7 +21,8 @@ def load_calibration(
     path: an .npz file; a folder of them or of images, which are read in the order of their names; or a text (.txt),
     which `texts` makes tokens of, as `images` makes arrays of images. An array of an input's rank is
     one sample, or several when its first dimension is a multiple of the model's fixed one; an array with one
-    dimension more holds samples along the first. Raises InputError when names or counts do not fit.
+    dimension more holds samples along the first. Raises InputError when names, types, shapes or counts do not fit, and
+    where there is no sample or one without elements.
     """
     from graphwright.runtime.feeds import load_feeds, required_inputs
 
@@ -34,17 +35,36 @@ def load_calibration(
         from .images import load_images
 
         return load_images(path, model, pins)
-    shapes = {value.name or "": _declared(value, pins) for value in required_inputs(model)}
-    samples: dict[str, list[np.ndarray]] = {name: [] for name in shapes}
+    values = {value.name or "": value for value in model.graph.inputs}
+    samples: dict[str, list[np.ndarray]] = {value.name or "": [] for value in required_inputs(model)}
     for file in files:
         feeds = load_feeds(file, model, samples=True)
-        split = {name: _split(array, shapes[name], f"{file}: input {name!r}") for name, array in feeds.items()}
+        split = {name: _samples(array, values[name], pins, f"{file}: input {name!r}") for name, array in feeds.items()}
         counts = {name: len(parts) for name, parts in split.items()}
         if len(set(counts.values())) > 1:
             raise InputError(f"{file}: holds {counts} samples by input; expected the same number of each")
         for name, parts in split.items():
-            samples[name] += parts
+            samples.setdefault(name, []).extend(parts)
     return samples
+
+
+def _samples(array: np.ndarray, value: ir.Value, pins: Mapping[str, Sequence[int]], where: str) -> list[np.ndarray]:
+    """An input's array in samples that it takes."""
+    expected = None if value.dtype is None else value.dtype.numpy()
+    if expected is not None and array.dtype != expected and array.dtype.kind in "?iufc" and expected.kind in "?iufc":
+        raise InputError(f"{where} is {array.dtype}; expected {expected}")
+    shape = _declared(value, pins)
+    found = _split(array, shape, where)
+    if not found:
+        raise InputError(f"{where} has shape {list(array.shape)}, which is no sample; expected one at least")
+    for part in found:
+        fits = shape is None or all(size in (None, there) for size, there in zip(shape, part.shape, strict=True))
+        if not fits:
+            sizes = ", ".join("any" if size is None else str(size) for size in shape or ())
+            raise InputError(f"{where} has samples of shape {list(part.shape)}; expected [{sizes}]")
+        if not part.size and (shape is None or 0 not in shape):
+            raise InputError(f"{where} has samples of shape {list(part.shape)}, without elements; expected some")
+    return found
 
 
 def _declared(value: ir.Value, pins: Mapping[str, Sequence[int]]) -> list[int | None] | None:

@@ -61,14 +61,35 @@ def test_a_folder_is_read_in_order(path: Path) -> None:
     ("arrays", "message"),
     [
         ({"x": np.zeros((5, 3), np.float32)}, "c.npz: input 'n' is missing"),
-        ({"x": np.zeros((2, 5, 3), np.float32), "n": np.array(1)}, "expected the same number of each"),
+        ({"x": np.zeros((2, 2, 3), np.float32), "n": np.array(1)}, "expected the same number of each"),
         ({"x": np.zeros(3, np.float32), "n": np.array(1)}, r"input 'x' has shape \[3\]; expected rank 2"),
         ({"x": np.zeros((5, 3), np.float32), "n": np.array(1)}, "has 5 rows; expected a multiple of the model's 2"),
+        ({"x": np.zeros((2, 3)), "n": np.array(1)}, "c.npz: input 'x' is float64; expected float32"),
+        ({"x": np.zeros((2, 3), np.float32), "n": np.array(1.0)}, "c.npz: input 'n' is float64; expected int64"),
+        ({"x": np.zeros((2, 4), np.float32), "n": np.array(1)}, r"samples of shape \[2, 4\]; expected \[2, 3\]"),
+        ({"x": np.zeros((0, 2, 3), np.float32), "n": np.zeros(0, np.int64)}, r"has shape \[0, 2, 3\], .* no sample"),
     ],
 )
 def test_arrays_that_do_not_fit(path: Path, arrays: dict[str, np.ndarray], message: str) -> None:
     with pytest.raises(InputError, match=message):
         load(path, arrays, {"x": (2, 3)})
+
+
+def test_samples_without_elements(path: Path) -> None:
+    with pytest.raises(InputError, match=r"input 'x' has samples of shape \[0, 3\], without elements"):
+        load(path, {"x": np.zeros((0, 3), np.float32), "n": np.array(1)}, {})
+
+
+def test_an_input_with_a_default_may_have_samples(tmp_path: Path) -> None:
+    import onnx
+
+    model = parser.parse_model(
+        """<ir_version: 10, opset_import: ["" : 20]>
+        g (float[B,3] x, float s) => (float[B,3] y) <float s = {2}> { y = Mul(x, s) }"""
+    )
+    onnx.save(model, tmp_path / "m.onnx")
+    found = load(tmp_path / "m.onnx", {"x": np.zeros((4, 5, 3), np.float32), "s": np.zeros(4, np.float32)}, {})
+    assert found == {"x": [(5, 3)] * 4, "s": [()] * 4}
 
 
 def test_a_folder_without_samples(path: Path) -> None:
