@@ -3,11 +3,12 @@
 A stream is
 
     4 bytes   "GWHP"
-    1 byte    version
+    1 byte    version: 1, or 2 where the networks saw more than the least canvas that holds the image
     4 bytes   the codec that it is for: `Description.streams`
     2 + 2     height and width of the image, little-endian as all that follows
     4 bytes   CRC-32 of what was coded, z and y as int8 ... of the symbols
     4 bytes   CRC-32 of all other bytes of the stream
+    4 + 4     height and width of the canvas, in version 2 alone
     ...       range-coded symbols: z channel by channel, then y in the order of its tables
 
 Which table a symbol of y has follows from z by the hyper-synthesis, so decoder and encoder must compute the same
@@ -33,8 +34,8 @@ from .codec_folder import PARTS, CodecFolder
 from .entropy import Damaged, Decoder, Encoder
 from .feeds import free_memory
 
-MAGIC, VERSION = b"GWHP", 1
-HEADER = struct.Struct("<4sB4sHHII")
+MAGIC, PLAIN, ON_CANVAS = b"GWHP", 1, 2
+HEADER, CANVAS = struct.Struct("<4sB4sHHII"), struct.Struct("<II")
 CHECKED = 4  # bytes at the header's end that the CRC in them is not of
 LARGEST_SIDE = 0xFFFF
 BYTES_OF_PIXEL = 200  # that decoding takes at most, about
@@ -79,12 +80,14 @@ class Codec:
         encoder = Encoder()
         encoder.put(symbols.z, self._channels(symbols.z.shape), self.folder.z)
         encoder.put(symbols.y, symbols.chosen, self.folder.y)
-        return _framed(self.folder.about.streams, height, width, symbols.checksum, encoder.data())
+        canvas = self._canvas(height, width)
+        stated = None if canvas == self._least_canvas(height, width) else canvas
+        return _framed(self.folder.about.streams, (height, width), stated, symbols.checksum, encoder.data())
 
     def symbols(self, image: NDArray[np.uint8]) -> Symbols:
         """What the stream of an image would say."""
         height, width = image.shape[:2]
-        rows, columns = self._padded(height, width)
+        rows, columns = self._canvas(height, width)
         edges = ((0, rows - height), (0, columns - width), (0, 0))
         planes = np.pad(image, edges, mode="edge").transpose(2, 0, 1)[None]
         y = _whole(self.compute("analysis", planes), self.folder.y.largest)
@@ -99,8 +102,8 @@ class Codec:
     def decode(self, stream: bytes) -> NDArray[np.uint8]:
         """The image, (height, width, 3), of a stream. Raises Damaged, an InputError, for bytes that are none, and
         InputError for a stream of another codec or one of an image that does not fit."""
-        height, width, checksum, data = _unframed(self.folder.about.streams, stream)
-        rows, columns = self._padded(height, width)
+        (height, width), stated, checksum, data = _unframed(self.folder.about.streams, stream)
+        rows, columns = self._canvas_of(height, width, stated)
         if not self.folder.compiled and (need := BYTES_OF_PIXEL * rows * columns) > (free := free_memory()):
             raise InputError(
                 f"an image of {height} x {width} takes {need / 1e9:.1f} GB to decode, and {free / 1e9:.1f} GB of memory"
@@ -128,20 +131,40 @@ class Codec:
         """Numbers of z's tables: those of the channels."""
         return np.broadcast_to(np.arange(shape[1])[:, None, None], shape)
 
-    def _padded(self, height: int, width: int) -> tuple[int, int]:
-        """The size that the networks see."""
+    def _least_canvas(self, height: int, width: int) -> tuple[int, int]:
+        """The least size that holds an image and that networks take."""
         if not 1 <= height <= LARGEST_SIDE or not 1 <= width <= LARGEST_SIDE:
             raise InputError(f"an image of {height} x {width}; expected sides from 1 to {LARGEST_SIDE}")
-        about = self.folder.about
-        if about.size is not None:
-            if height > about.size[0] or width > about.size[1]:
-                raise InputError(
-                    f"an image of {height} x {width}; {self.folder.root} was compiled for up to "
-                    f"{about.size[0]} x {about.size[1]}"
-                )
-            return about.size
-        step = about.hyper_stride
+        step = self.folder.about.hyper_stride
         return -(-height // step) * step, -(-width // step) * step
+
+    def _canvas(self, height: int, width: int) -> tuple[int, int]:
+        """The size that the networks see when they encode: compiled ones know one alone."""
+        least, size = self._least_canvas(height, width), self.folder.about.size
+        if size is None:
+            return least
+        if height > size[0] or width > size[1]:
+            raise InputError(
+                f"an image of {height} x {width}; {self.folder.root} was compiled for up to {size[0]} x {size[1]}"
+            )
+        return size
+
+    def _canvas_of(self, height: int, width: int, stated: tuple[int, int] | None) -> tuple[int, int]:
+        """The size that the networks saw that encoded a stream. stated: in its header."""
+        least, own = self._least_canvas(height, width), self._canvas(height, width)
+        canvas = stated or least
+        step = self.folder.about.hyper_stride
+        if canvas[0] < least[0] or canvas[1] < least[1] or canvas[0] % step or canvas[1] % step:
+            raise Damaged(
+                f"the stream says that an image of {height} x {width} was coded in {canvas[0]} x {canvas[1]}; expected "
+                f"multiples of {step} that hold it"
+            )
+        if self.folder.compiled and canvas != own:
+            raise InputError(
+                f"the image was coded in {canvas[0]} x {canvas[1]} and {self.folder.root} was compiled for "
+                f"{own[0]} x {own[1]}; decode with the codec that encoded it, or with one that is not compiled"
+            )
+        return canvas
 
 
 def _whole(x: NDArray[np.float32], most: int, least: int | None = None) -> NDArray[np.int32]:
@@ -149,18 +172,21 @@ def _whole(x: NDArray[np.float32], most: int, least: int | None = None) -> NDArr
     return np.clip(np.rint(x), -most if least is None else least, most).astype(np.int32)
 
 
-def _framed(streams: str, height: int, width: int, checksum: int, data: bytes) -> bytes:
-    front = HEADER.pack(MAGIC, VERSION, bytes.fromhex(streams), height, width, checksum, 0)[:-CHECKED]
+def _framed(
+    streams: str, size: tuple[int, int], canvas: tuple[int, int] | None, checksum: int, symbols: bytes
+) -> bytes:
+    version, data = (PLAIN, symbols) if canvas is None else (ON_CANVAS, CANVAS.pack(*canvas) + symbols)
+    front = HEADER.pack(MAGIC, version, bytes.fromhex(streams), *size, checksum, 0)[:-CHECKED]
     return front + struct.pack("<I", zlib.crc32(data, zlib.crc32(front))) + data
 
 
-def _unframed(streams: str, stream: bytes) -> tuple[int, int, int, bytes]:
-    """(height, width, checksum of the symbols, coded symbols)."""
+def _unframed(streams: str, stream: bytes) -> tuple[tuple[int, int], tuple[int, int] | None, int, bytes]:
+    """(size of the image, the canvas if it is stated, checksum of the symbols, coded symbols)."""
     if len(stream) < HEADER.size or stream[: len(MAGIC)] != MAGIC:
         raise Damaged(f"{len(stream)} bytes that are no stream of an image codec; expected them to begin with GWHP")
     _, version, codec, height, width, checksum, whole = HEADER.unpack_from(stream)
-    if version != VERSION:
-        raise InputError(f"the stream is of version {version}; expected {VERSION}")
+    if version not in (PLAIN, ON_CANVAS):
+        raise InputError(f"the stream is of version {version}; expected {PLAIN} or {ON_CANVAS}")
     data = stream[HEADER.size :]
     if zlib.crc32(data, zlib.crc32(stream[: HEADER.size - CHECKED])) != whole:
         raise Damaged("the stream is cut short or damaged: its checksum is another one")
@@ -168,7 +194,12 @@ def _unframed(streams: str, stream: bytes) -> tuple[int, int, int, bytes]:
         raise InputError(
             f"the stream is for codec {codec.hex()}, this one is {streams}; decode with the one that wrote it"
         )
-    return height, width, checksum, data
+    if version == PLAIN:
+        return (height, width), None, checksum, data
+    if len(data) < CANVAS.size:
+        raise Damaged("the stream ends before the size that its image was coded in")
+    rows, columns = CANVAS.unpack_from(data)
+    return (height, width), (rows, columns), checksum, data[CANVAS.size :]
 
 
 def _session(folder: CodecFolder, part: str, threads: int | None) -> Any:

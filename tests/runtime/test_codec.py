@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from graphwright.passes.errors import ArtifactError, InputError, OutputError, UsageError
 from graphwright.runtime import codec as module
-from graphwright.runtime.codec import HEADER, Codec
+from graphwright.runtime.codec import CANVAS, HEADER, Codec
 from graphwright.runtime.codec_build import compile_codec, crops, quantize_codec
 from graphwright.runtime.codec_folder import DESCRIPTION, PARTS, TABLES, CodecFolder
 from graphwright.runtime.entropy import Damaged
@@ -55,6 +55,11 @@ def resigned(stream: bytes, **fields: object) -> bytes:
     data = stream[HEADER.size :]
     front = HEADER.pack(*(header[name] for name in names))[: -module.CHECKED]
     return front + struct.pack("<I", zlib.crc32(data, zlib.crc32(front))) + data
+
+
+def on_canvas(stream: bytes, rows: int, columns: int) -> bytes:
+    """The stream as if it had been coded in another size."""
+    return resigned(stream[: HEADER.size] + CANVAS.pack(rows, columns) + stream[HEADER.size :], version=2)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (63, 64), (64, 65), (130, 70)])
@@ -104,10 +109,19 @@ def test_forged_streams_are_refused_before_they_take_memory(
         codec.decode(resigned(stream, height=0xFFFF, width=0xFFFF))
     with pytest.raises(InputError, match="0 x 128; expected sides from 1"):
         codec.decode(resigned(stream, height=0))
-    with pytest.raises(InputError, match="is of version 9; expected 1"):
+    with pytest.raises(InputError, match="is of version 9; expected 1 or 2"):
         codec.decode(resigned(stream, version=9))
     with pytest.raises(Damaged, match="other symbols than were coded"):
         codec.decode(resigned(stream, checksum=1))
+    with pytest.raises(Damaged, match=r"coded in \d+ x \d+; expected multiples of 64 that hold it"):
+        codec.decode(resigned(stream, version=2))  # the first symbols are taken for the canvas
+    for rows, columns in ((64, 64), (0, 0), (65, 128), (64, 129), (2**32 - 1, 128)):
+        with pytest.raises(Damaged, match=f"coded in {rows} x {columns}; expected multiples of 64"):
+            codec.decode(on_canvas(stream, rows, columns))
+    with pytest.raises(InputError, match=r"GB to decode, and 1\.0 GB of memory are free"):
+        codec.decode(on_canvas(stream, 2**31, 2**31))
+    with pytest.raises(Damaged, match="ends before the size"):
+        codec.decode(resigned(stream[: HEADER.size], version=2))
     for size in ((64, 64), (128, 128), (640, 640)):  # symbols of another image
         with pytest.raises(Damaged):
             codec.decode(resigned(stream, height=size[0], width=size[1]))
@@ -185,7 +199,7 @@ def compiled(whole: CodecFolder, tmp_path_factory: pytest.TempPathFactory) -> It
 
 
 @pytest.mark.tvm
-def test_compiled_codecs_agree_to_the_byte_on_any_number_of_threads(compiled: CodecFolder) -> None:
+def test_compiled_codecs_agree_to_the_byte_on_any_number_of_threads(compiled: CodecFolder, whole: CodecFolder) -> None:
     image = picture(50, 110)
     one, two = (Codec(compiled, threads=n) for n in (1, 2))
     stream = one.encode(image)
@@ -195,6 +209,10 @@ def test_compiled_codecs_agree_to_the_byte_on_any_number_of_threads(compiled: Co
         one.encode(picture(65, 10))
     with pytest.raises(InputError, match="was compiled for up to 64 x 128"):
         one.decode(resigned(stream, height=65))
+    small = one.encode(picture(17, 33))  # the networks see 64 x 128 all the same
+    np.testing.assert_array_equal(Codec(whole).decode(small), one.decode(small))
+    with pytest.raises(InputError, match=r"was coded in 64 x 64 and .* was compiled for 64 x 128; decode with the"):
+        one.decode(Codec(whole).encode(picture(17, 33)))
     with pytest.raises(UsageError, match="is compiled; give the folder of ONNX files"):
         compile_codec(compiled, compiled.root.with_name("again"), SIZE)
 
