@@ -31,7 +31,7 @@ import onnx_ir as ir
 import torch
 from graphwright.passes.base import Block, Loss, PassContext, TrainingJob, Weights
 from graphwright.passes.errors import InputError, PassError
-from graphwright.passes.quality import cosine_drop, held_out, rows_that_count
+from graphwright.passes.quality import cosine_drop, held_out, outputs_that_count, rows_that_count
 from torch import Tensor
 
 from .fit_undo import Arrays, helpful, mixed
@@ -248,17 +248,10 @@ class _Trainer:
         return {name: self.teacher.shared[name].detach().float().clone() for name in dict.fromkeys(names)}
 
     def _outputs(self) -> tuple[str, ...]:
-        floats = [
-            value.name or ""
-            for value in self.job.teacher.graph.outputs
-            if value.dtype is None or value.dtype.is_floating_point()
-        ]
-        for name in self.job.outputs:
-            if name not in floats:
-                raise PassError(f"outputs={name} is not an output of floats; expected some of {', '.join(floats)}")
-        if not floats:
+        found = outputs_that_count(self.job.teacher, self.job.outputs)
+        if not found:
             raise PassError("the model has no output of floats to learn from")
-        return self.job.outputs or tuple(floats)
+        return found
 
     def _given(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Weights as the graph takes them: in its own types."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
+from .errors import PassError
 from .graph import is_op
 
 MOST_JUDGED = 256  # samples that quality is measured on
@@ -34,6 +35,15 @@ def caches(model: ir.Model) -> set[str]:
         for name, node in made.items()
         if node is not None and is_op(node, "TensorScatter") and node.inputs[0] in model.graph.inputs
     }
+
+
+def outputs_that_count(model: ir.Model, asked: Sequence[str]) -> tuple[str, ...]:
+    """The outputs that an option names, or all of floats. Raises PassError for a name that is none of these."""
+    floats = [v.name or "" for v in model.graph.outputs if v.dtype is None or v.dtype.is_floating_point()]
+    for name in asked:
+        if name not in floats:
+            raise PassError(f"outputs={name} is not an output of floats; expected some of {', '.join(floats)}")
+    return tuple(asked or floats)
 
 
 def counts(value: Any) -> bool:

@@ -14,6 +14,7 @@ from .. import graph, io, spec
 from ..base import Contract, Loss, Pass, PassContext, PassReport
 from ..errors import PassError
 from ..prepare.convert_opset import ConvertOpset
+from ..quality import outputs_that_count
 from .decide import WIDTHS, Options, decide, edited, samples
 from .layers import MOST_INPUTS, Layer, find_layers
 from .learn import PARTS, Learning
@@ -169,6 +170,7 @@ class DynaQuant(Pass):
             return report
         if self.plan:
             return self._convert(model, Plan.load(Path(self.plan), self.record), report)
+        outputs_that_count(model, self.outputs)
         layers, others = find_layers(model)
         tables, left = find_tables(model, layers) if self.tables else ([], [])
         kept = self._kept(layers, tables)
@@ -261,6 +263,9 @@ class DynaQuant(Pass):
             raise PassError(f"keep names {unknown[0]!r}, which is {what}")
         kept = {site: "named by keep" for name in self.keep for site in named[name]}
         numbers = None if self.layers == "all" else {int(part) for part in self.layers.split("+")}
+        beyond = [number for number in sorted(numbers or ()) if number >= len(layers)]
+        if beyond:
+            raise PassError(f"layers names number {beyond[0]}; the model has {len(layers)} layers, from 0 on")
         for number, layer in enumerate(layers):
             if layer.site not in kept and (reason := self._reason(number, layer, numbers)) is not None:
                 kept[layer.site] = reason

@@ -297,6 +297,11 @@ def test_inputs_and_weights_that_it_refuses(tmp_path: Path) -> None:
         quantized(proto, "", {"x": [good["x"][0], good["x"][1] * np.float32(np.nan)]}, tmp_path)
     with pytest.raises(PassError, match="keep names 'nothing', which is not the output of a convolution or product"):
         quantized(proto, ":keep=nothing", good, tmp_path)
+    for options in (":outputs=nothing", ":outputs=y+nothing"):
+        with pytest.raises(PassError, match="outputs=nothing is not an output of floats; expected some of "):
+            quantized(proto, options, good, tmp_path)
+    with pytest.raises(PassError, match=r"layers names number 99; the model has \d+ layers, from 0 on"):
+        quantized(proto, ":layers=0+99", good, tmp_path)
     with pytest.raises(PassError, match="--max-drop is measured on real inputs"):
         quantized(proto, ":activations=none", None, tmp_path, 0.1)
     broken = onnx.ModelProto.FromString(proto.SerializeToString())
