@@ -21,7 +21,7 @@ from .paying import Clock, paying
 from .placement import Placement, place
 from .plan import Edit, LayerPlan, Plan, Point
 from .ranges import Histogram, Method
-from .rounding import can_be_rounded, products, round_together
+from .rounding import can_be_rounded, fit_together, products
 from .scales import (
     affine,
     data_grid,
@@ -268,7 +268,7 @@ class _Decision:
         codes = fit_weights(matrix, grid, self._block(layer, bits), importance, search, least, lanes)
         gram = self.grams.get(_gram_of(layer))
         if gram is not None:
-            codes = round_together(matrix, codes, grid, gram, lanes)
+            codes = fit_together(matrix, codes, grid, gram, lanes, least)
         corrected = None
         if self.options.correct and channels is not None and gram is None:  # X'X holds the mean, and the borders
             corrected = _corrected_bias(layer, matrix - codes.values, channels)

@@ -21,6 +21,8 @@ MOST_INPUTS = 4608  # of a row; X'X of more takes too much memory
 POSITIONS = 1024  # of an image that are taken in
 DAMPING = 0.01  # of the mean diagonal of X'X, added to it
 PIECE = 1 << 20  # weights that are rounded at a time
+FEW_INPUTS = 64  # of a row, up to which its scale is chosen by what rounding together leaves
+FACTORS = np.setdiff1d(np.linspace(0.8, 1.2, 41), 1.0)  # on such a scale that are tried
 BLOCK = 128  # inputs after which the rest is made up for at once
 
 
@@ -59,6 +61,30 @@ def _windows(layer: Layer, data: np.ndarray) -> np.ndarray:
     if layer.groups == 1:
         return picked.reshape(1, len(chosen), -1)
     return np.ascontiguousarray(picked.swapaxes(0, 1))
+
+
+def fit_together(
+    weights: np.ndarray, codes: Codes, grid: Grid, gram: np.ndarray, lanes: Lanes | None = None,
+    least: np.ndarray | None = None,
+) -> Codes:  # fmt: skip
+    """`round_together`, for rows of few inputs with several scales around those of `codes`: of each row the one with
+    which its results are nearest. The errors of many inputs are alike with all scales, those of few are not. least:
+    (channels,) smallest scale allowed."""
+    best = round_together(weights, codes, grid, gram, lanes)
+    if codes.block or weights.shape[1] > FEW_INPUTS:
+        return best
+    error = _errors(weights - best.values, gram)
+    for factor in FACTORS:
+        scale = codes.scale * np.float32(factor)
+        scale = scale if least is None else np.maximum(scale, least.astype(np.float32)[:, None])
+        nearest = quantize(weights, scale, codes.zero, grid)
+        nearest = (nearest if lanes is None else lanes.held(nearest)).astype(codes.codes.dtype)
+        found = round_together(weights, replace(codes, codes=nearest, scale=scale), grid, gram, lanes)
+        lost = _errors(weights - found.values, gram)
+        better = (lost < error)[:, None]
+        error = np.minimum(lost, error)
+        best = replace(best, codes=np.where(better, found.codes, best.codes), scale=np.where(better, scale, best.scale))
+    return best
 
 
 def round_together(

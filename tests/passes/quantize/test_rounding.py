@@ -6,7 +6,8 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from graphwright.passes.quantize.layers import Layer, find_layers
-from graphwright.passes.quantize.rounding import can_be_rounded, products, round_together
+from graphwright.passes.quantize.narrow_sums import lanes as lanes_of
+from graphwright.passes.quantize.rounding import FEW_INPUTS, can_be_rounded, fit_together, products, round_together
 from graphwright.passes.quantize.scales import fit_weights, weight_grid
 from onnx import numpy_helper, parser
 
@@ -102,3 +103,40 @@ def test_inputs_that_are_always_zero_and_edges_of_blocks(inputs: int) -> None:
     assert lost[1] < lost[0] and np.isfinite(found.values).all()
     nothing = round_together(weights, codes, weight_grid(4), np.zeros((1, inputs, inputs), np.float32))
     assert nothing is codes
+
+
+def errors_of(lost: np.ndarray, gram: np.ndarray) -> np.ndarray:
+    grouped = lost.astype(np.float64).reshape(len(gram), -1, lost.shape[-1])
+    return np.einsum("gri,gij,grj->gr", grouped, gram.astype(np.float64), grouped).reshape(-1)
+
+
+@pytest.mark.parametrize("held", [False, True])
+@pytest.mark.parametrize(("groups", "inputs"), [(40, 9), (1, 27), (1, FEW_INPUTS)])
+def test_rows_of_few_inputs_choose_the_scale_that_rounds_best(groups: int, inputs: int, held: bool) -> None:
+    """Of windows of smooth images, in which neighbours are nearly equal."""
+    random = np.random.default_rng(2)
+    weights = random.standard_normal((40, inputs)).astype(np.float32)
+    rows = np.cumsum(random.standard_normal((groups, 500, inputs)), -1).astype(np.float32)
+    gram = np.matmul(rows.swapaxes(1, 2), rows)
+    grid, lanes = weight_grid(8), lanes_of(inputs) if held else None
+    start = fit_weights(weights, grid, lanes=lanes)
+    least = np.full(40, start.scale[3, 0] * np.float32(1.05))
+    before, after = (f(weights, start, grid, gram, lanes) for f in (round_together, fit_together))
+    worse, better = (errors_of(weights - codes.values, gram) for codes in (before, after))
+    assert (better <= 1.0001 * worse).all()
+    assert better.mean() < (0.7 if inputs == 9 else 0.95) * worse.mean()
+    assert not held or lanes is None or lanes.fits(after.codes)
+    assert after.codes.dtype == np.int8 and np.abs(after.codes.astype(int)).max() <= 127
+    limited = fit_together(weights, start, grid, gram, lanes, least)
+    raised = limited.scale[:, 0] != start.scale[:, 0]
+    assert raised.any() and (limited.scale[raised, 0] >= least[raised]).all()
+
+
+def test_scales_of_many_inputs_and_of_blocks_stay() -> None:
+    random = np.random.default_rng(3)
+    for inputs, block in ((FEW_INPUTS + 1, 0), (32, 8)):
+        weights = random.standard_normal((6, inputs)).astype(np.float32)
+        rows = random.standard_normal((1, 300, inputs)).astype(np.float32)
+        start = fit_weights(weights, weight_grid(8), block)
+        found = fit_together(weights, start, weight_grid(8), np.matmul(rows.swapaxes(1, 2), rows))
+        np.testing.assert_array_equal(found.scale, start.scale)
