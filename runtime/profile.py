@@ -76,8 +76,9 @@ class Profile:
 
     @property
     def limit(self) -> float | None:
-        """Seconds of a run in which every kernel whose work is known runs at its limit, and nothing lies between."""
-        known = [row.limit for row in self.rows if row.limit is not None]
+        """Seconds of a run in which every kernel whose work is known runs at its limit, and nothing lies between. One
+        that does with fewer operations than are counted, such as Winograd's, counts as it is."""
+        known = [min(row.limit, row.seconds) for row in self.rows if row.limit is not None]
         return sum(known) if known else None
 
     def by_op(self) -> list[Row]:

@@ -133,3 +133,9 @@ def test_work_that_is_not_known_has_no_limit() -> None:
     assert row.of_limit is None and row.to_json(2.0)["gflops_per_s"] is None and row.to_json(2.0)["share"] == 0.5
     found = Profile(1, 1, 1.0, (row,), PEAKS, None)
     assert found.limit is None and found.to_json()["limit_ms"] is None
+
+
+def test_kernels_that_need_fewer_operations_than_are_counted_are_at_their_limit() -> None:
+    rows = (Row("a", "conv", 1, 2.0, 1e9, None, 3.0), Row("b", "gemm", 1, 2.0, 1e9, None, 1.0))
+    found = Profile(1, 1, 4.0, rows, PEAKS, None)
+    assert found.limit == 3.0 and [row.of_limit for row in rows] == [1.5, 0.5]
