@@ -22,7 +22,9 @@ from .native_code import compiled
 from .target import Target
 
 _pools: dict[str, Pool] = {}
-_loading = threading.Lock()
+loading = threading.RLock()  # who loads a library; a process that is forked meanwhile would find it held for ever
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=loading.acquire, after_in_parent=loading.release, after_in_child=loading.release)
 
 
 def place_pool(target: Target, folder: Path) -> str:
@@ -71,7 +73,7 @@ class Pool:
     @classmethod
     def of(cls, path: Path, digest: str) -> Pool:
         """The pool of an artifact. digest: the file's hash."""
-        with _loading:
+        with loading:
             if digest not in _pools:
                 _pools[digest] = cls(path)
             return _pools[digest]

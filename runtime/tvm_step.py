@@ -6,7 +6,6 @@ import bisect
 import functools
 import math
 import os
-import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ import numpy as np
 from ..passes.errors import ArtifactError, InputError, first_line
 from .artifact import WEIGHTS, Artifact, Parameter, RegionSpec
 from .ort import default_threads
-from .pool import Pool
+from .pool import Pool, loading
 from .state import State
 from .tvm_import import import_tvm
 
@@ -31,7 +30,6 @@ SPIN_COUNT = "300"  # how often a thread of TVM's pool looks for work before it 
 POOLED_SIZES = 8  # sets of input shapes after which the pool is emptied
 
 _libraries: weakref.WeakValueDictionary[tuple[int, int], _Library] = weakref.WeakValueDictionary()
-_loading = threading.Lock()
 _maps: weakref.WeakValueDictionary[tuple[int, ...], np.ndarray] = weakref.WeakValueDictionary()
 
 
@@ -146,7 +144,7 @@ class _Library:
         import tvm
 
         about = path.stat()
-        with _loading:
+        with loading:
             found = _libraries.get((about.st_dev, about.st_ino))
             if found is None:
                 module = tvm.runtime.load_module(str(path.absolute()))

@@ -137,6 +137,28 @@ def test_sessions_of_several_threads_share_the_pool(built: Path) -> None:
         assert all(callers.map(runs, range(4)))
 
 
+FORK = """
+import os, sys, threading, time
+from graphwright.runtime.pool import loading
+held = threading.Event()
+def load():
+    with loading:
+        held.set()
+        time.sleep(0.5)
+threading.Thread(target=load).start()
+held.wait()
+child = os.fork()
+if not child:
+    os._exit(0 if loading.acquire(timeout=5) else 1)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
+def test_a_process_forked_while_a_library_is_loaded_can_load() -> None:
+    subprocess.run([sys.executable, "-c", FORK], timeout=60, check=True)
+
+
 def test_a_library_is_loaded_once(built: Path) -> None:
     """Loading it again would have TVM put its own pool back into what other sessions run."""
     first, second = (Session(built, threads=1) for _ in range(2))
