@@ -90,7 +90,8 @@ def test_learning_helps_on_inputs_that_nothing_was_learned_from(which: str, tmp_
     shape = (1, 3, 6, 6) if convolutions else (1, 5, 8)
     learned_from, others = samples(shape, 120, 1), samples(shape, 40, 2)
     options, most = {
-        "cnn": (":activations=4", 0.8), "mlp": (":group=0", 0.95), "weights alone": (":activations=none:group=0", 0.85),
+        "cnn": (":activations=4", 0.8), "mlp": (":group=0:together=false", 0.95),
+        "weights alone": (":activations=none:group=0", 0.85),
     }[which]  # fmt: skip
     ctx = context(tmp_path, learned_from)
     plain, _ = quantized(f"dynaquant:least=1:weights=4{options}", model, ctx)
