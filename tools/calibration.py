@@ -50,6 +50,7 @@ def load_calibration(
 
 def _samples(array: np.ndarray, value: ir.Value, pins: Mapping[str, Sequence[int]], where: str) -> list[np.ndarray]:
     """An input's array in samples that it takes."""
+    array = array.astype(array.dtype.newbyteorder("="), copy=False)
     expected = None if value.dtype is None else value.dtype.numpy()
     if expected is not None and array.dtype != expected and array.dtype.kind in "?iufc" and expected.kind in "?iufc":
         raise InputError(f"{where} is {array.dtype}; expected {expected}")

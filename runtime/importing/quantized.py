@@ -345,8 +345,8 @@ def dequantize_linear(site: Site) -> Result:
 
 @converts("DynamicQuantizeLinear")
 def dynamic_quantize_linear(site: Site) -> Result:
-    """uint8, its scale and its zero point by the least and greatest element, 0 among them. A NaN makes the scale one,
-    as in the operator's definition."""
+    """uint8, its scale and its zero point by the least and greatest element, 0 among them. With a NaN in x
+    the scale is NaN, as in the operator's definition."""
     x, none = site.x(), site.like(0)
     axes = list(range(site.rank()))
     greatest, least = (site.emit(reshaped(site, reduced(site, x, axes, kind), [])) for kind in ("max", "min"))

@@ -43,6 +43,11 @@ def test_one_dimension_more_holds_samples(path: Path) -> None:
     assert found == {"x": [(5, 3)] * 4, "n": [()] * 4}
 
 
+def test_numbers_of_the_other_byte_order_are_read(path: Path) -> None:
+    found = load(path, {"x": np.zeros((5, 3), ">f4"), "n": np.array(2, ">i8")}, {})
+    assert found == {"x": [(5, 3)], "n": [()]}
+
+
 def test_rows_are_cut_to_a_pinned_batch(path: Path) -> None:
     found = load(path, {"x": np.zeros((6, 3), np.float32), "n": np.arange(3)}, {"x": (2, 3)})
     assert found == {"x": [(2, 3)] * 3, "n": [()] * 3}
