@@ -15,13 +15,14 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
 from ...passes.base import Caches
 from .dots import Accumulators, Dot, dot_of
+from .gemm_parts import Panel, Part, repeat
 from .gemm_spec import FEW, PAGE, UNROLL, GemmSpec, GemmTile, panels, part_of_depth, streams_of_depth
 from .vectors import LINE, Buffer, Expr, Vectors
 
@@ -178,9 +179,9 @@ class GemmEmitter:
                 with T.serial(panels) as turn:
                     waiting = T.Bind(turn * const(per_chunk * each))
                     begun, goes_on = number > const(0), number < const(parts - 1)
-                    part = _Part(start, steps, depth, sums, waiting, begun, goes_on, packed)
+                    part = Part(start, steps, depth, sums, waiting, begun, goes_on, packed)
 
-                    def body(panel: Panel, chunk: Expr = chunk, part: _Part = part) -> None:
+                    def body(panel: Panel, chunk: Expr = chunk, part: Part = part) -> None:
                         self._panel(panel, chunk, chunks, per_chunk, const(0), part)
 
                     self._any_panel(cuts, T.Bind(first + turn), body)
@@ -262,7 +263,7 @@ class GemmEmitter:
 
     def _panel(
         self, panel: Panel, chunk: Expr, chunks: int | Expr, per_chunk: int | Expr, item: Expr,
-        part: _Part | None = None,
+        part: Part | None = None,
     ) -> None:
         """All row tiles of one chunk against one panel, or a part of the depth of it."""
         height, const, v = self.tile.rows, self.const, self.vectors
@@ -329,7 +330,7 @@ class GemmEmitter:
         return ahead
 
     def _rows_ahead(
-        self, rows: Buffer, start: Expr, height: int, part: _Part, before: Callable[[Expr], None] | None
+        self, rows: Buffer, start: Expr, height: int, part: Part, before: Callable[[Expr], None] | None
     ) -> Callable[[Expr], None]:
         """`before`, and what asks for the packed rows of the next tile."""
         const = self.const
@@ -344,7 +345,7 @@ class GemmEmitter:
         return ahead
 
     def _tile(
-        self, height: int, panel: Panel, row: Expr, item: Expr, part: _Part | None = None,
+        self, height: int, panel: Panel, row: Expr, item: Expr, part: Part | None = None,
         turn: tuple[Expr, int] | None = None,
     ) -> None:
         """`height` rows of one panel, from the first product, or from the sums so far, to the epilogue.
@@ -471,70 +472,3 @@ class GemmEmitter:
                     v.store(part.sums, part.at + const((i * count + j) * lanes), accumulators.get(i, j))
             with T.Else():
                 finish()
-
-
-@dataclass(frozen=True)
-class _Part:
-    """Steps [start, start + steps) of k, `depth` of them except in the last part. Its tile's sums are at `at` of
-    `sums`: begun: from an earlier part; goes_on: for a later one. packed: these steps of A (`_pack_rows`); None: where
-    they are."""
-
-    start: Expr
-    steps: int | Expr
-    depth: int
-    sums: Buffer
-    at: Expr
-    begun: Expr
-    goes_on: Expr
-    packed: Buffer | None
-
-    def moved(self, by: Expr) -> _Part:
-        return replace(self, at=T.Bind(self.at + by))
-
-
-@dataclass(frozen=True)
-class Panel:
-    """Columns that one tile covers. lanes: how many of the last vector exist, None for all. left: columns that there
-    are, where that is known at run time only and they are fewer than the vectors hold."""
-
-    number: Expr
-    vectors: int
-    lanes: int | None
-    left: Expr | None = None
-
-
-def repeat(
-    count: int | Expr,
-    unroll: int,
-    body: Callable[[Expr], None],
-    index: str,
-    before: Callable[[Expr], None] | None = None,
-) -> None:
-    """`body(k)` for k below `count`, `unroll` of them written out in each turn of the loop, which begins with
-    `before(k)`."""
-
-    def const(value: int) -> Expr:
-        return tirx.const(value, index)
-
-    if isinstance(count, int):
-        whole = count // unroll
-        if whole > 1:
-            with T.serial(const(whole)) as outer:
-                first = T.Bind(outer * const(unroll))
-                if before:
-                    before(first)
-                for u in range(unroll):
-                    body(first + const(u))
-        for k in range(whole * unroll if whole > 1 else 0, count):
-            body(const(k))
-        return
-    whole = T.Bind(tirx.floordiv(count, const(unroll)))
-    with T.serial(whole) as outer:
-        first = T.Bind(outer * const(unroll))
-        if before:
-            before(first)
-        for u in range(unroll):
-            body(first + const(u))
-    done = T.Bind(whole * const(unroll))
-    with T.serial(count - done) as k:
-        body(done + k)

@@ -22,7 +22,8 @@ from tvm.tirx.script import builder as T
 from ..target import InstructionSet
 from .block_steps import each_vector, steps_of_block
 from .dots import IntegerDot
-from .gemm import PARALLEL, Finish, GemmEmitter, Panel
+from .gemm import PARALLEL, Finish, GemmEmitter
+from .gemm_parts import Panel
 from .gemm_spec import panels
 from .vectors import Buffer, Expr, Vectors
 

@@ -13,8 +13,8 @@ from typing import Any
 
 from tvm.tirx.script import builder as T
 
-from .gemm import Panel
 from .gemm_blocks import FewRows, ManyRows, Weights
+from .gemm_parts import Panel
 from .vectors import Buffer, Expr
 
 
